@@ -1,0 +1,44 @@
+"""Exit codes, and the errors that talk to the person who can mend them.
+
+A tool's `main` runs inside `run_cli`: an `InputError` becomes one line on stderr and exit code 2,
+without a traceback; everything unexpected keeps its traceback and exits 1.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_INPUT = 2
+EXIT_RESUMABLE = 75  # stopped early (preemption, time limit); start the same command again
+
+
+class InputError(Exception):
+    """The user's input is wrong.  The message is one line: the key or file, the value, the way out."""
+
+
+class TrainingError(Exception):
+    """The run cannot go on and starting it again unchanged will not help.  One line, exit code 1."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a tool's `main` and leave the process with the exit code of the contract (module docstring)."""
+    try:
+        code = main() or EXIT_DONE
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_INPUT
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # `tool | head` is not an error; keep Python from complaining when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_DONE
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)

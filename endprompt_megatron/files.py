@@ -1,0 +1,83 @@
+"""Nothing half-written: outputs grow under a temporary name and are renamed when they are whole."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from endprompt_megatron.errors import InputError
+
+
+def refuse_existing(out: Path, flag: str) -> None:
+    """Raise InputError if `out` is already there (an empty directory is fine).  `flag` names the option."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{flag} {out}: already exists; remove it or choose another name")
+
+
+@contextlib.contextmanager
+def staged_directory(out: Path, flag: str = "--out") -> Iterator[Path]:
+    """Yield a fresh temporary directory beside `out`; rename it to `out` if the block succeeds.
+
+    On any failure, KeyboardInterrupt included, the temporary directory is removed.  Raises InputError
+    if `out` exists and is not empty, if its parent cannot be written, and for a full disk.
+    """
+    refuse_existing(out, flag)
+    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        with disk_errors(out, flag):
+            staging.mkdir(parents=True)
+            yield staging
+            if out.is_dir():
+                out.rmdir()
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path, flag: str) -> Iterator[None]:
+    """Turn the operating system's refusals to write `out` (disk full, no permission) into InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{flag} {out}: no space left on the disk; free some or choose another place") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise InputError(f"{flag} {out}: cannot be written ({error.strerror.lower()}); choose another place") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in one step as seen by any reader: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_text` of `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict:
+    """Read a JSON object.  Raises InputError naming `what` and the path if it is missing or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected {what}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as {what} ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected {what}, a JSON object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,98 @@
+"""The shape of a LLaMA-family model, read from a Hugging Face config.json.  No torch, no Megatron.
+
+config.py checks a recipe against it, model.py builds from it, convert/ maps names with it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.files import read_json
+
+FAMILIES = {"llama": "LLaMA-2, 3, 3.1, 3.2, 3.3 and SmolLM2", "mistral": "Mistral-7B-v0.3"}
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the config says, under Megatron's notion of each quantity.  Sizes in elements, not bytes."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    norm_epsilon: float
+    qkv_bias: bool
+    rope_theta: float
+    window: int  # max_position_embeddings: the context the checkpoint was trained for
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, tied embeddings counted once, vocabulary not padded."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        bias = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
+        layer = attention + bias + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+    def padded_vocab(self, multiple: int) -> int:
+        """Vocabulary rounded up so that `multiple` (a tensor-parallel size) divides it."""
+        return -(-self.vocab_size // multiple) * multiple
+
+
+def read_shape(directory: Path | str) -> ModelShape:
+    """Shape of the model in a Hugging Face directory.  Raises InputError for what is not supported."""
+    path = Path(directory) / "config.json"
+    if not Path(directory).is_dir():
+        raise InputError(f"{directory}: no such directory; expected a Hugging Face checkpoint with config.json")
+    return shape_of(read_json(path, "a Hugging Face config"), str(path))
+
+
+def shape_of(config: dict, where: str) -> ModelShape:
+    """Shape from the parsed config; `where` is named in errors.  Raises InputError."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        known = "; ".join(f"{name} ({models})" for name, models in FAMILIES.items())
+        raise InputError(f"{where}: model_type={family} is not supported; supported are {known}")
+    for key in _REQUIRED:
+        if not isinstance(config.get(key), int) or config[key] <= 0:
+            raise InputError(f"{where}: {key}={config.get(key)} should be a positive integer")
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise InputError(f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{where}: hidden_act={config['hidden_act']} is not supported; LLaMA models use silu")
+    if config.get("mlp_bias"):
+        raise InputError(f"{where}: mlp_bias=true is not supported")
+    if config.get("attention_bias"):
+        raise InputError(f"{where}: attention_bias=true is not supported (LLaMA puts a bias on o_proj as well)")
+    if config.get("quantization_config"):
+        raise InputError(f"{where}: quantised weights (quantization_config) are not supported; use BF16, FP16 or FP32")
+    window = config.get("max_position_embeddings", 2048)
+    sliding = config.get("sliding_window")
+    if family == "mistral" and sliding is not None and sliding < window:
+        raise InputError(f"{where}: sliding_window={sliding} is in use and not supported; Mistral-7B-v0.3 has none")
+    # transformers 5 keeps theta in rope_parameters, transformers 4 at the top level.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    return ModelShape(
+        family=family,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_size=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        qkv_bias=False,
+        rope_theta=float(theta),
+        window=window,
+    )

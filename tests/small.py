@@ -1,0 +1,105 @@
+"""Small real things that tests share: Hugging Face LLaMA models, a tokenizer, a text, a command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+WORDS = (
+    "the of and a to in is was he for it with as his on be at by had not are but from or have an they which one "
+    "you were her all she there would their we him been has when who will more no if out so said what up its about"
+).split()
+
+
+def text(count: int, seed: int = 0) -> str:
+    """`count` words of English-looking text, the same for the same seed."""
+    import random
+
+    generator = random.Random(seed)
+    return " ".join(generator.choice(WORDS) for _ in range(count))
+
+
+def small_tokenizer(directory: Path, vocab_size: int = 256) -> Path:
+    """Train and save a real byte-level BPE tokenizer of at most `vocab_size` pieces (at least 260 to be lossless)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet if vocab_size >= 260 else []
+    )
+    tokenizer.train_from_iterator([text(2000), "This is the end of text, please pay attention here End."], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[1])
+    fast.save_pretrained(directory)
+    return directory
+
+
+def small_llama(directory: Path, *, seed: int = 0, dtype: str = "float32", tokenizer: bool = True, **overrides) -> Path:
+    """Save a random LLaMA of 4 layers (GQA 4/2, vocabulary 320, window 64) with safetensors weights and tokenizer.
+
+    `overrides` are LlamaConfig fields; `model_type="mistral"` makes a Mistral.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    fields = dict(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    fields.update(overrides)
+    mistral = fields.pop("model_type", "llama") == "mistral"
+    config = (MistralConfig if mistral else LlamaConfig)(**fields)
+    torch.manual_seed(seed)
+    model = (MistralForCausalLM if mistral else LlamaForCausalLM)(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # ones would hide a norm that is loaded into the wrong place
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    if tokenizer:
+        small_tokenizer(directory, vocab_size=min(300, fields["vocab_size"]))
+    return directory
+
+
+def run_tool(name: str, *args: object, timeout: float = 300, env: dict | None = None) -> subprocess.CompletedProcess:
+    """Run tools/NAME.py with `args` as a user would; returns exit code, stdout and stderr as text."""
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, args)]
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, *needles: str) -> None:
+    """The contract for bad input: exit code 2, one line on stderr, no traceback, and every needle in it."""
+    assert result.returncode == 2, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, f"expected one line on stderr, got {len(lines)}:\n{result.stderr}"
+    assert lines[0].startswith("error: "), lines[0]
+    for needle in needles:
+        assert needle in lines[0], f"{needle!r} is not in: {lines[0]}"
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Change fields of a JSON file in place; None removes a field."""
+    value = json.loads(path.read_text())
+    for key, change in changes.items():
+        if change is None:
+            value.pop(key, None)
+        else:
+            value[key] = change
+    path.write_text(json.dumps(value))
