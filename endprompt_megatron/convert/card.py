@@ -1,0 +1,79 @@
+"""The model card of an exported model: what the manifest and its recipe say, and nothing else."""
+
+import re
+from pathlib import PurePath
+
+from endprompt_megatron.shape import ModelShape
+
+_TITLES = {
+    "end_prompt": "EndPrompt (a short context and a terminal prompt at the end of the target window)",
+    "end_prompt_random": "EndPrompt with the terminal prompt at a random place",
+    "end_prompt_pose": "EndPrompt with the terminal prompt split into shifted chunks",
+    "pose": "PoSE (chunks with skipped positions)",
+    "full": "full-length fine-tuning",
+    "short": "short-context fine-tuning (the control: no terminal prompt)",
+}
+
+# Rows of the table: what it is called, and the recipe's key.
+_ROWS = (
+    ("Original window", "context.original"),
+    ("Target window", "context.target"),
+    ("RoPE scaling", "context.rope.type"),
+    ("RoPE factor", "context.rope.factor"),
+    ("Physical sequence length", "context.physical"),
+    ("Terminal prompts", "context.prompts"),
+    ("Weight of the prompt in the loss", "context.prompt_loss_weight"),
+    ("Tokens asked for", "train.tokens"),
+    ("Steps asked for", "train.steps"),
+    ("Sequences a step", "train.global_batch_size"),
+    ("Seed", "train.seed"),
+    ("Learning rate", "optim.lr"),
+    ("Schedule", "optim.schedule"),
+    ("Warm-up steps", "optim.warmup_steps"),
+    ("Weight decay", "optim.weight_decay"),
+    ("Precision", "precision.dtype"),
+)
+
+
+def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
+    """README.md with front matter.  A checkpoint without a recipe was converted and not trained: the card says so."""
+    recipe = manifest["recipe"]
+    base = _value(recipe, "model.hf") or manifest["source"]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not str(base).startswith("."):
+        lines.append(f"base_model: {base}")
+    name = base if f"base_model: {base}" in lines else PurePath(str(base)).name
+    method = _value(recipe, "context.method")
+    if recipe:
+        lines += ["tags:", "- long-context", f"- {str(method or 'endprompt').replace('_', '-')}"]
+    target = _value(recipe, "context.target")
+    title = f"# {name}, extended to {target} tokens" if target else f"# {name}"
+    lines += ["---", "", title, ""]
+    if not recipe:
+        lines += ["The weights of the source, converted to Megatron-Core and back; not trained further.", ""]
+    table = [("Base model", name)]
+    if method:
+        table.append(("Method", _TITLES.get(method, method)))
+    for label, key in _ROWS if recipe else ():
+        value = _value(recipe, key)
+        if value is not None:
+            table.append((label, ", ".join(map(str, value)) if isinstance(value, list) else value))
+    if recipe:
+        table += [("Steps trained", manifest["step"]), ("Sequences trained on", manifest["consumed_samples"])]
+    table += [("Parameters", f"{shape.parameters:,}"), ("Weights", dtype)]
+    lines += ["| | |", "| --- | --- |"]
+    lines += [f"| {label} | {_escaped(value)} |" for label, value in table]
+    lines += ["", "Made with endprompt_megatron. The licence is that of the base model.", ""]
+    return "\n".join(lines)
+
+
+def _value(recipe: dict | None, key: str) -> object:
+    """The value under a dotted key; None if it is not there."""
+    value = recipe
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _escaped(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

@@ -1,0 +1,166 @@
+"""Weights of a Hugging Face directory: read lazily, one tensor at a time, and written the same way.
+
+Both the single model.safetensors and shards with an index.  Writing does not go through the safetensors
+library, which wants all tensors of a file in memory: the format is a length, a JSON header and raw bytes.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from endprompt_megatron.convert.llama import EMBEDDING, TIED_DUPLICATE, Piece
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.files import read_json, write_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_CODE_OF = {name: code for code, name in _CODES.items()}
+
+
+class HfWeights:
+    """The safetensors weights of a directory.  Headers are read at once, tensors when they are asked for."""
+
+    def __init__(self, directory: Path):
+        """Raises InputError if a file is missing, truncated, or does not hold what the index says."""
+        self.directory = directory
+        self.files = {}  # tensor name -> open file
+        self.entries = {}  # tensor name -> (file name, dtype code, shape)
+        if (directory / INDEX).is_file():
+            index = read_json(directory / INDEX, "an index of weights").get("weight_map")
+            if not isinstance(index, dict) or not index:
+                raise InputError(f"{directory / INDEX}: has no weight_map; download the index again")
+            for name in sorted(set(index.values())):
+                self._open(name)
+            for tensor, name in index.items():
+                if self.entries.get(tensor, ("",))[0] != name:
+                    raise InputError(f"{directory / INDEX}: says that {tensor} is in {name}, but it is not there")
+        elif (directory / SINGLE).is_file():
+            self._open(SINGLE)
+        else:
+            raise InputError(
+                f"{directory}: no {SINGLE} and no {INDEX}; weights in other formats: load them with transformers "
+                "and save_pretrained"
+            )
+
+    def _open(self, name: str) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.directory / name
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, though {INDEX} names it; download this shard")
+        try:
+            file = safe_open(path, framework="pt")
+            for tensor in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
+                part = file.get_slice(tensor)
+                self.files[tensor] = file
+                self.entries[tensor] = (name, str(part.get_dtype()), tuple(part.get_shape()))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as safetensors ({_first_line(error)}); truncated?") from error
+
+    def check(self, pieces: list[Piece], tied: bool) -> dict[str, str]:
+        """Compare with what the config promises; returns the dtypes ("bfloat16"), each with a tensor that has it.
+
+        Raises InputError for a missing, unexpected, quantised or wrongly shaped tensor.  Ignored are old
+        checkpoints' rotary buffers and, in a tied model, a second copy of the embedding.
+        """
+        expected = {name: sizes for piece in pieces for name, sizes in piece.hf}
+        for tensor, (name, code, sizes) in self.entries.items():
+            where = f"{self.directory / name}: {tensor}"
+            if tensor.endswith("rotary_emb.inv_freq"):
+                continue
+            if tied and tensor == TIED_DUPLICATE:
+                if EMBEDDING in self.entries and not torch.equal(self.get(tensor), self.get(EMBEDDING)):
+                    raise InputError(f"{where} differs from {EMBEDDING}; set tie_word_embeddings=false in config.json")
+                continue
+            if tensor not in expected:
+                raise InputError(f"{where} is not a tensor of the model in config.json; is it another architecture?")
+            if code not in _CODES:
+                raise InputError(f"{where} has dtype {code}: quantised weights are not supported; use BF16, F16 or F32")
+            if sizes != expected[tensor]:
+                raise InputError(f"{where} has shape {list(sizes)}; config.json says {list(expected[tensor])}")
+        for tensor in expected:
+            if tensor not in self.entries:
+                raise InputError(f"{self.directory}: tensor {tensor} is missing; is the download complete?")
+        found = {}
+        for tensor in expected:
+            found.setdefault(_CODES[self.entries[tensor][1]], tensor)
+        return found
+
+    def get(self, tensor: str) -> torch.Tensor:
+        """One tensor, read now."""
+        return self.files[tensor].get_tensor(tensor)
+
+
+def write_weights(
+    directory: Path,
+    pieces: list[Piece],
+    read: Callable[[Piece], list[torch.Tensor]],
+    dtype: str,
+    max_shard_bytes: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Write all tensors of `pieces` as transformers' save_pretrained does: one file, or shards with an index.
+
+    `read` gives the tensors of a piece, in the order of `piece.hf`; one piece is held at a time.  `advance` is
+    called with the bytes written.
+    """
+    size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
+    tensors = [(name, sizes, size * torch.Size(sizes).numel()) for piece in pieces for name, sizes in piece.hf]
+    shards = _shards(tensors, max_shard_bytes)
+    stream = (tensor for piece in pieces for tensor in read(piece))
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(directory / name, shard, dtype, stream, advance)
+    if len(shards) > 1:
+        total = sum(count for _, _, count in tensors)
+        placed = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor, _, _ in shard}
+        metadata = {"total_parameters": total // size, "total_size": total}
+        write_json(directory / INDEX, {"metadata": metadata, "weight_map": dict(sorted(placed.items()))})
+
+
+def _shards(tensors: list[tuple], max_bytes: int) -> list[list[tuple]]:
+    """Fill shards in order, as huggingface_hub does: a tensor larger than a shard gets one of its own."""
+    shards, current, held = [], [], 0
+    for tensor in tensors:
+        count = tensor[2]
+        if count > max_bytes:
+            shards.append([tensor])
+            continue
+        if held + count > max_bytes:
+            shards.append(current)
+            current, held = [], 0
+        current.append(tensor)
+        held += count
+    return [*shards, current] if current else shards
+
+
+def _write_file(
+    path: Path, shard: list[tuple], dtype: str, stream: Iterator[torch.Tensor], advance: Callable[[int], None]
+) -> None:
+    # The safetensors library lays tensors out by name; they come in the model's order, so each is put in its place.
+    header, places, position = {"__metadata__": {"format": "pt"}}, {}, 0
+    for name, sizes, count in sorted(shard):
+        header[name] = {"dtype": _CODE_OF[dtype], "shape": list(sizes), "data_offsets": [position, position + count]}
+        places[name] = position
+        position += count
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, _, count in shard:
+            file.seek(8 + len(text) + places[name])
+            file.write(next(stream).contiguous().view(torch.uint8).numpy().data)
+            advance(count)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,40 @@
+"""Convert a Megatron-Core distributed checkpoint to a Hugging Face directory.
+
+    python tools/convert_megatron_to_hf.py --megatron RUN/checkpoints --out DIR [--iteration N]
+
+The newest complete iteration is exported unless --iteration names one; --megatron may also be an iter_ directory.
+The result holds weights, config, tokenizer and a model card, and loads in transformers and vLLM as it is.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from endprompt_megatron.errors import run_cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="checkpoint directory")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face directory to make")
+    parser.add_argument("--iteration", type=int, metavar="N", help="iteration to export (default: the newest)")
+    parser.add_argument("--dtype", help="cast to bfloat16, float16 or float32 (default: what the training wrote)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)")
+    options = parser.parse_args()
+
+    from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
+
+    written = convert_megatron_to_hf(
+        options.megatron,
+        options.out,
+        options.iteration,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+    )
+    print(written)
+
+
+if __name__ == "__main__":
+    run_cli(main)
