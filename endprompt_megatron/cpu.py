@@ -1,0 +1,100 @@
+"""Everything that lets Megatron-Core run without CUDA, and nothing else.
+
+Megatron-Core asks for CUDA by name in many places: it creates tensors with `device="cuda"`, copies with
+`.cuda()`, reads and sets the CUDA random state, and asserts CUDA tensors when it clips gradients.
+`install` sends each of these to the CPU.  runtime.py calls it, once, and only where there is no CUDA;
+importing this module changes nothing.
+"""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import torch.utils._device
+
+_FACTORIES = "tensor as_tensor zeros ones empty full arange rand randn randint zeros_like ones_like empty_like full_like"
+_installed = False
+
+
+def install() -> None:
+    """Redirect what Megatron-Core asks of CUDA to the CPU.  Raises RuntimeError where CUDA is available."""
+    global _installed
+    if torch.cuda.is_available():
+        raise RuntimeError("cpu.install() on a machine with CUDA would send training to the CPU")
+    if _installed:
+        return
+    _installed = True
+    _redirect_torch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each optional GPU package that is absent announces itself
+        _redirect_megatron()
+
+
+def _on_cpu(device: Any) -> Any:
+    """The CPU where a CUDA device was asked for, otherwise the same device."""
+    if isinstance(device, int) or (device is not None and str(device).startswith("cuda")):
+        return torch.device("cpu")
+    return device
+
+
+def _redirect_torch() -> None:
+    # `with torch.device("meta")`, which transformers loads models under, knows the factories by identity
+    # and remembers them from its first use: let that be before they are wrapped.
+    torch.utils._device._device_constructors()
+    for name in _FACTORIES.split():
+        setattr(torch, name, _without_cuda(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    torch.Tensor.to = _without_cuda(torch.Tensor.to)
+    torch.Tensor.new_empty = _without_cuda(torch.Tensor.new_empty)
+
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.device_count = lambda: 1
+    for name in ("set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "reset_peak_memory_stats"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(cuda.nvtx, name, lambda *args, **kwargs: None)
+
+
+def _without_cuda(function: Any) -> Any:
+    """`function` with a CUDA device among its arguments replaced, and without pinned memory."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        kwargs.pop("pin_memory", None)
+        if len(args) > 1 and isinstance(args[1], (str, torch.device)):  # tensor.to("cuda")
+            args = (args[0], _on_cpu(args[1]), *args[2:])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _redirect_megatron() -> None:
+    import megatron.core.optimizer as optimizer_package
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.tensor_parallel import random
+
+    def clip_by_total_norm(
+        parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+    ) -> None:
+        """Megatron's clip_grad_by_total_norm_fp32 without its assertion of CUDA tensors."""
+        scale = max_norm / (total_norm + 1.0e-6)
+        if scale < 1.0:
+            grads = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(grads, scale)
+
+    clip_grads.clip_grad_by_total_norm_fp32 = clip_by_total_norm
+    optimizer.clip_grad_by_total_norm_fp32 = clip_by_total_norm
+    # The fused kernel of torch's AdamW runs on CPUs too: one pass over each parameter instead of about ten.
+    optimizer_package.Adam = functools.partial(torch.optim.AdamW, fused=True)
+    optimizer_package.CPUAdam = optimizer_package.Adam
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

@@ -1,0 +1,160 @@
+"""LLaMA as a Megatron-Core GPTModel, built from the shape that an HF config gives.
+
+The layer spec is Transformer Engine's where TE is importable, otherwise Megatron's local one with the
+attention and the norm of attention.py.  How the model is parallelised is in the TransformerConfig alone.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from endprompt_megatron.attention import RMSNorm, SdpaAttention
+from endprompt_megatron.config import Recipe, has_transformer_engine
+from endprompt_megatron.rope import PositionRotary, transformers_config
+from endprompt_megatron.runtime import has_cuda
+from endprompt_megatron.shape import ModelShape
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def transformer_config(shape: ModelShape, recipe: Recipe, attention_factor: float = 1.0) -> TransformerConfig:
+    """Megatron's config for this shape and recipe.
+
+    YaRN multiplies cos and sin by an attention factor; scores then carry its square.  It goes into the
+    softmax scale, which is the same product and leaves fused RoPE usable.
+    """
+    p, precision = recipe.parallel, recipe.precision
+    dtype = DTYPES[precision.dtype]
+    te = has_transformer_engine()
+    recompute: dict[str, Any] = {}
+    if p.recompute == "full":
+        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif p.recompute == "selective":
+        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    virtual = p.virtual_pipeline if p.virtual_pipeline and p.virtual_pipeline > 1 else None
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        softmax_scale=shape.head_dim**-0.5 * attention_factor**2,
+        tensor_model_parallel_size=p.tensor,
+        pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=p.context,
+        sequence_parallel=p.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp8=precision.fp8,
+        fp8_recipe=precision.fp8_recipe,
+        fp8_dot_product_attention=precision.fp8_attention,
+        use_cpu_initialization=not has_cuda(),
+        perform_initialization=False,  # weights come from a checkpoint, always
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=te,
+        masked_softmax_fusion=te,
+        persist_layer_norm=te,
+        apply_rope_fusion=te and recipe.train.micro_batch_size == 1,
+        calculate_per_token_loss=True,  # loss.py normalises over the global batch; Megatron divides by nothing
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=te,
+        **recompute,
+    )
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules | ModuleSpec:
+    """Layer spec of this pipeline stage: TE's, or ours where TE is absent (the same checkpoint names)."""
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+class LlamaModel(GPTModel):
+    """GPTModel that rotates by explicit position ids and whose padded vocabulary takes no probability."""
+
+    def __init__(self, shape: ModelShape, hf_config: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        vocab = shape.padded_vocab(config.tensor_model_parallel_size)
+        super().__init__(
+            config=config,
+            vocab_size=vocab,
+            max_sequence_length=hf_config.max_position_embeddings,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            **kwargs,
+        )
+        self.rotary_pos_emb = PositionRotary(hf_config, shape.head_dim)
+        share = vocab // config.tensor_model_parallel_size
+        start = share * parallel_state.get_tensor_model_parallel_rank()
+        self.true_vocab_on_this_rank = min(max(shape.vocab_size - start, 0), share)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Per-token loss [b, s] float32 on the last stage if `labels` are given, otherwise its logits [b, s, v].
+
+        input_ids, labels [b, s] int64; position_ids [b or 1, s] int64, needed on every pipeline stage.
+        """
+        self.rotary_pos_emb.position_ids = position_ids
+        return super().forward(input_ids, position_ids, attention_mask=None, labels=labels, **kwargs)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy [b, s] over the true vocabulary.  logits [s, b, v / tensor parallel], labels [b, s]."""
+        return super().compute_language_model_loss(labels, self.without_padding(logits))
+
+    def without_padding(self, logits: Tensor) -> Tensor:
+        """The logits [.., .., v / tensor parallel], in place, with no probability for padded vocabulary."""
+        if self.true_vocab_on_this_rank < logits.shape[-1]:
+            logits[..., self.true_vocab_on_this_rank :] = torch.finfo(logits.dtype).min
+        return logits
+
+
+def build_model(shape: ModelShape, recipe: Recipe, export_config: dict) -> list[LlamaModel]:
+    """This rank's model chunks (one, or one a virtual pipeline stage), weights not set, on the CPU or the GPU.
+
+    `export_config` is the HF config that will be exported (rope.scaled_config).  Needs parallel_state.
+    """
+    from endprompt_megatron.rope import frequencies
+
+    hf_config = transformers_config(export_config)
+    _, attention_factor = frequencies(hf_config)
+    config = transformer_config(shape, recipe, attention_factor)
+    chunks = config.virtual_pipeline_model_parallel_size
+    models = []
+    for stage in range(chunks or 1):
+        vp_stage = stage if chunks else None
+        model = LlamaModel(
+            shape,
+            hf_config,
+            config,
+            transformer_layer_spec=layer_spec(config, vp_stage),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        models.append(model)
+    return models

@@ -1,0 +1,91 @@
+"""Megatron's distributed AdamW, its learning-rate schedule, and one guarded update.
+
+The update is Megatron's own sequence (prepare, norm, clip, step) with a question in the middle: an update
+whose loss or gradient norm is not finite is skipped instead of written into the weights.
+"""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from endprompt_megatron.config import Recipe
+
+
+def wrap_models(models: list) -> list[DistributedDataParallel]:
+    """DDP around each chunk: gradients are accumulated and reduced in float32, sharded for the optimizer."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,  # `update` looks at the norm and can skip; Megatron's check aborts
+    )
+    # Only the first chunk's buckets are worth splitting when several chunks share the schedule.
+    return [
+        DistributedDataParallel(config=chunk.config, ddp_config=config, module=chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(models)
+    ]
+
+
+def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamScheduler]:
+    """Distributed AdamW over the wrapped chunks, float32 master weights and state, and its schedule."""
+    o = recipe.optim
+    bf16 = recipe.precision.dtype == "bfloat16"
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.min_lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.betas[0],
+        adam_beta2=o.betas[1],
+        adam_eps=o.eps,
+        clip_grad=o.grad_clip,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(config, models)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=o.lr,
+        min_lr=o.min_lr,
+        # Counted in steps.  As in transformers, the first step of a warm-up has rate 0.
+        lr_warmup_steps=o.warmup_steps,
+        lr_decay_steps=max(recipe.train.steps, o.warmup_steps + 1),
+        lr_decay_style=o.schedule,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler
+
+
+def zero_grad(models: list, optimizer: Any) -> None:
+    for model in models:
+        model.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
+def update(optimizer: ChainedOptimizer, loss: float, clip: float) -> tuple[float, bool]:
+    """One AdamW update.  Returns the gradient norm before clipping and whether the update was made.
+
+    The norm is over all ranks and the same on each, so all of them skip or none does.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return norm, False
+    if clip > 0:
+        for part in optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    return norm, True
+
+
