@@ -1,0 +1,134 @@
+"""Passkey retrieval at real input lengths: five digits hidden in long filler, asked for at the end.
+
+Each cell of the grid (length x depth) holds several prompts.  Two scores:
+  accuracy  the first run of digits in the greedy answer is the key, to the last digit;
+  recall    every token of the key is the most likely one given the true tokens before it.  A small model that
+            answers in a roundabout way ("is the pass key ...") still shows here whether it reads the key.
+The mean log probability of the key's tokens tells degrees apart where both are 0 or 1.
+"""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.evaluate.engine import Engine
+from endprompt_megatron.tokenizer import Tokenizer
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there.\n"
+)
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "\nWhat is the pass key? The pass key is"
+DEPTHS = (0.1, 0.5, 0.9)
+ANSWER_TOKENS = 12  # room for a space, five digits and a few words around them
+
+
+def work(lengths: list[int], depths: list[float], samples: int) -> int:
+    """Prompts that `needle` will ask, for a progress bar."""
+    return len(lengths) * len(depths) * samples
+
+
+def needle(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    lengths: list[int],
+    *,
+    depths: list[float] = list(DEPTHS),  # noqa: B006  (never changed)
+    samples: int = 1,
+    seed: int = 0,
+    filler: np.ndarray | None = None,
+    tick: Callable[[str], None] = lambda _: None,
+) -> dict:
+    """Ask for a passkey in `samples` prompts a cell.  `filler` int64 [n]: held-out text; None: repeated noise.
+
+    Prompt and answer together are `length` tokens.  Returns {"cells": [{length, depth, samples, accuracy, recall,
+    logprob, answers: [{key, answer, correct, recalled, logprob, ranks}]}]}; the same seed asks the same.
+    """
+    cells = []
+    for length in lengths:
+        for depth in depths:
+            answers = []
+            for sample in range(samples):
+                tick(f"passkey {length} at {depth:.0%}")
+                # Keyed by place, not drawn in order: a cell stays the same when the grid changes.
+                rng = np.random.default_rng([seed, length, round(depth * 10000), sample])
+                answers.append(_ask(engine, tokenizer, length, depth, filler, rng))
+            cells.append(
+                {
+                    "length": length,
+                    "depth": depth,
+                    "samples": samples,
+                    "accuracy": float(np.mean([answer["correct"] for answer in answers])),
+                    "recall": float(np.mean([answer["recalled"] for answer in answers])),
+                    "logprob": float(np.mean([answer["logprob"] for answer in answers])),
+                    "answers": answers,
+                }
+            )
+    return {"filler": "noise" if filler is None else "text", "cells": cells}
+
+
+def _ask(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    length: int,
+    depth: float,
+    filler: np.ndarray | None,
+    rng: np.random.Generator,
+) -> dict:
+    key = str(rng.integers(10000, 100000))
+    prompt = build_prompt(tokenizer, key, length - ANSWER_TOKENS, depth, filler, rng)
+    expected = expected_answer(tokenizer, key)
+    answer = engine.answer(prompt, expected, ANSWER_TOKENS)
+    text = tokenizer.decode(answer.generated)
+    found = re.search(r"\d+", text)
+    # A separate token for the space before the key is manners, not memory.
+    of_key = [place for place, token in enumerate(expected) if any(c.isdigit() for c in tokenizer.decode([token]))]
+    return {
+        "key": key,
+        "answer": text,
+        "correct": bool(found and found.group() == key),
+        "recalled": bool((answer.ranks[of_key] == 0).all()),
+        "logprob": float(answer.logprobs[of_key].mean()),
+        "ranks": [int(rank) for rank in answer.ranks[of_key]],
+    }
+
+
+def expected_answer(tokenizer: Tokenizer, key: str) -> list[int]:
+    """The ids that follow QUESTION in the right answer."""
+    asked = tokenizer.encode(QUESTION)
+    answered = tokenizer.encode(f"{QUESTION} {key}")
+    # Tokenised together, because SentencePiece marks a word's start differently at the start of a text.
+    return answered[len(asked) :] if answered[: len(asked)] == asked else tokenizer.encode(f" {key}")
+
+
+def build_prompt(
+    tokenizer: Tokenizer,
+    key: str,
+    length: int,
+    depth: float,
+    filler: np.ndarray | None,
+    rng: np.random.Generator,
+) -> list[int]:
+    """Task, filler with the key's sentence at `depth` of it, question: exactly `length` ids.  Raises InputError."""
+    task, hidden = tokenizer.encode(TASK), tokenizer.encode(NEEDLE.format(key=key))
+    question = tokenizer.encode(QUESTION)
+    room = length - len(task) - len(hidden) - len(question)
+    if room < 1:
+        least = length - room + ANSWER_TOKENS + 1
+        raise InputError(f"--lengths {length + ANSWER_TOKENS}: too short for a passkey prompt; use {least} or more")
+    if filler is None:
+        unit = np.asarray(tokenizer.encode(NOISE), dtype=np.int64)
+        start, stream = 0, np.tile(unit, room // len(unit) + 1)
+        place = round(room * depth / len(unit)) * len(unit)  # between two rounds of the noise, not inside a word
+    else:
+        if len(filler) < room:
+            raise InputError(f"--lengths {length + ANSWER_TOKENS}: the held-out text has {len(filler)} tokens only")
+        start, stream = int(rng.integers(0, len(filler) - room + 1)), filler
+        place = round(room * depth)
+    hay = stream[start : start + room].tolist()
+    place = min(place, room)
+    return task + hay[:place] + hidden + hay[place:] + question
