@@ -1,0 +1,78 @@
+"""Megatron's indexed dataset on disk: PREFIX.bin holds the tokens, PREFIX.idx where each document begins.
+
+Written here, byte for byte as megatron.core's IndexedDatasetBuilder does (a test compares them), so that
+worker processes need neither torch nor Megatron; read here only as far as checks before a run need it.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.files import read_json
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
+_TOKEN_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16")
+
+
+def path_of(prefix: Path | str, suffix: str) -> Path:
+    """PREFIX + suffix; a dot in the prefix's own name stays."""
+    return Path(f"{prefix}{suffix}")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype that Megatron stores tokens of such a vocabulary in."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def write_idx(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Write the index of a .bin file whose documents have these `lengths` (tokens), one sequence each."""
+    lengths = np.asarray(lengths, dtype=np.int32)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    with open(path, "wb") as file:
+        file.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype.name], len(lengths), len(lengths) + 1))
+        file.write(lengths.tobytes())
+        file.write(((ends - lengths) * dtype.itemsize).tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an .idx says: `lengths` int32 [sequences] in tokens, the tokens' dtype, a digest of the file."""
+
+    lengths: np.ndarray
+    dtype: np.dtype
+    digest: str
+
+
+def read_idx(prefix: Path | str) -> Index:
+    """Read and check PREFIX.idx against PREFIX.bin.  Raises InputError for a missing, foreign or cut file."""
+    idx, bin_ = path_of(prefix, ".idx"), path_of(prefix, ".bin")
+    for path in (idx, bin_):
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; tools/prepare_data.py --out {prefix} makes .bin and .idx")
+    content = idx.read_bytes()
+    if len(content) < _HEADER.size or not content.startswith(_MAGIC):
+        raise InputError(f"{idx}: not an index of Megatron's indexed dataset; make it again with tools/prepare_data.py")
+    _, version, code, sequences, documents = _HEADER.unpack_from(content)
+    name = {code: name for name, code in _CODES.items()}.get(code)
+    if version != 1 or name not in _TOKEN_DTYPES:
+        raise InputError(f"{idx}: version {version} with dtype code {code} does not hold tokens")
+    if len(content) < _HEADER.size + 12 * sequences + 8 * documents:
+        raise InputError(f"{idx}: cut short; make it again with tools/prepare_data.py")
+    lengths = np.frombuffer(content, dtype=np.int32, count=sequences, offset=_HEADER.size)
+    expected = int(lengths.sum(dtype=np.int64)) * np.dtype(name).itemsize
+    if bin_.stat().st_size != expected:
+        raise InputError(f"{bin_}: {bin_.stat().st_size} bytes where {idx.name} expects {expected}; make both again")
+    return Index(lengths, np.dtype(name), hashlib.sha256(content).hexdigest())
+
+
+def read_manifest(prefix: Path | str) -> dict | None:
+    """PREFIX.json as tools/prepare_data.py wrote it; None for a dataset made by another tool."""
+    path = path_of(prefix, ".json")
+    return read_json(path, "a dataset manifest") if path.exists() else None
