@@ -184,7 +184,7 @@ def _prepare(name: str, source: Path, knobs: Knobs) -> Step:
             *["python", "tools/prepare_data.py", "--input", str(source), "--tokenizer", str(knobs.model)],
             *["--out", str(prefix)],
         ],
-        [prefix.with_name(f"{name}.bin"), prefix.with_name(f"{name}.idx")],
+        [prefix.with_name(f"{name}{suffix}") for suffix in (".bin", ".idx", ".json")],
     )
 
 
