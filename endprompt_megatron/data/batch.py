@@ -1,0 +1,71 @@
+"""A rank's micro-batches: its own samples in the order of the run, stacked, and sliced for context parallelism.
+
+All tensor- and pipeline-parallel ranks of one data-parallel rank read the same samples; nothing is
+broadcast.  Everything stays on the CPU.
+"""
+
+import torch
+
+from endprompt_megatron.errors import InputError
+
+KEYS = ("tokens", "labels", "position_ids", "loss_weights", "prompt_mask")
+
+
+def zigzag_slice(tensor: torch.Tensor, cp_rank: int, cp_size: int, dim: int) -> torch.Tensor:
+    """This rank's share of a sequence under context parallelism, Megatron's way.
+
+    The sequence (`dim`) is cut into 2*cp_size chunks and rank r takes chunks r and 2*cp_size-1-r: under
+    causal attention every rank then has the same work.  Identity for cp_size 1.  Raises ValueError if
+    2*cp_size does not divide the length.
+    """
+    if cp_size == 1:
+        return tensor
+    length = tensor.shape[dim]
+    if length % (2 * cp_size):
+        raise ValueError(f"2 x context parallel size = {2 * cp_size} does not divide the sequence length {length}")
+    chunks = tensor.chunk(2 * cp_size, dim=dim)
+    return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=dim)
+
+
+class MicroBatches:
+    """Iterator over one rank's micro-batches; `consumed_samples` is where the run stands, over all ranks.
+
+    Micro-batch m gives data-parallel rank r the samples consumed + (m * dp_size + r) * micro_batch_size + [0 ..
+    micro_batch_size).  Each is a dict of the sample's tensors stacked to [b, s] (s / cp_size under context
+    parallelism).  Raises InputError past the end of the dataset: a run asks for as many samples as it needs.
+    """
+
+    def __init__(
+        self,
+        dataset: torch.utils.data.Dataset,
+        consumed_samples: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        cp_rank: int = 0,
+        cp_size: int = 1,
+    ) -> None:
+        if not (0 <= dp_rank < dp_size and 0 <= cp_rank < cp_size):
+            raise ValueError(f"data rank {dp_rank} of {dp_size}, context rank {cp_rank} of {cp_size}")
+        self._dataset = dataset
+        self._next = consumed_samples + dp_rank * micro_batch_size
+        self._size, self._stride = micro_batch_size, micro_batch_size * dp_size
+        self._cp_rank, self._cp_size = cp_rank, cp_size
+
+    def __iter__(self) -> "MicroBatches":
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        first, last = self._next, self._next + self._size - 1
+        if last >= len(self._dataset):
+            raise InputError(
+                f"sample {last} was asked for and the dataset was built with {len(self._dataset)}: the run is longer "
+                "than it was when the data was set up"
+            )
+        samples = [self._dataset[index] for index in range(first, first + self._size)]
+        self._next += self._stride
+        # A blend adds dataset_id, which is no tensor of the model's.
+        return {
+            key: zigzag_slice(torch.stack([sample[key] for sample in samples]), self._cp_rank, self._cp_size, dim=1)
+            for key in KEYS
+        }

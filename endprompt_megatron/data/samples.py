@@ -1,0 +1,109 @@
+"""One physical sequence from context tokens and an end prompt: tokens, labels, positions, loss weights.
+
+Everything about a sample except where its context comes from.  dataset.py reads the context from disk; a
+packed row would be several of these beside each other.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.positions import (
+    PROMPT_STREAM,
+    RANDOM,
+    WITH_PROMPT,
+    generator,
+    position_ids,
+    segment_lengths,
+)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What samples with the same prompt have in common; `positions` is None where they are drawn."""
+
+    context_len: int
+    prompt: np.ndarray  # [b] int64
+    weights: torch.Tensor  # [s] float32
+    prompt_mask: torch.Tensor  # [s] bool
+    positions: torch.Tensor | None  # [s] int64
+
+
+class SampleBuilder:
+    """Builds sample `index` from its context tokens.  Pure: the same (context, index) gives the same sample.
+
+    `context_len` is the longest context that a sample takes: with prompts of different lengths a sample
+    with a longer prompt takes fewer tokens, so that all have `length` = a + b.  Raises InputError (naming
+    the recipe's keys) where the method, the lengths and the prompts do not go together.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        physical_len: int,
+        target_len: int,
+        prompts: list[list[int]],
+        prompt_loss_weight: float,
+        seed: int,
+        chunks: int = 2,
+    ) -> None:
+        self._method, self._target, self._seed, self._chunks = method, target_len, seed, chunks
+        if not 0 <= seed < 2**32:
+            raise InputError(f"train.seed={seed} should lie between 0 and {2**32 - 1}")
+        if method in WITH_PROMPT and not prompts:
+            raise InputError(f"context.prompts is empty; {method} needs at least one end prompt")
+        used = prompts if method in WITH_PROMPT else [[]]
+        try:
+            self._forms = [self._form(prompt, physical_len, prompt_loss_weight) for prompt in used]
+        except ValueError as error:
+            raise InputError(f"context.method={method}: {error}") from None
+        self.context_len = max(form.context_len for form in self._forms)
+        self.length = len(self._forms[0].weights)
+        self.highest_prompt_id = max((max(prompt) for prompt in used if prompt), default=-1)
+
+    def _form(self, prompt: list[int], physical_len: int, prompt_loss_weight: float) -> _Form:
+        a, b = segment_lengths(self._method, physical_len, len(prompt), self._target)
+        weights, mask = torch.ones(a + b), torch.zeros(a + b, dtype=torch.bool)
+        # The target at i is token i + 1: the prompt's first token is the target of the last context token.
+        weights[a - 1 :], mask[a - 1 :] = prompt_loss_weight, True
+        weights[-1], mask[-1] = 0.0, False
+        positions = torch.from_numpy(self._positions(a, b, 0))
+        return _Form(a, np.array(prompt, dtype=np.int64), weights, mask, None if self._method in RANDOM else positions)
+
+    def _positions(self, a: int, b: int, index: int) -> np.ndarray:
+        return position_ids(self._method, a, b, self._target, index=index, seed=self._seed, chunks=self._chunks)
+
+    def prompt_number(self, index: int) -> int:
+        """Which of the prompts sample `index` ends with, drawn uniformly and purely in (seed, index)."""
+        if len(self._forms) == 1:
+            return 0
+        return int(generator(self._seed, index, PROMPT_STREAM).integers(len(self._forms)))
+
+    def build(self, context: np.ndarray, index: int) -> dict[str, torch.Tensor]:
+        """Sample `index`; `context` holds at least its a tokens, of any integer dtype.
+
+        tokens, labels, position_ids int64 [s]; loss_weights float32 [s], the weight of the target at i;
+        prompt_mask bool [s], whether that target is a prompt token.  The last position has no target:
+        label 0, weight 0.
+        """
+        form = self._forms[self.prompt_number(index)]
+        a = form.context_len
+        tokens = np.empty(self.length, dtype=np.int64)
+        tokens[:a] = context[:a]
+        tokens[a:] = form.prompt
+        labels = np.empty(self.length, dtype=np.int64)
+        labels[:-1] = tokens[1:]
+        labels[-1] = 0
+        if form.positions is None:
+            positions = torch.from_numpy(self._positions(a, len(form.prompt), index))
+        else:
+            positions = form.positions.clone()
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(labels),
+            "position_ids": positions,
+            "loss_weights": form.weights.clone(),
+            "prompt_mask": form.prompt_mask.clone(),
+        }
