@@ -26,15 +26,13 @@ from endprompt_megatron.convert.layout import (
     find_checkpoint,
     iteration_dir,
     newest_iteration,
-    read_config,
     read_manifest,
-    write_config,
     write_latest,
     write_manifest,
 )
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import disk_errors
-from endprompt_megatron.shape import ModelShape, shape_of
+from endprompt_megatron.files import disk_errors, write_json
+from endprompt_megatron.shape import ModelShape, read_shape
 
 # The optimizer's state by parameter, in the parameter's own shape: any layout can load it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -85,7 +83,7 @@ def save(
             dist_checkpointing.save(state, str(staging), content_metadata=_METADATA)
         if first:
             copy_hf_files(Path(recipe.model.hf), staging / "hf")
-            write_config(staging / "hf", export_config)
+            write_json(staging / "hf" / "config.json", export_config)
             write_manifest(
                 staging,
                 step=progress.step,
@@ -136,7 +134,7 @@ def initialise(source: Path, shape: ModelShape, models: list, optimizer: Any | N
     Raises InputError if it is not a checkpoint, not complete, or of another model.
     """
     directory = find_checkpoint(source, flag=f"{where}: model.init_from")
-    held = shape_of(read_config(directory / "hf"), str(directory / "hf" / "config.json"))
+    held = read_shape(directory / "hf")
     for name in "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size tied_embeddings".split():
         if getattr(held, name) != getattr(shape, name):
             raise InputError(

@@ -1,7 +1,7 @@
 """Everything that lets Megatron-Core run without CUDA, and nothing else.
 
 Megatron-Core asks for CUDA by name in many places: it creates tensors with `device="cuda"`, copies with
-`.cuda()`, reads and sets the CUDA random state, and asserts CUDA tensors when it clips gradients.
+`.cuda()`, reads and sets the CUDA random state, and compares type names such as torch.cuda.FloatTensor.
 `install` sends each of these to the CPU.  runtime.py calls it, once, and only where there is no CUDA;
 importing this module changes nothing.
 """
@@ -50,6 +50,15 @@ def _redirect_torch() -> None:
     torch.Tensor.to = _without_cuda(torch.Tensor.to)
     torch.Tensor.new_empty = _without_cuda(torch.Tensor.new_empty)
 
+    type_of = torch.Tensor.type
+
+    def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The type's name as it would be on a GPU: the distributed optimizer accepts no other."""
+        found = type_of(self, *args, **kwargs)
+        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) and self.is_cpu else found
+
+    torch.Tensor.type = cuda_type
+
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.device_count = lambda: 1
@@ -79,20 +88,8 @@ def _without_cuda(function: Any) -> Any:
 
 def _redirect_megatron() -> None:
     import megatron.core.optimizer as optimizer_package
-    from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.tensor_parallel import random
 
-    def clip_by_total_norm(
-        parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
-    ) -> None:
-        """Megatron's clip_grad_by_total_norm_fp32 without its assertion of CUDA tensors."""
-        scale = max_norm / (total_norm + 1.0e-6)
-        if scale < 1.0:
-            grads = [p.grad for p in parameters if p.grad is not None]
-            torch._foreach_mul_(grads, scale)
-
-    clip_grads.clip_grad_by_total_norm_fp32 = clip_by_total_norm
-    optimizer.clip_grad_by_total_norm_fp32 = clip_by_total_norm
     # The fused kernel of torch's AdamW runs on CPUs too: one pass over each parameter instead of about ten.
     optimizer_package.Adam = functools.partial(torch.optim.AdamW, fused=True)
     optimizer_package.CPUAdam = optimizer_package.Adam

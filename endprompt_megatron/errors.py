@@ -27,10 +27,10 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         code = main() or EXIT_DONE
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(error)
         code = EXIT_INPUT
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(error)
         code = EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -42,3 +42,13 @@ def run_cli(main: Callable[[], int | None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _complain(error: Exception) -> None:
+    """One line on stderr; of the ranks on a node, which all find the same, the first says it."""
+    local_rank = next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), "0")
+    if local_rank == "0":
+        print(f"error: {error}", file=sys.stderr)
+
+
+_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")

@@ -62,6 +62,7 @@ def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamSc
         end_wd=o.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler

@@ -118,6 +118,33 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
+def is_first() -> bool:
+    """Whether this rank is the one that writes and speaks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def announce(line: str) -> None:
+    """Print from one rank."""
+    if is_first():
+        print(line, flush=True)
+
+
+# Dense BF16 peak of a GPU in FLOP/s, from NVIDIA's data sheets; MFU is stated against it.
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_flops() -> float | None:
+    """Peak of this rank's device in FLOP/s; None where it is not known, as on CPUs."""
+    if not has_cuda():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
+
+
 def quiet_libraries() -> None:
     """Silence what third parties print on every rank and no user can act on."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")

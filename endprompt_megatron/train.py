@@ -1,0 +1,103 @@
+"""The training loop.  Read it top to bottom and you know what a run does.
+
+Build, resume, then for every step: batch, forward and backward, update, log, maybe validate, maybe save,
+maybe stop.  Everything that is about devices, files or formats is a call.
+"""
+
+import time
+from pathlib import Path
+
+from endprompt_megatron import checkpoint, runtime
+from endprompt_megatron.checkpoint import Progress
+from endprompt_megatron.config import Recipe, check
+from endprompt_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
+from endprompt_megatron.files import read_json
+
+
+def train(recipe: Recipe, where: str) -> int:
+    """Run a recipe to its end, or to a signal; returns the exit code (0 done, 75 stopped and resumable).
+
+    Raises InputError before anything is built if the recipe cannot work, and TrainingError if the loss or
+    the gradients stay non-finite.
+    """
+    shape = check(recipe, where, world_size=runtime.launched_as().world_size)
+    stop = runtime.StopSignal()
+    with stop.listening():
+        p = recipe.parallel
+        runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
+        try:
+            return _train(recipe, where, shape, stop)
+        finally:
+            runtime.finish()
+
+
+def _train(recipe: Recipe, where: str, shape, stop: runtime.StopSignal) -> int:
+    from endprompt_megatron.data.feed import Feed
+    from endprompt_megatron.model import build_model
+    from endprompt_megatron.optimizer import build_optimizer, update, wrap_models, zero_grad
+    from endprompt_megatron.record import Recorder
+    from endprompt_megatron.rope import scaled_config
+    from endprompt_megatron.step import run_batch
+    from endprompt_megatron.validate import Validation
+
+    c, t = recipe.context, recipe.train
+    export_config = scaled_config(
+        read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config"), c.rope.type, c.rope.factor, c.original, c.target, where
+    )
+    feed = Feed(recipe, where, shape)
+    models = wrap_models(build_model(shape, recipe, export_config))
+    optimizer, scheduler = build_optimizer(recipe, models)
+
+    checkpoints = recipe.run_dir / "checkpoints"
+    progress = checkpoint.resume(checkpoints, recipe, where, models, optimizer, scheduler)
+    if progress is None:
+        if recipe.model.init_from is None:
+            raise InputError(f"{where}: model.init_from is missing; give what tools/convert_hf_to_megatron.py wrote")
+        checkpoint.initialise(Path(recipe.model.init_from), shape, models, optimizer, where)
+        progress = Progress()
+    if progress.step >= t.steps:
+        runtime.announce(f"{checkpoints}: all {t.steps} steps are done already")
+        return EXIT_DONE
+
+    def save() -> None:
+        checkpoint.save(checkpoints, progress, recipe, models, optimizer, scheduler, shape, export_config)
+
+    recorder = Recorder(recipe, shape, progress)
+    validation = Validation(recipe, feed, models)
+    if t.valid_interval and progress.step == 0:
+        recorder.validated(0, validation.run())
+    nonfinite, saved = 0, progress.step
+    with recorder:
+        while progress.step < t.steps:
+            started = time.perf_counter()
+            batch = feed.global_batch(progress.consumed_samples)
+
+            zero_grad(models, optimizer)
+            losses = run_batch(models, batch, backward=True)
+            lr = optimizer.param_groups[0]["lr"]
+            grad_norm, updated = update(optimizer, losses.total, recipe.optim.grad_clip)
+            scheduler.step(increment=1)
+
+            progress.step += 1
+            progress.consumed_samples += t.global_batch_size
+            nonfinite = 0 if updated else nonfinite + 1
+            recorder.stepped(progress, losses, grad_norm, lr, time.perf_counter() - started, skipped=not updated)
+            if nonfinite >= t.max_nonfinite_steps:
+                raise TrainingError(
+                    f"{where}: loss or gradients were not finite for {nonfinite} steps in a row, the last at step "
+                    f"{progress.step} (loss {losses.total}, gradient norm {grad_norm}); the newest checkpoint is of "
+                    f"step {saved}: lower optim.lr or look at the data from there"
+                )
+
+            last = progress.step == t.steps
+            if last or (t.valid_interval and progress.step % t.valid_interval == 0):
+                recorder.validated(progress.step, validation.run())
+            signal_number = stop.agreed()
+            if last or signal_number or progress.step % recipe.checkpoint.interval == 0:
+                save()
+                saved = progress.step
+            if signal_number and not last:
+                recorder.say(f"stopped by signal {signal_number} at step {progress.step}; run again to continue")
+                return EXIT_RESUMABLE
+    return EXIT_DONE
+

@@ -1,0 +1,202 @@
+"""What the ranks of the parity tests do, and how their parts are put together again.
+
+The reassembly is written out by hand here, apart from convert/llama.py, so that a mistake in that map is
+seen and not repeated.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from endprompt_megatron.config import Recipe, load_recipe
+from endprompt_megatron.positions import position_ids, segment_lengths
+from endprompt_megatron.shape import ModelShape, read_shape
+
+PROMPT_LENS = (5, 7)
+
+
+def recipe_for(directory: Path, hf: Path, megatron: Path, *overrides: str) -> Recipe:
+    """A float32 recipe around a small model: window 64, target 256, 40 physical tokens."""
+    path = directory / "recipe.yaml"
+    if not path.exists():
+        path.write_text(
+            f"model: {{hf: {hf}, init_from: {megatron}}}\n"
+            "context: {original: 64, target: 256, physical: 40, prompt_loss_weight: 0.5}\n"
+            "data: {train: none}\n"
+            "train: {steps: 10, global_batch_size: 8}\n"
+            "optim: {lr: 1.0e-2, warmup_steps: 2, weight_decay: 0.1}\n"
+            "precision: {dtype: float32}\n"
+            f"checkpoint: {{dir: {directory / 'run'}}}\n"
+        )
+    return load_recipe(path, overrides)
+
+
+def make_samples(recipe: Recipe, vocab: int, count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """`count` samples of random tokens with the recipe's position map, [count, s] each; prompts of two lengths."""
+    generator = np.random.default_rng(seed)
+    c = recipe.context
+    rows: dict[str, list] = {key: [] for key in ("tokens", "labels", "position_ids", "loss_weights", "prompt_mask")}
+    for index in range(count):
+        a, b = segment_lengths(c.method, c.physical, PROMPT_LENS[index % 2], c.target)
+        tokens = generator.integers(0, vocab, a + b)
+        is_prompt = np.arange(1, a + b + 1) >= a if b else np.zeros(a + b, bool)
+        weights = np.where(is_prompt, c.prompt_loss_weight, 1.0).astype(np.float32)
+        weights[-1] = 0
+        rows["tokens"].append(tokens)
+        rows["labels"].append(np.append(tokens[1:], 0))
+        rows["position_ids"].append(position_ids(c.method, a, b, c.target, index=index, seed=3))
+        rows["loss_weights"].append(weights)
+        rows["prompt_mask"].append(is_prompt)
+    return {key: np.stack(value) for key, value in rows.items()}
+
+
+def build(recipe: Recipe):
+    """What train.py builds, on this rank: (shape, models, optimizer, scheduler), weights loaded."""
+    from endprompt_megatron import checkpoint, runtime
+
+    p = recipe.parallel
+    runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
+    from endprompt_megatron.model import build_model
+    from endprompt_megatron.optimizer import build_optimizer, wrap_models
+    from endprompt_megatron.rope import scaled_config
+
+    shape = read_shape(recipe.model.hf)
+    models = wrap_models(build_model(shape, recipe, exported(recipe)))
+    optimizer, scheduler = build_optimizer(recipe, models)
+    checkpoint.initialise(Path(recipe.model.init_from), shape, models, optimizer, "test")
+    return shape, models, optimizer, scheduler
+
+
+def exported(recipe: Recipe) -> dict:
+    from endprompt_megatron.rope import scaled_config
+
+    c = recipe.context
+    config = json.loads((Path(recipe.model.hf) / "config.json").read_text())
+    return scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, "test")
+
+
+def micro_batches(recipe: Recipe, samples: dict[str, np.ndarray]) -> list:
+    """This rank's micro-batches of the samples, in the order of the contract."""
+    import torch
+    from megatron.core import parallel_state
+
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    rows = recipe.train.micro_batch_size
+    count = len(samples["tokens"]) // (rows * size)
+    batches = []
+    for m in range(count):
+        start = (m * size + rank) * rows
+        batches.append({key: torch.from_numpy(value[start : start + rows]) for key, value in samples.items()})
+    return batches
+
+
+def losses_and_gradients(recipe: Recipe, samples: dict[str, np.ndarray]) -> dict:
+    """On a rank: the losses, and this rank's part of every gradient with what is needed to join it."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from endprompt_megatron.optimizer import zero_grad
+    from endprompt_megatron.step import run_batch
+
+    _, models, optimizer, _ = build(recipe)
+    zero_grad(models, optimizer)
+    losses = run_batch(models, micro_batches(recipe, samples), backward=True)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    parts = {}
+    for model in models:
+        for buffer in model.buffers:
+            for bucket in buffer.buckets:  # the distributed optimizer leaves each rank with its shard
+                shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+        layers = {layer: layer.layer_number - 1 for layer in model.module.decoder.layers}
+        for layer, number in layers.items():
+            for name, parameter in layer.named_parameters():
+                parts[f"{number}.{name}"] = parameter.main_grad.numpy().copy()
+        for name, parameter in model.module.named_parameters():
+            if not name.startswith("decoder.layers."):
+                parts[name] = parameter.main_grad.numpy().copy()
+    return {"losses": losses, "tp": parallel_state.get_tensor_model_parallel_rank(), "parts": parts}
+
+
+def join_gradients(results: list[dict], shape: ModelShape) -> dict[str, np.ndarray]:
+    """Gradients under Hugging Face's names from all ranks' parts."""
+    by_name: dict[str, dict[int, np.ndarray]] = {}
+    for result in results:
+        for name, part in result["parts"].items():
+            by_name.setdefault(name, {})[result["tp"]] = part
+    joined = {}
+    for name, parts in by_name.items():
+        joined.update(_to_hf(name, [parts[tp] for tp in sorted(parts)], shape))
+    return joined
+
+
+def _to_hf(name: str, parts: list[np.ndarray], shape: ModelShape) -> dict[str, np.ndarray]:
+    rows = np.concatenate(parts, 0)
+    if name == "embedding.word_embeddings.weight":
+        return {"model.embed_tokens.weight": rows[: shape.vocab_size]}
+    if name == "output_layer.weight":
+        return {} if shape.tied_embeddings else {"lm_head.weight": rows[: shape.vocab_size]}
+    if name == "decoder.final_layernorm.weight":
+        return {"model.norm.weight": parts[0]}
+    layer, _, kind = name.partition(".")
+    prefix = f"model.layers.{layer}."
+    if kind == "input_layernorm.weight":
+        return {prefix + "input_layernorm.weight": parts[0]}
+    if kind == "pre_mlp_layernorm.weight":
+        return {prefix + "post_attention_layernorm.weight": parts[0]}
+    if kind == "self_attention.linear_proj.weight":
+        return {prefix + "self_attn.o_proj.weight": np.concatenate(parts, 1)}
+    if kind == "mlp.linear_fc2.weight":
+        return {prefix + "mlp.down_proj.weight": np.concatenate(parts, 1)}
+    if kind == "mlp.linear_fc1.weight":
+        halves = [np.split(part, 2, 0) for part in parts]
+        return {
+            prefix + "mlp.gate_proj.weight": np.concatenate([gate for gate, _ in halves]),
+            prefix + "mlp.up_proj.weight": np.concatenate([up for _, up in halves]),
+        }
+    assert kind == "self_attention.linear_qkv.weight", name
+    d, per_group = shape.head_dim, shape.num_heads // shape.num_kv_heads
+    q, k, v = [], [], []
+    for group in np.split(rows, shape.num_kv_heads, 0):
+        q.append(group[: per_group * d])
+        k.append(group[per_group * d : (per_group + 1) * d])
+        v.append(group[(per_group + 1) * d :])
+    names = (("q", q), ("k", k), ("v", v))
+    return {prefix + f"self_attn.{letter}_proj.weight": np.concatenate(value) for letter, value in names}
+
+
+def huggingface_model(recipe: Recipe, train: bool = False):
+    """transformers' model with the config that would be exported, float32, eager attention with a full mask."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from endprompt_megatron.rope import transformers_config
+
+    return AutoModelForCausalLM.from_pretrained(
+        recipe.model.hf, config=transformers_config(exported(recipe)), dtype=torch.float32
+    ).train(train)
+
+
+def huggingface_loss(model, samples: dict[str, np.ndarray]):
+    """The same loss by transformers, one sample at a time: (total with graph, context mean, prompt mean)."""
+    import torch
+
+    total = torch.zeros(())
+    sums = {False: [0.0, 0], True: [0.0, 0]}
+    for row in range(len(samples["tokens"])):
+        sample = {key: torch.from_numpy(value[row : row + 1]) for key, value in samples.items()}
+        logits = model(
+            sample["tokens"],
+            position_ids=sample["position_ids"],
+            attention_mask=torch.ones_like(sample["tokens"]),
+            use_cache=False,
+        ).logits
+        losses = torch.nn.functional.cross_entropy(logits[0], sample["labels"][0], reduction="none")
+        total = total + (losses * sample["loss_weights"][0]).sum()
+        for is_prompt, acc in sums.items():
+            chosen = (sample["prompt_mask"][0] == is_prompt) & (sample["loss_weights"][0] > 0)
+            acc[0] += float(losses[chosen].detach().sum())
+            acc[1] += int(chosen.sum())
+    means = [acc[0] / acc[1] if acc[1] else None for acc in (sums[False], sums[True])]
+    return total / float(samples["loss_weights"].sum()), *means

@@ -1,0 +1,69 @@
+"""Several processes for a test: a pool that stays up, so that imports are paid once.
+
+`Ranks.run(world, function, *args)` calls `function(*args)` in `world` processes that find each other as
+torchrun's would, and returns each rank's result, or raises with the traceback of the rank that failed.
+"""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+class Ranks:
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, world: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank, pipe in enumerate(self.pipes[:world]):
+            pipe.send((rank, world, port, function, args))
+        results = []
+        for rank, pipe in enumerate(self.pipes[:world]):
+            if not pipe.poll(timeout):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {world} did not answer in {timeout} s")
+            results.append(pipe.recv())
+        failures = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(results) if error]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, world, port, function, args = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        from endprompt_megatron import runtime
+
+        try:
+            answer = (None, function(*args))
+        except BaseException:
+            answer = (traceback.format_exc(), None)
+        runtime.finish()
+        pipe.send(answer)

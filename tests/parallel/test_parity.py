@@ -1,0 +1,119 @@
+"""Loss and every gradient equal Hugging Face's LLaMA, given the same tokens and position ids, in float32."""
+
+import numpy as np
+import pytest
+from parallel.cases import (
+    huggingface_loss,
+    huggingface_model,
+    join_gradients,
+    losses_and_gradients,
+    make_samples,
+    recipe_for,
+)
+from small import small_llama
+
+from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
+from endprompt_megatron.shape import read_shape
+
+SHAPES = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "odd-vocab": {"vocab_size": 321},
+    "odd-vocab-tied": {"vocab_size": 321, "tie_word_embeddings": True},
+    "head-dim": {"head_dim": 32},
+    "mistral": {"model_type": "mistral"},
+}
+LAYOUTS = {
+    "tp1-pp1": (1, []),
+    "tp2": (2, ["parallel.tensor=2"]),
+    "pp2": (2, ["parallel.pipeline=2"]),
+    "pp2-vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "tp2-dp2": (4, ["parallel.tensor=2"]),
+    "tp2-pp2-sp": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+}
+METHODS = ("end_prompt", "end_prompt_random", "end_prompt_pose", "pose", "full", "short")
+ROPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "none")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Each small model once: {name: (directory, Hugging Face, Megatron)}."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            directory = tmp_path_factory.mktemp(name)
+            small_llama(directory / "hf", **SHAPES[name])
+            convert_hf_to_megatron(directory / "hf", directory / "megatron")
+            made[name] = (directory, directory / "hf", directory / "megatron")
+        return made[name]
+
+    return get
+
+
+def compare(ranks, models, shape_name, layout, *overrides, rows=8):
+    world, keys = LAYOUTS[layout]
+    recipe = recipe_for(*models(shape_name), *keys, *overrides)
+    shape = read_shape(recipe.model.hf)
+    samples = make_samples(recipe, shape.vocab_size, rows)
+    results = ranks.run(world, losses_and_gradients, recipe, samples)
+
+    model = huggingface_model(recipe)
+    total, context, prompt = huggingface_loss(model, samples)
+    total.backward()
+    for result in results:
+        ours = result["losses"]
+        assert ours.total == pytest.approx(total.item(), rel=1e-5)
+        assert ours.context == pytest.approx(context, rel=1e-5)
+        assert ours.prompt is prompt is None or ours.prompt == pytest.approx(prompt, rel=1e-5)
+    gradients = join_gradients(results, shape)
+    expected = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    assert set(gradients) == set(expected)
+    for name, reference in expected.items():
+        error = np.linalg.norm(gradients[name] - reference) / np.linalg.norm(reference)
+        assert error < 1e-4, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_equal_huggingface_in_layout(ranks, models, layout):
+    compare(ranks, models, "gqa", layout)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_equal_huggingface_with_method(ranks, models, method):
+    overrides = [f"context.method={method}"] + (["context.physical=256"] if method == "full" else [])
+    compare(ranks, models, "gqa", "tp2-pp2-sp", *overrides)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("layout", ["tp1-pp1", "pp2"])
+def test_gradients_equal_huggingface_with_rope(ranks, models, rope, layout):
+    compare(ranks, models, "gqa", layout, f"context.rope.type={rope}")
+
+
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name != "gqa"])
+@pytest.mark.parametrize("layout", ["tp1-pp1", "tp2-pp2-sp"])
+def test_gradients_equal_huggingface_with_shape(ranks, models, shape, layout):
+    compare(ranks, models, shape, layout)
+
+
+@pytest.mark.parametrize("layout", ["tp1-pp1", "pp2", "tp2-pp2-sp"])
+def test_gradients_equal_huggingface_with_micro_batch_of_three(ranks, models, layout):
+    compare(
+        ranks,
+        models,
+        "gqa",
+        layout,
+        "train.micro_batch_size=3",
+        "train.global_batch_size=6",
+        "context.method=end_prompt_random",
+        rows=6,
+    )
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("layout", ["tp1-pp1", "tp2-pp2-sp"])
+def test_gradients_equal_huggingface_with_recompute(ranks, models, recompute, layout):
+    compare(ranks, models, "gqa", layout, f"parallel.recompute={recompute}", "train.micro_batch_size=2")

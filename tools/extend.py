@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""Train a recipe: extend the context window of a converted checkpoint."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from endprompt_megatron.errors import run_cli  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Starts under torchrun, srun or mpirun, or by itself with --processes. SIGTERM, SIGUSR1 and SIGUSR2 "
+        "lead to a checkpoint and exit code 75; the same command then continues. Exit codes: 0 done, 2 wrong input, "
+        "75 stopped and resumable, 1 anything else.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100 parallel.pipeline=2")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="start N ranks on this machine")
+    args = parser.parse_args()
+
+    from endprompt_megatron.config import check, load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.processes > 1 and "RANK" not in os.environ:
+        from endprompt_megatron.launch import spawn
+
+        # Said once, here, and not once a rank.
+        check(recipe, args.recipe, world_size=args.processes)
+        return spawn([__file__, args.recipe, *args.overrides, "--processes", str(args.processes)], args.processes)
+    from endprompt_megatron.train import train
+
+    return train(recipe, args.recipe)
+
+
+if __name__ == "__main__":
+    run_cli(main)
