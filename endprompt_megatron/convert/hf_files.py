@@ -4,11 +4,14 @@ Both the single model.safetensors and shards with an index.  Writing does not go
 library, which wants all tensors of a file in memory: the format is a length, a JSON header and raw bytes.
 """
 
+import contextlib
 import json
+import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -109,20 +112,36 @@ def write_weights(
     `read` gives the tensors of a piece, in the order of `piece.hf`; one piece is held at a time.  `advance` is
     called with the bytes written.
     """
-    size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
-    tensors = [(name, sizes, size * torch.Size(sizes).numel()) for piece in pieces for name, sizes in piece.hf]
-    shards = _shards(tensors, max_shard_bytes)
-    stream = (tensor for piece in pieces for tensor in read(piece))
+    size = getattr(torch, dtype).itemsize
+    tensors = [(name, sizes, size * math.prod(sizes)) for piece in pieces for name, sizes in piece.hf]
+    shards = _shards(sorted(tensors, key=_natural), max_shard_bytes)
     names = [SINGLE]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(directory / name, shard, dtype, stream, advance)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(directory / name, "wb")) for name in names]
+        places = {}  # tensors come in the model's order and go each to its place
+        for file, shard in zip(files, shards, strict=True):
+            places |= {name: (file, position) for name, position in _write_header(file, shard, dtype).items()}
+        for piece in pieces:
+            for (name, _), tensor in zip(piece.hf, read(piece), strict=True):
+                file, position = places[name]
+                file.seek(position)
+                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+                advance(tensor.nbytes)
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
     if len(shards) > 1:
         total = sum(count for _, _, count in tensors)
         placed = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor, _, _ in shard}
         metadata = {"total_parameters": total // size, "total_size": total}
         write_json(directory / INDEX, {"metadata": metadata, "weight_map": dict(sorted(placed.items()))})
+
+
+def _natural(tensor: tuple) -> list[tuple[int, object]]:
+    """The order in which transformers 5 fills shards: by name, numbers as numbers."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in tensor[0].split(".")]
 
 
 def _shards(tensors: list[tuple], max_bytes: int) -> list[list[tuple]]:
@@ -141,25 +160,17 @@ def _shards(tensors: list[tuple], max_bytes: int) -> list[list[tuple]]:
     return [*shards, current] if current else shards
 
 
-def _write_file(
-    path: Path, shard: list[tuple], dtype: str, stream: Iterator[torch.Tensor], advance: Callable[[int], None]
-) -> None:
-    # The safetensors library lays tensors out by name; they come in the model's order, so each is put in its place.
+def _write_header(file: BinaryIO, shard: list[tuple], dtype: str) -> dict[str, int]:
+    """Write length and header of a safetensors file; returns where in the file each tensor's bytes begin."""
     header, places, position = {"__metadata__": {"format": "pt"}}, {}, 0
-    for name, sizes, count in sorted(shard):
+    for name, sizes, count in sorted(shard):  # the safetensors library lays tensors of one dtype out by name
         header[name] = {"dtype": _CODE_OF[dtype], "shape": list(sizes), "data_offsets": [position, position + count]}
         places[name] = position
         position += count
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, _, count in shard:
-            file.seek(8 + len(text) + places[name])
-            file.write(next(stream).contiguous().view(torch.uint8).numpy().data)
-            advance(count)
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(struct.pack("<Q", len(text)) + text)
+    return {name: 8 + len(text) + place for name, place in places.items()}
 
 
 def _first_line(error: Exception) -> str:

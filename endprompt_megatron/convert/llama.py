@@ -41,7 +41,7 @@ class Row:
 LAYERS = "decoder.layers."
 _HF_LAYERS = "model.layers.{}."
 
-# In the order of a Hugging Face state dict: exported shards and their index then equal those of transformers.
+# In the order of a Hugging Face model.
 ROWS = (
     Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocab hidden"}),
     Row(
@@ -104,7 +104,7 @@ class Piece:
 
 
 def pieces(shape: ModelShape) -> Iterator[Piece]:
-    """All pieces of the model, in the order of a Hugging Face state dict.  The vocabulary is not padded."""
+    """All pieces of the model, layer by layer.  The vocabulary is not padded."""
     for per_layer, rows in itertools.groupby(ROWS, key=lambda row: row.per_layer):
         block = [row for row in rows if not (row.if_untied and shape.tied_embeddings)]
         for layer in range(shape.num_layers) if per_layer else [None]:

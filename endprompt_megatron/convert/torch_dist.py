@@ -28,7 +28,7 @@ from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import write_json
 
 # What megatron.core.dist_checkpointing.core.CheckpointingConfig("torch_dist", 1) writes.
-_FORMAT = {
+FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -63,7 +63,7 @@ def write(directory: Path, tensors: list[Stored], objects: dict[str, object]) ->
         results = writer.write_data(planner.finish_plan(plan), planner).wait()
         writer.finish(metadata, [results])
         torch.save({}, directory / "common.pt")
-        write_json(directory / "metadata.json", _FORMAT)
+        write_json(directory / "metadata.json", FORMAT)
 
 
 class _SavePlanner(DefaultSavePlanner):
