@@ -139,6 +139,18 @@ class TransformersEngine:
                     hidden, _ = self._step(torch.tensor([[choice]], device=self.device), cache, length + place)
         return Answer(generated, logprobs, ranks)
 
+    def describe(self) -> dict:
+        """What was measured, for results.json."""
+        return {
+            "path": str(self.directory),
+            "parameters": self.shape.parameters,
+            "window": self.shape.window,
+            "rope": self.rope,
+            "dtype": self.dtype,
+            "device": str(self.device),
+            "load_seconds": round(self.load_seconds, 2),
+        }
+
     def _checked(self, tokens: np.ndarray) -> "torch.Tensor":
         """Tokens on the device, [b, s].  Raises InputError for an id the model does not have."""
         import torch
@@ -154,7 +166,7 @@ class TransformersEngine:
             )
         return torch.as_tensor(tokens, device=self.device)
 
-    def _read(self, tokens, position_ids, *, keep: int, cached: bool = False):  # noqa: ANN001, ANN202
+    def _read(self, tokens, position_ids, *, keep: int, cached: bool = False):
         """Final hidden states of the last `keep` tokens [b, keep, hidden], and the KV cache if one was used."""
         import torch
         from transformers import DynamicCache
@@ -171,7 +183,7 @@ class TransformersEngine:
             kept.append(hidden[:, max(0, length - keep - start) :])
         return (kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)), cache
 
-    def _step(self, tokens, cache, start: int, position_ids=None):  # noqa: ANN001, ANN202
+    def _step(self, tokens, cache, start: int, position_ids=None):
         """Hidden states of `tokens` [b, n], which follow `start` tokens that are in the cache."""
         import torch
 
@@ -187,7 +199,7 @@ class TransformersEngine:
         )
         return output.last_hidden_state, cache
 
-    def _score(self, hidden, targets):  # noqa: ANN001, ANN202
+    def _score(self, hidden, targets):
         """Log probability (float32) and rank (int64) of `targets` [b, n] given hidden states [b, n, hidden]."""
         import torch
 
@@ -198,7 +210,9 @@ class TransformersEngine:
             logits = self.model.lm_head(rows[start : start + 512]).float()
             of_truth = logits.gather(1, truth[start : start + 512, None])
             logprobs.append(of_truth[:, 0] - logits.logsumexp(dim=-1))
-            ranks.append((logits > of_truth).sum(dim=-1))
+            # Equal logits are common in bfloat16; greedy decoding takes the first of them.
+            earlier = torch.arange(logits.shape[1], device=self.device) < truth[start : start + 512, None]
+            ranks.append(((logits > of_truth) | ((logits == of_truth) & earlier)).sum(dim=-1))
         logprobs = torch.cat(logprobs) if logprobs else rows.new_zeros(0, dtype=torch.float32)
         ranks = torch.cat(ranks) if ranks else truth.new_zeros(0)
         if not bool(torch.isfinite(logprobs).all()):
@@ -216,7 +230,7 @@ class TransformersEngine:
             rotary.max_seq_len_cached = rotary.original_max_seq_len
 
 
-def _load(directory: Path, dtype: "torch.dtype"):  # noqa: ANN202
+def _load(directory: Path, dtype: "torch.dtype"):
     """The model in eval dtype.  Raises InputError for missing or broken weights."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM

@@ -6,6 +6,7 @@ better with length; one past its window collapses.
 By position: every token of the longest input, in equal buckets.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -62,7 +63,7 @@ def _buckets(losses: np.ndarray) -> list[dict]:
     """`losses` [windows, s-1]: the loss at column i is that of the token at position i + 1."""
     edges = np.linspace(0, losses.shape[1] + 1, min(BUCKETS, losses.shape[1]) + 1).round().astype(int)
     result = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         columns = losses[:, max(start, 1) - 1 : end - 1]
         if columns.shape[1]:
             means = columns.mean(axis=1, dtype=np.float64).tolist()

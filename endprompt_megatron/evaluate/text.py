@@ -31,10 +31,8 @@ def held_out(source: Path | str, tokenizer: Tokenizer) -> HeldOut:
     A prefix's ids are taken as they are, so they must come from the same tokenizer.  Raises InputError.
     """
     path = Path(source)
-    if path.with_name(path.name + ".idx").is_file():
-        tokens = _indexed(path)
-    else:
-        tokens = _plain(path, tokenizer)
+    prepared = path.with_name(path.name + ".idx").is_file()
+    tokens = _indexed(path) if prepared else _plain(path, tokenizer)
     return HeldOut(tokens, str(path), hashlib.sha256(tokens.tobytes()).hexdigest())
 
 
@@ -89,7 +87,6 @@ def windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
             f"--windows {count}: the held-out text has {len(tokens)} tokens, enough for {fits} of {length}; "
             f"use --windows {fits} or give a longer --text"
         )
-    starts = np.linspace(0, len(tokens) - length, count + 2)[1:-1] if count * length * 2 < len(tokens) else None
-    if starts is None:
-        starts = np.arange(count) * (len(tokens) // count)
-    return np.stack([tokens[int(start) : int(start) + length] for start in starts])
+    slot = len(tokens) / count  # each window stands in the middle of its share of the text
+    starts = [int((index + 0.5) * slot - length / 2) for index in range(count)]
+    return np.stack([tokens[start : start + length] for start in starts])
