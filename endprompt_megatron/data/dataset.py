@@ -240,7 +240,7 @@ def _check_long_enough(config: EndPromptDatasetConfig, blends: list, indices: di
                 if valid_samples:
                     parts[" for validation"] = config.split_matrix[1]
             for part, (begin, end) in parts.items():
-                documents = lengths[int(round(begin * len(lengths))) : int(round(end * len(lengths)))]
+                documents = lengths[round(begin * len(lengths)) : round(end * len(lengths))]
                 tokens = int(documents.sum(dtype=np.int64))
                 if tokens < config.sequence_length:
                     raise InputError(

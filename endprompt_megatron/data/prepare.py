@@ -80,7 +80,7 @@ def prepare(
     workers = workers or _cpus()
     with _plan(inputs, tokenizer, out, Reading(text_field, split_blank_lines), bos, eos) as (job, pieces, loaded):
         with Progress("tokenising", sum(piece.work for piece in pieces)) as progress:
-            if min(workers, len(pieces)) == 1:
+            if min(workers, len(pieces)) <= 1:
                 parts = {}
                 for number, piece in enumerate(pieces):
                     parts[number] = tokenise_piece(job, number, piece, loaded)

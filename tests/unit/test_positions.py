@@ -1,0 +1,199 @@
+"""The position maps and their coverage, against the paper's formulas and a count by brute force."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from endprompt_megatron.positions import (
+    METHODS,
+    RANDOM,
+    WITH_PROMPT,
+    counts_of_bends,
+    distance_bends,
+    distance_counts,
+    gaps,
+    position_ids,
+    segment_lengths,
+    supervised_distances,
+    supervised_ranges,
+)
+
+
+@st.composite
+def cases(draw, methods=METHODS):
+    """(method, a, b, L, keywords) that the method can place."""
+    method = draw(st.sampled_from(methods))
+    target = draw(st.integers(8, 400))
+    chunks = draw(st.integers(1, 4))
+    if method == "full":
+        a, b = target, 0
+    elif method in WITH_PROMPT:
+        b = draw(st.integers(chunks if method == "end_prompt_pose" else 1, target - 1))
+        a = draw(st.integers(1, target - b))
+    else:
+        a, b = draw(st.integers(chunks, target)), 0
+    return (
+        method,
+        a,
+        b,
+        target,
+        {"index": draw(st.integers(0, 2**40)), "seed": draw(st.integers(0, 2**32 - 1)), "chunks": chunks},
+    )
+
+
+def brute_force_counts(positions: np.ndarray, target: int) -> np.ndarray:
+    distances = np.subtract.outer(positions, positions)[np.tril_indices(len(positions))]
+    return np.bincount(distances, minlength=target)
+
+
+@settings(deadline=None, max_examples=300)
+@given(cases())
+def test_positions_are_strictly_increasing_inside_the_window_and_pure(case):
+    method, a, b, target, keywords = case
+    positions = position_ids(method, a, b, target, **keywords)
+    assert positions.dtype == np.int64
+    assert positions.shape == (a + b,)
+    assert positions[0] == 0
+    assert positions[-1] < target
+    assert (np.diff(positions) >= 1).all()
+    np.random.seed(1)  # a map that drew from global state would now differ
+    np.testing.assert_array_equal(positions, position_ids(method, a, b, target, **keywords))
+
+
+@settings(deadline=None, max_examples=200)
+@given(cases(methods=WITH_PROMPT))
+def test_the_context_is_untouched_and_contiguous(case):
+    method, a, b, target, keywords = case
+    np.testing.assert_array_equal(position_ids(method, a, b, target, **keywords)[:a], np.arange(a))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_end_prompt_equals_the_formula_and_supervises_exactly_the_papers_distances(data):
+    target = data.draw(st.integers(2, 400))
+    b = data.draw(st.integers(1, target - 1))
+    a = data.draw(st.integers(1, target - b))
+    positions = position_ids("end_prompt", a, b, target)
+    assert positions.tolist() == [i if i < a else target - b + (i - a) for i in range(a + b)]
+    # Equations 8 and 9: [0, a-1] from the context, [L-a-b+1, L-1] from prompt to context; [0, b-1] inside the prompt.
+    expected = set(range(a)) | set(range(b)) | set(range(target - a - b + 1, target))
+    ranges = supervised_distances(positions, target)
+    assert {d for first, last in ranges for d in range(first, last + 1)} == expected
+    gap = set(range(max(a, b), target - a - b + 1))
+    assert {d for first, last in gaps(distance_counts(positions, target)) for d in range(first, last + 1)} == gap
+
+
+@pytest.mark.parametrize(("a", "b", "target"), [(8181, 11, 65536), (8174, 18, 65536), (8182, 10, 131072)])
+def test_the_published_setting_supervises_two_ranges_and_leaves_one_gap(a, b, target):
+    counts = distance_counts(position_ids("end_prompt", a, b, target), target)
+    assert supervised_ranges(counts) == [(0, a - 1), (target - a - b + 1, target - 1)]
+    assert gaps(counts) == [(a, target - a - b)]
+    assert counts.sum() == (a + b) * (a + b + 1) // 2
+    assert counts[target - 1] == 1  # the last query and the first key: an anchor one short would give 0
+    assert counts[0] == a + b
+
+
+@settings(deadline=None, max_examples=300)
+@given(cases())
+def test_counts_equal_brute_force(case):
+    method, a, b, target, keywords = case
+    positions = position_ids(method, a, b, target, **keywords)
+    np.testing.assert_array_equal(distance_counts(positions, target), brute_force_counts(positions, target))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.sets(st.integers(0, 99), min_size=1), st.sets(st.integers(0, 99), min_size=1))
+def test_counts_of_any_increasing_positions_equal_brute_force_and_add_up(first, second):
+    arrays = [np.array(sorted(positions)) for positions in (first, second)]
+    expected = sum(brute_force_counts(positions, 100) for positions in arrays)
+    np.testing.assert_array_equal(counts_of_bends(sum(distance_bends(p, 100) for p in arrays)), expected)
+
+
+def test_random_prompt_starts_everywhere_from_a_to_the_end():
+    a, b, target = 5, 3, 16
+    starts = [position_ids("end_prompt_random", a, b, target, index=i, seed=7)[a:] for i in range(600)]
+    assert {int(prompt[0]) for prompt in starts} == set(range(a, target - b + 1))
+    assert all((np.diff(prompt) == 1).all() for prompt in starts)
+    frequency = np.bincount([prompt[0] for prompt in starts], minlength=target)[a : target - b + 1]
+    assert frequency.min() > 600 / 9 * 0.6  # uniform over 9 starts
+
+
+def test_chunks_of_the_prompt_reach_both_ends_and_skip_between_them():
+    a, b, target = 6, 4, 20
+    prompts = [position_ids("end_prompt_pose", a, b, target, index=i, seed=3, chunks=2)[a:] for i in range(800)]
+    assert {int(prompt[-1]) for prompt in prompts} == set(range(a + b - 1, target))
+    jumps = [int((np.diff(prompt) > 1).sum()) for prompt in prompts]
+    assert set(jumps) == {0, 1}  # two chunks, one skip between them, sometimes of nothing
+    assert min(int(prompt[0]) for prompt in prompts) == a
+    assert max(int(prompt[0]) for prompt in prompts) == target - b
+
+
+def test_pose_with_two_chunks_follows_the_published_ranges():
+    c, target = 9, 30
+    splits, shifts = set(), set()
+    for index in range(3000):
+        positions = position_ids("pose", c, 0, target, index=index, seed=5, chunks=2)
+        shift = int(positions[-1]) - (c - 1)
+        shifts.add(shift)
+        if shift > 0:
+            splits.add(int(np.flatnonzero(np.diff(positions) > 1)[0]) + 1)
+    assert splits == set(range(1, (c + 1) // 2 + 1))  # r1 ~ U{1 .. floor((c+1)/2)}
+    assert shifts == set(range(target - c + 1))  # u ~ U{0 .. T-c}
+
+
+@pytest.mark.parametrize("method", RANDOM)
+def test_random_maps_depend_on_index_and_on_seed(method):
+    a, b = (40, 0) if method == "pose" else (30, 10)
+    draws = {
+        (seed, index): tuple(position_ids(method, a, b, 4000, index=index, seed=seed))
+        for seed in (1, 2)
+        for index in range(20)
+    }
+    assert len(draws) > 35
+
+
+def test_maps_without_chance_ignore_index_and_seed():
+    for method in set(METHODS) - set(RANDOM):
+        a, b = (50, 0) if method == "full" else (20, 0) if method == "short" else (20, 5)
+        first = position_ids(method, a, b, 50, index=1, seed=1)
+        np.testing.assert_array_equal(first, position_ids(method, a, b, 50, index=2, seed=9))
+
+
+def test_draws_stay_what_they_are():
+    """A changed draw changes every run that is resumed: these numbers may only move with a reason."""
+    assert position_ids("end_prompt_random", 5, 3, 1000, index=3, seed=42)[5] == 206
+    assert position_ids("pose", 8, 0, 1000, index=3, seed=42).tolist() == [0, 708, 709, 710, 711, 712, 713, 714]
+
+
+def test_segment_lengths():
+    assert segment_lengths("end_prompt", 8192, 11, 65536) == (8181, 11)
+    assert segment_lengths("end_prompt_pose", 100, 20, 1000) == (80, 20)
+    assert segment_lengths("short", 8192, 11, 65536) == (8192, 0)
+    assert segment_lengths("pose", 8192, 11, 65536) == (8192, 0)
+    assert segment_lengths("full", 65536, 11, 65536) == (65536, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nosuch", 4, 2, 16), "unknown method"),
+        (("end_prompt", 10, 7, 16), "do not fit"),
+        (("end_prompt", 10, 0, 16), "needs"),
+        (("pose", 8, 2, 16), "has no"),
+        (("full", 8, 0, 16), "whole window"),
+        (("pose", 1, 0, 16), "cannot be split"),
+        (("end_prompt_pose", 8, 1, 16), "cannot be split"),
+    ],
+)
+def test_what_cannot_be_placed_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        position_ids(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("end_prompt", 8, 8, 16), ("end_prompt", 20, 4, 16), ("end_prompt", 8, 0, 16), ("nosuch", 8, 2, 16)]
+)
+def test_impossible_segments_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"leaves no context|does not fit|at least 1 token|unknown method"):
+        segment_lengths(*arguments)

