@@ -1,6 +1,5 @@
 """The model card of an exported model: what the manifest and its recipe say, and nothing else."""
 
-import re
 from pathlib import PurePath
 
 from endprompt_megatron.shape import ModelShape
@@ -38,16 +37,15 @@ _ROWS = (
 def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
     """README.md with front matter.  A checkpoint without a recipe was converted and not trained: the card says so."""
     recipe = manifest["recipe"]
-    base = _value(recipe, "model.hf") or manifest["source"]
+    # Where it lay on someone's disk is of no use to a reader; a relative name may be that of a hub.
+    base = str(_value(recipe, "model.hf") or manifest["source"])
+    name = PurePath(base).name if base.startswith(("/", ".", "~")) else base
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not str(base).startswith("."):
-        lines.append(f"base_model: {base}")
-    name = base if f"base_model: {base}" in lines else PurePath(str(base)).name
     method = _value(recipe, "context.method")
     if recipe:
         lines += ["tags:", "- long-context", f"- {str(method or 'endprompt').replace('_', '-')}"]
     target = _value(recipe, "context.target")
-    title = f"# {name}, extended to {target} tokens" if target else f"# {name}"
+    title = f"# {PurePath(base).name}" + (f", extended to {target} tokens" if target else "")
     lines += ["---", "", title, ""]
     if not recipe:
         lines += ["The weights of the source, converted to Megatron-Core and back; not trained further.", ""]

@@ -1,0 +1,63 @@
+"""What a rank does to see that Megatron's own model agrees with the conversion: load, run, save in its layout."""
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+LAYOUTS = {  # tensor, pipeline, virtual pipeline
+    "one-rank": (1, 1, 1),
+    "tp2": (2, 1, 1),
+    "pp2-vp2": (1, 2, 2),
+    "tp2-pp2": (2, 2, 1),
+}
+
+
+def reload(checkpoint: Path, hf: Path, save: Path, layout: tuple[int, int, int], dtype: str = "float32") -> Any:
+    """Load `checkpoint` through the model's sharded state dict, strictly, and save it to `save` in this layout.
+
+    Strictly: a tensor that the model asks for and the checkpoint lacks, or the other way round, is an error.
+    Returns tokens int64 [2, 24] and logits [2, 24, v] where one rank holds the whole model, otherwise None.
+    """
+    import torch
+
+    from endprompt_megatron import runtime
+    from endprompt_megatron.config import Parallel, Precision, Recipe
+    from endprompt_megatron.shape import read_shape
+
+    tensor, pipeline, virtual = layout
+    launch = runtime.start(tensor, pipeline, virtual, 1, seed=1)
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    from endprompt_megatron.model import build_model
+
+    shape = read_shape(hf)
+    parallel = Parallel(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual)
+    recipe = Recipe(parallel=parallel, precision=Precision(dtype=dtype))
+    models = build_model(shape, recipe, json.loads((hf / "config.json").read_text()))
+    state = {f"model{index}": model.sharded_state_dict() for index, model in enumerate(models)}
+    state, left, absent = dist_checkpointing.load(state, str(checkpoint), strict=StrictHandling.RETURN_ALL)
+    left = [key for key in map(str, left) if "_extra_state" not in key]  # Transformer Engine's norm has one
+    assert not left, f"not asked for by the model: {left}"
+    assert not absent, f"not in the checkpoint: {absent}"
+    for index, model in enumerate(models):
+        model.load_state_dict(state[f"model{index}"])
+
+    # Megatron's writer starts processes, which those of the pool, as daemons, may not.
+    multiprocessing.current_process()._config["daemon"] = False
+    save.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    # Chunks of a virtual pipeline count their layers from zero: these keys would clash, the stored ones do not.
+    merged = {
+        f"{index}.{key}": value
+        for index, model in enumerate(models)
+        for key, value in model.sharded_state_dict().items()
+    }
+    dist_checkpointing.save(merged, str(save))
+    if launch.world_size > 1:
+        return None
+    tokens = torch.randint(0, shape.vocab_size, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        logits = models[0](tokens, torch.arange(24)[None])[..., : shape.vocab_size].float()
+    return tokens.numpy(), logits.numpy()
