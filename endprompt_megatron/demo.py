@@ -62,8 +62,8 @@ class Knobs:
     @property
     def lengths(self) -> list[int]:
         """Real input lengths of the evaluation: half the window, the window, and beyond, up to the target."""
-        wanted = (WINDOW // 2, WINDOW, WINDOW * 3 // 2, LONGEST_READ)
-        return [length for length in wanted if length <= self.target]
+        wanted = {WINDOW // 2, WINDOW, WINDOW * 3 // 2, LONGEST_READ, self.target}
+        return sorted(length for length in wanted if length <= min(self.target, LONGEST_READ))
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,6 @@ class Step:
     @property
     def argv(self) -> list[str]:
         """The command with this very Python."""
-        if self.command[0] == "torchrun":
-            return [sys.executable, "-m", "torch.distributed.run", *self.command[1:]]
         return [sys.executable, *self.command[1:]]
 
 
@@ -98,7 +96,10 @@ def steps(knobs: Knobs) -> list[Step]:
     text = base / "assets" / "text"
     lengths = ",".join(map(str, knobs.lengths))
     held_out = text / "paradise_lost.txt"
-    evaluate = ["python", "tools/evaluate.py", "--lengths", lengths, "--text", str(held_out)]
+    evaluate = [
+        *["python", "tools/evaluate.py", "--lengths", lengths, "--windows", "1", "--text", str(held_out)],
+        *["--needle-lengths", ",".join(map(str, knobs.lengths[1:3])), "--depths", "0.1,0.5", "--probe-samples", "4"],
+    ]
     return [
         Step(
             "assets",
@@ -120,11 +121,10 @@ def steps(knobs: Knobs) -> list[Step]:
             "extend",
             f"Train {knobs.method}, {knobs.steps} steps, on {PROCESSES} processes (pipeline parallel)",
             [
-                *["torchrun", "--standalone", "--nproc-per-node", str(PROCESSES), "tools/extend.py", RECIPE],
+                *["python", "tools/extend.py", "--processes", str(PROCESSES), RECIPE],
                 *recipe_overrides(knobs),
             ],
             [run],
-            {"OMP_NUM_THREADS": "1"},
             resumes=True,
         ),
         Step(
@@ -141,7 +141,7 @@ def steps(knobs: Knobs) -> list[Step]:
             f"Evaluate on a held-out book, before and after, at real lengths up to {knobs.lengths[-1]}",
             [
                 *evaluate,
-                *["--suite", "perplexity,virtual,needle", "--hf", str(run / "hf"), "--baseline", str(model)],
+                *["--suite", "perplexity,needle,virtual", "--hf", str(run / "hf"), "--baseline", str(model)],
                 *["--out", str(run / "evaluation")],
             ],
             [run / "evaluation"],
@@ -160,7 +160,7 @@ def steps(knobs: Knobs) -> list[Step]:
             "Evaluate that, for comparison",
             [
                 *evaluate,
-                *["--suite", "perplexity", "--hf", str(run / "untrained" / "hf")],
+                *["--suite", "perplexity,needle", "--hf", str(run / "untrained" / "hf")],
                 *["--out", str(run / "untrained" / "evaluation")],
             ],
             [run / "untrained" / "evaluation"],

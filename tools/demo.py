@@ -22,7 +22,7 @@ def main() -> int | None:
     parser.add_argument("--as", dest="like", type=Path, metavar="HF", help="with --interpolate: whose config.json")
     parser.add_argument("--out", type=Path, help="with --interpolate: the directory to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as optim.lr=1e-4")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.assets:
         demo_assets.fetch(args.dir / "assets")
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small import assert_one_line_error, run_tool
 
-from endprompt_megatron import demo, demo_assets
+from endprompt_megatron import demo, demo_assets, demo_summary
 from endprompt_megatron.config import check, load_recipe
 from endprompt_megatron.errors import InputError
 
@@ -226,6 +226,78 @@ def test_interpolating_links_the_weights_and_takes_the_other_config(tmp_path):
     assert json.loads((out / "config.json").read_text()) == {"max_position_embeddings": 16384}
     assert (out / "model.safetensors").read_text() == "8192"
     assert (out / "model.safetensors").is_symlink()
+
+
+# The summary
+
+
+def evaluated(
+    run: demo.Knobs, base: dict, after: dict, passkeys: dict | None = None, untrained: dict | None = None
+) -> None:
+    """Write results as tools/evaluate.py does: loss by length, and at most one passkey a length."""
+
+    def measured(losses: dict) -> dict:
+        cells = [{"length": n, "depth": 0.5, "samples": 1, "accuracy": v} for n, v in (passkeys or {}).items()]
+        by_length = [{"length": length, "loss": loss} for length, loss in losses.items()]
+        return {"perplexity": {"by_length": by_length}, "needle": {"cells": cells}}
+
+    results = {run.run / "evaluation": {"baseline": measured(base), "extended": measured(after)}}
+    if untrained:
+        results[run.run / "untrained" / "evaluation"] = {"extended": measured(untrained)}
+    for directory, measurements in results.items():
+        directory.mkdir(parents=True)
+        (directory / "results.json").write_text(json.dumps({"measurements": measurements}))
+
+
+BASE = {8192: 4.8, 16384: 7.0}
+
+
+def test_the_summary_without_a_control_credits_nothing_to_the_prompt(tmp_path):
+    main, control = knobs(tmp_path), knobs(tmp_path, method="short")
+    evaluated(main, BASE, {8192: 4.9, 16384: 4.7}, {8192: 1.0}, untrained={8192: 5.1, 16384: 5.3})
+    said = demo_summary.text(main, control)
+    assert "collapses past its window of 8,192: 4.80 there, 7.00 at 16,384" in said
+    assert "EndPrompt at 16,384: 4.70; better by 2.30" in said
+    assert "already gives 5.30" in said
+    assert "make demo-control" in said
+    assert "nothing above can be credited" in said
+    assert "1 of 1" in said
+    assert "control (no prompt)" not in said
+
+
+@pytest.mark.parametrize(
+    ("control_loss", "needle"),
+    [(4.72, "cannot be told apart"), (5.2, "EndPrompt is better by 0.50"), (4.2, "EndPrompt is worse by 0.50")],
+)
+def test_the_summary_compares_with_the_control_whichever_way_it_went(tmp_path, control_loss, needle):
+    main, control = knobs(tmp_path), knobs(tmp_path, method="short")
+    evaluated(main, BASE, {8192: 4.9, 16384: 4.7})
+    evaluated(control, BASE, {8192: 4.9, 16384: control_loss})
+    said = demo_summary.text(main, control)
+    assert needle in said
+    assert "control (no prompt)" in said
+
+
+def test_the_summary_does_not_claim_a_collapse_or_a_gain_that_was_not_measured(tmp_path):
+    main, control = knobs(tmp_path), knobs(tmp_path, method="short")
+    evaluated(main, {8192: 4.8, 16384: 4.81}, {8192: 5.0, 16384: 5.3})
+    said = demo_summary.text(main, control)
+    assert "does not collapse" in said
+    assert "EndPrompt at 16,384: 5.30; worse by 0.49" in said
+
+
+def test_the_summary_of_a_target_beyond_what_is_read_says_so(tmp_path):
+    main, control = knobs(tmp_path, target=65536), knobs(tmp_path, target=65536, method="short")
+    evaluated(control, BASE, {8192: 4.9, 16384: 4.7})
+    said = demo_summary.text(main, control)
+    assert "Real inputs end at 16,384" in said
+    assert "EndPrompt itself was not run" in said
+
+
+def test_nothing_evaluated_is_said_in_one_line(tmp_path):
+    with pytest.raises(InputError) as error:
+        demo_summary.text(knobs(tmp_path), knobs(tmp_path, method="short"))
+    one_line(error, "make demo")
 
 
 SMOLLM2 = {

@@ -1,0 +1,164 @@
+"""What a demo run shows, in two tables and in plain words: only numbers that this very run measured."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from endprompt_megatron.demo import LONGEST_READ, ROOT, WINDOW, Knobs
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.files import read_json
+
+NOTABLE = 0.1  # nats; on one passage of 512 tokens a smaller difference means little
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model's measurements: loss by real input length, and passkeys read of those asked, by length."""
+
+    title: str
+    losses: dict[int, float]
+    passkeys: dict[int, tuple[int, int]]
+
+
+def show(main_run: Knobs, control: Knobs) -> None:
+    """Print the tables and what they mean, for whichever of the two runs has been evaluated."""
+    print(text(main_run, control))
+
+
+def text(main_run: Knobs, control: Knobs) -> str:
+    """What `show` prints.  Raises InputError if neither run has been evaluated."""
+    columns = collect(main_run, control)
+    which = main_run if main_run.method in columns else control
+    passage = "Loss of the last 512 tokens of a real input from the held-out book (lower is better), by its length"
+    lengths = sorted(columns["base"].losses)
+    parts = [f"{passage}\n{_table('length', columns, {n: _losses(columns, n) for n in lengths})}"]
+    asked = sorted(columns["base"].passkeys)
+    if asked:
+        rows = {n: [_fraction(column.passkeys.get(n)) for column in columns.values()] for n in asked}
+        parts.append(f"Passkeys found in real inputs of that length\n{_table('length', columns, rows)}")
+    parts.append("What this run shows\n" + "\n".join(f"- {line}" for line in findings(columns, main_run, control)))
+    parts.append("What it does not show\n" + "\n".join(f"- {line}" for line in limits(main_run)))
+    reports = [run.run / "report.html" for run in (main_run, control) if (ROOT / run.run / "report.html").exists()]
+    parts.append("\n".join(f"Report: {report}" for report in reports))
+    parts.append(f"The extended model, for transformers and vLLM: {which.run / 'hf'}")
+    return "\n\n" + "\n\n".join(parts)
+
+
+def collect(main_run: Knobs, control: Knobs) -> dict[str, Column]:
+    """The columns that exist, in order: base, untrained, end_prompt, short."""
+    runs = [run for run in (main_run, control) if (ROOT / run.run / "evaluation" / "results.json").is_file()]
+    if not runs:
+        raise InputError(f"{main_run.run}: nothing was evaluated yet; run make demo")
+    evaluation = {run.method: _results(run.run / "evaluation") for run in runs}
+    first = runs[0]
+    columns = {"base": _column("base", evaluation[first.method], "baseline")}
+    untrained = first.run / "untrained" / "evaluation"
+    if (ROOT / untrained / "results.json").is_file():
+        columns["untrained"] = _column("interpolated, untrained", _results(untrained), "extended")
+    titles = {main_run.method: "EndPrompt", control.method: "control (no prompt)"}
+    for run in runs:
+        columns[run.method] = _column(titles[run.method], evaluation[run.method], "extended")
+    return columns
+
+
+def _results(directory: Path) -> dict:
+    return read_json(ROOT / directory / "results.json", "the results of tools/evaluate.py")
+
+
+def _column(title: str, results: dict, label: str) -> Column:
+    measured = results["measurements"][label]
+    losses = {entry["length"]: entry["loss"] for entry in measured["perplexity"]["by_length"]}
+    passkeys: dict[int, tuple[int, int]] = {}
+    for cell in measured.get("needle", {}).get("cells", []):
+        found, asked = passkeys.get(cell["length"], (0, 0))
+        passkeys[cell["length"]] = (found + round(cell["accuracy"] * cell["samples"]), asked + cell["samples"])
+    return Column(title, losses, passkeys)
+
+
+def _losses(columns: dict[str, Column], length: int) -> list[str]:
+    values = [column.losses.get(length) for column in columns.values()]
+    return ["-" if value is None else f"{value:.2f}" for value in values]
+
+
+def _fraction(value: tuple[int, int] | None) -> str:
+    return "-" if value is None else f"{value[0]} of {value[1]}"
+
+
+def _table(first: str, columns: dict[str, Column], rows: dict[int, list[str]]) -> str:
+    lines = [[first, *(column.title for column in columns.values())]]
+    lines += [[f"{length:,}", *cells] for length, cells in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
+
+
+def findings(columns: dict[str, Column], main_run: Knobs, control: Knobs) -> list[str]:
+    """Sentences that follow from the numbers, whichever way they went."""
+    base = columns["base"].losses
+    far = max(base)
+    trained = columns.get(main_run.method) or columns[control.method]
+    lines = []
+    if far > WINDOW and WINDOW in base:
+        rise = base[far] - base[WINDOW]
+        verb = "collapses past" if rise > NOTABLE else "does not collapse past"
+        lines.append(
+            f"The base model {verb} its window of {WINDOW:,}: {base[WINDOW]:.2f} there, {base[far]:.2f} at {far:,}."
+        )
+    lines.append(f"{trained.title} at {far:,}: {trained.losses[far]:.2f}; {_change(base[far], trained.losses[far])}.")
+    inside = [length for length in base if length <= WINDOW]
+    if inside:
+        near = max(inside)
+        change = _change(base[near], trained.losses[near])
+        lines.append(
+            f"Inside the old window, at {near:,}: {base[near]:.2f} before, {trained.losses[near]:.2f} after; {change}."
+        )
+    if "untrained" in columns:
+        alone = columns["untrained"].losses[far]
+        lines.append(
+            f"Scaling the positions without any training already gives {alone:.2f} at {far:,}; only the difference "
+            f"from there to {trained.losses[far]:.2f} comes from the training."
+        )
+    lines.append(_control(columns, main_run, control, far))
+    return lines
+
+
+def _change(before: float, after: float) -> str:
+    difference = after - before
+    if abs(difference) < NOTABLE:
+        return f"no notable change ({difference:+.2f})"
+    return f"{'better' if difference < 0 else 'worse'} by {abs(difference):.2f}"
+
+
+def _control(columns: dict[str, Column], main_run: Knobs, control: Knobs, far: int) -> str:
+    if control.method not in columns:
+        return (
+            "The control, as much training without a terminal prompt, was not run here: `make demo-control` with the "
+            "same knobs. Until then nothing above can be credited to the terminal prompt."
+        )
+    if main_run.method not in columns:
+        return "EndPrompt itself was not run with these knobs: `make demo`."
+    ours, other = columns[main_run.method].losses[far], columns[control.method].losses[far]
+    difference = other - ours
+    verdict = (
+        "the two cannot be told apart, and nothing here is the terminal prompt's merit"
+        if abs(difference) < NOTABLE
+        else f"EndPrompt is {'better' if difference > 0 else 'worse'} by {abs(difference):.2f} in this one run"
+    )
+    name = "The control, as much training without a terminal prompt,"
+    return f"{name} at {far:,}: {other:.2f} against {ours:.2f}; {verdict}."
+
+
+def limits(main_run: Knobs) -> list[str]:
+    """What must be said beside the numbers, whatever they are."""
+    lines = [
+        f"One model of 135M, {main_run.steps} steps of 1,024 tokens, one passage of one book: not the paper's result, "
+        f"and differences under {NOTABLE} mean little.",
+        "A low loss far out does not prove that the far text was used; the nearest few hundred tokens can give it.",
+        "Training and held-out text are both early modern verse: some of the gain is acquaintance with such text.",
+    ]
+    if main_run.target > LONGEST_READ:
+        lines.append(
+            f"Real inputs end at {LONGEST_READ:,} tokens here; from there to {main_run.target:,} only the probe of "
+            "virtual distances in the report says anything, with 512 tokens whose positions jump."
+        )
+    return lines
