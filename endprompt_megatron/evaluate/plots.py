@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LABELS = {"baseline": "baseline", "extended": "extended", "control": "control"}
+LABELS = {"untrained": "interpolated, untrained"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Palette:
     baseline: str = "#8a94a3"
     extended: str = "#1765b0"
     control: str = "#b8651b"
+    untrained: str = "#8f6bb3"
 
     def of(self, label: str) -> str:
         """The colour of a model."""
@@ -32,14 +33,19 @@ class Palette:
 
 
 PAPER = Palette()
-MARKERS = {"baseline": "s", "extended": "o", "control": "^"}  # told apart without colour too
-DASHES = {"baseline": (0, (4, 2)), "extended": "-", "control": (0, (1, 1.2))}
+MARKERS = {"baseline": "s", "extended": "o", "control": "^", "untrained": "D"}  # told apart without colour too
+DASHES = {"baseline": (0, (4, 2)), "extended": "-", "control": (0, (1, 1.2)), "untrained": "-."}
 
 
 def short(tokens: float) -> str:
     """8192 as 8K, 12000 as 12,000, 500 as 500."""
     tokens = int(tokens)
     return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def of_suite(results: dict, suite: str) -> list[tuple[str, dict]]:
+    """(label, measurement) of every model that the suite was run on."""
+    return [(label, measured[suite]) for label, measured in results["measurements"].items() if suite in measured]
 
 
 def dress(axes: "Axes", palette: Palette, title: str, x: str, y: str) -> None:
@@ -108,8 +114,8 @@ def by_length(axes: "Axes", results: dict, palette: Palette = PAPER) -> None:
     import math
 
     values, lengths, scored = [], [], 0
-    for label, measured in results["measurements"].items():
-        entries, scored = measured["perplexity"]["by_length"], measured["perplexity"]["scored"]
+    for label, measured in of_suite(results, "perplexity"):
+        entries, scored = measured["by_length"], measured["scored"]
         lengths = [entry["length"] for entry in entries]
         middle = [entry["perplexity"] for entry in entries]
         # The error is of the loss, so its bounds are not symmetric once exponentiated.
@@ -129,8 +135,8 @@ def by_position(axes: "Axes", results: dict, palette: Palette = PAPER) -> None:
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     values, end = [], 1
-    for label, measured in results["measurements"].items():
-        buckets = measured["perplexity"]["by_position"]
+    for label, measured in of_suite(results, "perplexity"):
+        buckets = measured["by_position"]
         end = buckets[-1]["end"]
         middle = [bucket["perplexity"] for bucket in buckets]
         style = _line(label, palette) | {"marker": None}
@@ -151,8 +157,8 @@ def virtual_distance(
 ) -> None:
     """Loss or accuracy of the virtual-distance probe against the virtual length."""
     distances, physical = [], 0
-    for label, measured in results["measurements"].items():
-        probe, physical = measured["virtual"][kind], measured["virtual"]["physical"]
+    for label, measured in of_suite(results, "virtual"):
+        probe, physical = measured[kind], measured["physical"]
         distances = [int(distance) for distance in probe]
         axes.plot(distances, [entry[quantity] for entry in probe.values()], **_line(label, palette))
     length_axis(axes, distances)
@@ -196,20 +202,18 @@ def _line(label: str, palette: Palette) -> dict:
 
 def write_plots(results: dict, directory: Path) -> None:
     """One PNG a measurement: perplexity.png, needle.png, virtual.png."""
-    measured = results["measurements"]
-    suites = set.intersection(*(set(measurement) for measurement in measured.values()))
-    if "perplexity" in suites:
+    if of_suite(results, "perplexity"):
         _save(
             directory / "perplexity.png",
             [lambda axes: by_length(axes, results), lambda axes: by_position(axes, results)],
         )
-    if "needle" in suites:
+    if of_suite(results, "needle"):
         draws = [
-            lambda axes, label=label, cells=measurement["needle"]["cells"]: passkey(axes, cells, f"Passkey, {label}")
-            for label, measurement in measured.items()
+            lambda axes, label=label, cells=measured["cells"]: passkey(axes, cells, f"Passkey, {label}")
+            for label, measured in of_suite(results, "needle")
         ]
         _save(directory / "needle.png", draws)
-    if "virtual" in suites:
+    if of_suite(results, "virtual"):
         draws = [lambda axes, kind=kind: virtual_distance(axes, results, kind) for kind in ("repeat", "continue")]
         _save(directory / "virtual.png", draws)
 

@@ -1,0 +1,142 @@
+"""The report's pictures: inline SVG whose colours are CSS variables, so that they follow light and dark mode.
+
+Evaluation pictures are those of evaluate/plots.py; this module adds the ones of a training run.
+"""
+
+import io
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from endprompt_megatron.evaluate.plots import PAPER, Palette, dress, legend, length_axis, level_axis, short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# matplotlib wants real colours; these are unlikely ones, each replaced by a variable of the page's style sheet.
+_PURPOSES = ("ink", "muted", "grid", "baseline", "extended", "control", "untrained")
+PAGE = Palette(**{name: f"#0102{index:02x}" for index, name in enumerate(_PURPOSES)})
+
+
+def svg(draw: Callable[["Axes"], None], title: str, number: int, size: tuple[float, float] = (5.2, 3.1)) -> str:
+    """An <svg> element that scales with its column.  `number` keeps its ids apart from other pictures'."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": str(number)}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    head, rest = text.split(">", 1)
+    head = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", head)
+    text = f"{head}>{rest}"
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r'\bid="([^"]+)"', rf'id="f{number}-\1"', text)
+    text = re.sub(r"url\(#", f"url(#f{number}-", text)
+    text = re.sub(r'href="#', f'href="#f{number}-', text)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r"font: (\w+) ([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", text)
+    for name in _PURPOSES:
+        text = text.replace(getattr(PAGE, name), f"var(--{name})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+
+
+def smooth(values: list[float], weight: float = 0.85) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    result, total, norm = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        result.append(total / norm)
+    return result
+
+
+def series(steps: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of `key` where it is there and a number."""
+    found = [(line["step"], line[key]) for line in steps if isinstance(line.get(key), (int, float))]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def losses(axes: "Axes", steps: list[dict], validations: list[dict], palette: Palette = PAPER) -> None:
+    """Context and prompt loss over the steps: faint as measured, strong smoothed; validation as dots."""
+    for key, name, colour, line in (
+        ("loss_context", "context", palette.extended, "-"),
+        ("loss_prompt", "terminal prompt", palette.control, (0, (4, 1.5))),
+    ):
+        x, y = series(steps, key)
+        if not x:
+            continue
+        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(x, smooth(y), color=colour, linewidth=1.8, linestyle=line, label=name)
+    x, y = series(validations, "valid_loss_context")
+    if x:
+        axes.plot(x, y, "o", color=palette.ink, markersize=3.5, label="context, held out")
+    axes.set_ylim(bottom=0)
+    dress(axes, palette, "Loss", "step", "nats a token")
+    legend(axes, palette)
+
+
+def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, palette: Palette = PAPER) -> None:
+    """One quantity over the steps, small."""
+    x, y = series(steps, key)
+    axes.plot(x, y, color=palette.extended, linewidth=1.4)
+    if key == "grad_norm":
+        level_axis(axes, y)
+    else:
+        axes.set_ylim(0, max(y) * 1.15 or 1)
+    dress(axes, palette, title, "step", unit)
+
+
+def virtual_over_training(axes: "Axes", validations: list[dict], palette: Palette = PAPER) -> None:
+    """Probe loss against virtual length, one line a validation: faint at the start, full at the end."""
+    probed = [line for line in validations if line.get("virtual")]
+    distances: list[int] = []
+    for place, line in enumerate(probed):
+        distances = sorted(int(distance) for distance in line["virtual"])
+        values = [line["virtual"][str(distance)]["loss"] for distance in distances]
+        last = place == len(probed) - 1
+        axes.plot(
+            distances,
+            values,
+            color=palette.extended,
+            alpha=0.2 + 0.8 * (place + 1) / len(probed),
+            linewidth=1.8 if last else 1.1,
+            marker="o",
+            markersize=3.5 if last else 0,
+            label=f"step {line['step']}" if last or place == 0 else None,
+        )
+    length_axis(axes, distances)
+    dress(axes, palette, "Recalling at a virtual distance, while training", "virtual length", "loss, nats a token")
+    legend(axes, palette)
+
+
+def coverage(axes: "Axes", counts: np.ndarray, gaps: list[tuple[int, int]], palette: Palette = PAPER) -> None:
+    """How often each relative distance is supervised; what is never seen is hatched."""
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
+
+    length = len(counts)
+    # At most 400 columns: a page with 65,536 points a curve would be slow to no one's gain.
+    edges = np.unique(np.linspace(0, length, min(400, length) + 1).astype(int))
+    means = np.add.reduceat(counts, edges[:-1]) / np.diff(edges)
+    axes.fill_between(edges[:-1], 0, means, step="post", color=palette.extended, alpha=0.55, linewidth=0)
+    axes.step(edges[:-1], means, where="post", color=palette.extended, linewidth=1.2)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(0, max(float(means.max()), 1) * 2)
+    for low, high in sorted(gaps, key=lambda gap: gap[0] - gap[1])[:3]:
+        if high - low > length * 0.02:
+            axes.axvspan(low, high, facecolor="none", edgecolor=palette.grid, hatch="///", linewidth=0)
+            if high - low > length * 0.25:
+                where = ((low + high) / 2, 0.5)
+                text = f"never supervised\n{low:,} to {high:,}"
+                options = {"ha": "center", "va": "center", "fontsize": 8.5, "color": palette.ink}
+                axes.annotate(text, where, xycoords=("data", "axes fraction"), **options)
+    axes.set_xlim(0, length)
+    axes.xaxis.set_major_locator(MultipleLocator(2 ** max(0, (length // 5).bit_length())))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    dress(axes, palette, "Relative distances in training", "distance between query and key", "pairs a sample")
