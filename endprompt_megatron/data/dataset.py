@@ -56,8 +56,8 @@ class EndPromptDataset(GPTDataset):
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
         index = indexed_dataset.index
         self._stream = np.asarray(np.memmap(path_of(dataset_path, ".bin"), dtype=index.dtype, mode="r"))
-        self._lengths = index.sequence_lengths
-        self._starts = index.sequence_pointers // np.dtype(index.dtype).itemsize
+        self._lengths, self._pointers = index.sequence_lengths, index.sequence_pointers  # memory-mapped: any size
+        self._itemsize = np.dtype(index.dtype).itemsize
         # Scalars come out of plain arrays several times faster than out of memory maps.
         self.document_index, self.sample_index, self.shuffle_index = (
             np.asarray(array) for array in (self.document_index, self.sample_index, self.shuffle_index)
@@ -83,10 +83,10 @@ class EndPromptDataset(GPTDataset):
         window = int(self.shuffle_index[index])
         (first, begin), (last, end) = self.sample_index[window].tolist(), self.sample_index[window + 1].tolist()
         if first == last:
-            start = int(self._starts[self.document_index[first]])
+            start = int(self._pointers[self.document_index[first]]) // self._itemsize
             return self._stream[start + begin : start + end]
         documents = self.document_index[first : last + 1]
-        starts = self._starts[documents]
+        starts = self._pointers[documents] // self._itemsize
         stops = starts + self._lengths[documents]
         stops[-1] = starts[-1] + end
         starts[0] += begin
@@ -179,11 +179,13 @@ def build_datasets(
         vocab_size=vocab_size,
         **where,
     )
-    _check_long_enough(config, blends, indices, valid_samples)
+    if config.split_matrix is not None and valid_samples < 1:
+        config.split_matrix[1] = None  # held out all the same, but nothing is built of it
+    _check_long_enough(config, blends, indices)
     sizes = [train_samples, valid_samples, 0]
     with disk_errors(cache, "data.cache"):
         train_dataset, valid_dataset, _ = _build(sizes, config)
-    return train_dataset, valid_dataset if valid_samples else None
+    return train_dataset, valid_dataset
 
 
 def _build(sizes: list[int], config: EndPromptDatasetConfig) -> list:
@@ -229,23 +231,23 @@ def _check(key: str, prefix: str, weight: float, vocab_size: int | None) -> Inde
     return index
 
 
-def _check_long_enough(config: EndPromptDatasetConfig, blends: list, indices: dict, valid_samples: int) -> None:
+def _check_long_enough(config: EndPromptDatasetConfig, blends: list, indices: dict) -> None:
     """Each dataset and each part of a split must give at least one sample; Megatron would not return otherwise."""
     for key, blend in blends:
         for prefix, _ in blend:
             lengths = indices[prefix].lengths
             parts = {"": (0.0, 1.0)}
             if config.split_matrix is not None:
-                parts = {" for training": config.split_matrix[0]}
-                if valid_samples:
-                    parts[" for validation"] = config.split_matrix[1]
+                named = zip((" for training", " for validation"), config.split_matrix[:2], strict=True)
+                parts = {name: bounds for name, bounds in named if bounds is not None}
             for part, (begin, end) in parts.items():
                 documents = lengths[round(begin * len(lengths)) : round(end * len(lengths))]
                 tokens = int(documents.sum(dtype=np.int64))
                 if tokens < config.sequence_length:
+                    mend = "give more text" + (", or data.valid its own" if part else "")
                     raise InputError(
                         f"{key}={prefix}: {len(documents)} documents with {tokens} tokens{part} are shorter than one "
-                        f"sample, which takes {config.sequence_length}; give more text or lower context.physical"
+                        f"sample, which takes {config.sequence_length}; {mend}, or lower context.physical"
                     )
 
 

@@ -56,8 +56,9 @@ def read_idx(prefix: Path | str) -> Index:
     for path in (idx, bin_):
         if not path.is_file():
             raise InputError(f"{path}: no such file; tools/prepare_data.py --out {prefix} makes .bin and .idx")
-    content = idx.read_bytes()
-    if len(content) < _HEADER.size or not content.startswith(_MAGIC):
+    # Mapped, not read: the index of a large corpus takes gigabytes, and every rank looks at it.
+    content = np.memmap(idx, mode="r") if idx.stat().st_size else b""
+    if len(content) < _HEADER.size or bytes(content[: len(_MAGIC)]) != _MAGIC:
         raise InputError(f"{idx}: not an index of Megatron's indexed dataset; make it again with tools/prepare_data.py")
     _, version, code, sequences, documents = _HEADER.unpack_from(content)
     name = {code: name for name, code in _CODES.items()}.get(code)

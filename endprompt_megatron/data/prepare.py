@@ -12,6 +12,7 @@ where the tokenizer has one, so that a stream of documents shows where one ends.
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Iterable
@@ -170,6 +171,7 @@ _worker: tuple[Job, Tokenizer] | None = None
 
 def _start_worker(job: Job) -> None:
     global _worker  # the one thing a pool's process keeps between pieces
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _worker = (job, load_tokenizer(job.tokenizer))
 
 
@@ -181,6 +183,7 @@ def _work(number: int, piece: Piece) -> Part:
 def _tokenise_in_pool(job: Job, pieces: list[Piece], workers: int, progress: Progress) -> dict[int, Part]:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
 
     # Spawned, not forked: the parent has loaded a tokenizer and may hold threads.
     context = multiprocessing.get_context("spawn")
@@ -194,6 +197,8 @@ def _tokenise_in_pool(job: Job, pieces: list[Piece], workers: int, progress: Pro
                 number = futures[future]
                 parts[number] = future.result()
                 progress.add(pieces[number].work)
+        except BrokenProcessPool:
+            raise InputError(f"--workers {workers}: a worker was killed, most likely for memory; use fewer") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -1,5 +1,6 @@
-"""Coverage of a recipe: exact for the fixed maps, an average for the random ones; the tool's table, JSON and picture."""
+"""Coverage of a recipe: exact for fixed maps, an average for random ones; the table, the JSON and the picture."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_bands_hold_everything_once():
     bands = result.bands()
     assert sum(band["pairs"] for band in bands) == pytest.approx(100 * 101 / 2)
     assert (bands[0]["first"], bands[-1]["last"]) == (0, 999)
-    assert all(before["last"] + 1 == after["first"] for before, after in zip(bands[:-1], bands[1:], strict=True))
+    assert all(before["last"] + 1 == after["first"] for before, after in itertools.pairwise(bands))
 
 
 @pytest.fixture(scope="module")

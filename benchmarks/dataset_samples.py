@@ -1,0 +1,139 @@
+"""Samples a second of EndPromptDataset against the same samples built from plain Python lists.
+
+    python benchmarks/dataset_samples.py
+
+What the baseline is and how it was measured: benchmarks/dataset_samples.md.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+warnings.filterwarnings("ignore")  # megatron.core names every optional package that is absent
+
+PHYSICAL, TARGET, WEIGHT = 8192, 65536, 0.5
+VOCABULARY = 128256
+PROMPT = list(range(1000, 1011))  # 11 tokens, as LLaMA-3's tokenizer gives for EP_1
+
+
+def write_corpus(prefix: Path, tokens: int, mean_length: int) -> None:
+    """Random tokens in documents of log-normal length, as an indexed dataset."""
+    from endprompt_megatron.data.indexed import token_dtype, write_idx
+
+    rng = np.random.default_rng(0)
+    lengths = np.maximum(rng.lognormal(np.log(mean_length) - 0.5, 1.0, size=2 * tokens // mean_length), 1).astype(int)
+    lengths = lengths[: np.searchsorted(np.cumsum(lengths), tokens)]
+    dtype = token_dtype(VOCABULARY)
+    rng.integers(0, VOCABULARY, lengths.sum()).astype(dtype).tofile(f"{prefix}.bin")
+    write_idx(Path(f"{prefix}.idx"), lengths, dtype)
+
+
+def list_pipelines(dataset) -> dict[str, Callable[[int], dict]]:
+    """The baselines: windows as lists of ints in memory, mapped by a Python function, made into tensors.
+
+    `python lists` ends with torch.tensor(list), as a collator does; `lists via numpy` takes the quicker way
+    over arrays.  Cutting the shuffled stream into windows is done beforehand and not timed.
+    """
+    import torch
+
+    a, b = PHYSICAL - len(PROMPT), len(PROMPT)
+    windows = [dataset.context(index).tolist() for index in range(len(dataset))]
+
+    def preprocess(context: list[int]) -> dict[str, list]:
+        tokens = context + PROMPT
+        return {
+            "tokens": tokens,
+            "labels": [*tokens[1:], 0],
+            "position_ids": list(range(a)) + list(range(TARGET - b, TARGET)),
+            "loss_weights": [1.0] * (a - 1) + [WEIGHT] * b + [0.0],
+            "prompt_mask": [False] * (a - 1) + [True] * b + [False],
+        }
+
+    dtypes = {"loss_weights": np.float32, "prompt_mask": np.bool_}
+
+    def through_numpy(index: int) -> dict:
+        sample = preprocess(windows[index]).items()
+        return {key: torch.from_numpy(np.array(value, dtype=dtypes.get(key, np.int64))) for key, value in sample}
+
+    return {
+        "python lists": lambda index: {key: torch.tensor(value) for key, value in preprocess(windows[index]).items()},
+        "lists via numpy": through_numpy,
+    }
+
+
+def seconds(read: Callable[[int], dict], first: int, count: int, size: int) -> float:
+    start = time.perf_counter()
+    for index in range(first, first + count):
+        read(index % size)
+    return (time.perf_counter() - start) / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8_000_000, help="size of the corpus; default: 8000000")
+    parser.add_argument("--mean-length", type=int, default=1000, help="tokens of a document; default: 1000")
+    parser.add_argument("--rounds", type=int, default=15, help="of each pipeline, interleaved; default: 15")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    args = parser.parse_args()
+
+    import torch
+
+    from endprompt_megatron.data.dataset import build_datasets
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        prefix = Path(directory) / "corpus"
+        write_corpus(prefix, args.tokens, args.mean_length)
+        dataset, _ = build_datasets(
+            train=[(str(prefix), 1.0)],
+            valid=None,
+            physical_len=PHYSICAL,
+            method="end_prompt",
+            target_len=TARGET,
+            prompts=[PROMPT],
+            prompt_loss_weight=WEIGHT,
+            seed=1,
+            train_samples=1,
+            vocab_size=VOCABULARY,
+        )
+        pipelines = {"EndPromptDataset": dataset.__getitem__, **list_pipelines(dataset)}
+        size = len(dataset)
+        for index in range(0, size, 50):
+            ours, *others = [read(index) for read in pipelines.values()]
+            for theirs in others:
+                assert ours.keys() == theirs.keys()
+                assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
+
+        times: dict[str, list[float]] = {name: [] for name in pipelines}
+        for number in range(args.rounds + 1):
+            for name, read in pipelines.items():
+                count = 400 if name == "EndPromptDataset" else 40
+                taken = seconds(read, number * count, count, size)
+                if number:  # the first round warms up
+                    times[name].append(taken)
+
+    print(f"{size} samples of {PHYSICAL} tokens, documents of {args.mean_length} on average, {args.rounds} rounds")
+    ratios = {}
+    for name, values in times.items():
+        median, low, high = (1e6 * value for value in (statistics.median(values), min(values), max(values)))
+        ratio = [slow / fast for slow, fast in zip(values, times["EndPromptDataset"], strict=True)]
+        ratios[name] = statistics.median(ratio)
+        print(
+            f"{name:>16}: {1e6 / median:>7,.0f} samples/s  {median:>7.0f} us ({low:.0f} to {high:.0f})  "
+            f"{ratios[name]:>6.1f} x the time of EndPromptDataset ({min(ratio):.1f} to {max(ratio):.1f})"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"seconds_a_sample": times, "ratios": ratios}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
