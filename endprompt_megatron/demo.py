@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -90,8 +91,8 @@ class Step:
         return [sys.executable, *self.command[1:]]
 
 
-def steps(knobs: Knobs) -> list[Step]:
-    """The demo's commands in order, for the main run or, with another method, for a control."""
+def steps(knobs: Knobs, beside: Path | None = None) -> list[Step]:
+    """The demo's commands in order.  For a control, `beside` is the main run, on whose page it shall stand."""
     base, run, model = knobs.directory, knobs.run, knobs.model
     text = base / "assets" / "text"
     lengths = ",".join(map(str, knobs.lengths))
@@ -168,8 +169,8 @@ def steps(knobs: Knobs) -> list[Step]:
         Step(
             "report",
             "Put the run on one page",
-            ["python", "tools/report.py", str(run)],
-            [run / "report.html"],
+            ["python", "tools/report.py", *([str(beside), "--control"] if beside else []), str(run)],
+            [(beside or run) / "report.html"],
         ),
     ]
 
@@ -205,13 +206,13 @@ def recipe_overrides(knobs: Knobs) -> list[str]:
     ]
 
 
-def run(knobs: Knobs) -> int:
+def run(knobs: Knobs, beside: Path | None = None) -> int:
     """Carry out what is not done yet; returns the exit code: 0, 75 if the training stopped early, or the tool's.
 
-    Raises InputError for knobs that cannot work.
+    `beside`: see `steps`.  Raises InputError for knobs that cannot work.
     """
     knobs.check()
-    plan = steps(knobs)
+    plan = steps(knobs, beside)
     records = Records(knobs)
     started = time.monotonic()
     for number, step in enumerate(plan):
@@ -244,16 +245,26 @@ def run(knobs: Knobs) -> int:
 def execute(step: Step) -> int:
     """Run the step's command in the repository; its output goes straight to the terminal.  Returns the exit code.
 
-    Control-C reaches the tool as well (same terminal): it is given the time to write its checkpoint.
+    A step that resumes is asked to stop as a scheduler would ask it, by SIGTERM, and given the time to write its
+    checkpoint: it runs in a session of its own, since Control-C in a terminal would hit each of its processes.
     """
     # Nothing may be fetched from a hub: what the demo needs is on the disk by now.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **step.environment}
-    process = subprocess.Popen(step.argv, cwd=ROOT, env=environment)
+    process = subprocess.Popen(step.argv, cwd=ROOT, env=environment, start_new_session=step.resumes)
+    if not step.resumes:
+        return process.wait()
+
+    def ask_to_stop(*_: object) -> None:
+        print("\ndemo: asking the training to write a checkpoint and stop", file=sys.stderr, flush=True)
+        process.send_signal(signal.SIGTERM)
+
+    asked_by = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, ask_to_stop) for number in asked_by}
     try:
         return process.wait()
-    except KeyboardInterrupt:
-        process.wait()
-        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Records:

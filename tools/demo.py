@@ -33,7 +33,11 @@ def main() -> int | None:
         return None
     main_run = demo.Knobs(args.target, args.steps, "end_prompt", args.dir, tuple(args.overrides))
     control = demo.Knobs(args.target, args.steps, "short", args.dir, tuple(args.overrides))
-    code = demo.run(control if args.control else main_run)
+    if args.control:
+        evaluated = (demo.ROOT / main_run.run / "evaluation" / "results.json").is_file()
+        code = demo.run(control, beside=main_run.run if evaluated else None)
+    else:
+        code = demo.run(main_run)
     if code == 0:
         demo_summary.show(main_run, control)
     return code

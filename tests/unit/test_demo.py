@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -127,7 +131,7 @@ COUNT = "with open(out.with_name('log'), 'a') as log: log.write(out.name + '\\n'
 @pytest.fixture
 def three_steps(tmp_path, monkeypatch):
     plan = [python_step(name, tmp_path / name, COUNT + "out.write_text('made')") for name in ("one", "two", "three")]
-    monkeypatch.setattr(demo, "steps", lambda _: plan)
+    monkeypatch.setattr(demo, "steps", lambda *_: plan)
     return plan
 
 
@@ -169,7 +173,7 @@ def test_interrupted_training_goes_on_but_another_command_starts_afresh(tmp_path
     body = "out.mkdir(exist_ok=True)\nn = len(list(out.iterdir()))\n(out / str(n)).touch()\n"
     body += "raise SystemExit(0 if n else 75)"
     plan = [python_step("train", tmp_path / "run", body, resumes=True)]
-    monkeypatch.setattr(demo, "steps", lambda _: plan)
+    monkeypatch.setattr(demo, "steps", lambda *_: plan)
     assert demo.run(knobs(tmp_path)) == 75
     assert "goes on" in capfd.readouterr().err
     assert demo.run(knobs(tmp_path)) == 0
@@ -177,6 +181,42 @@ def test_interrupted_training_goes_on_but_another_command_starts_afresh(tmp_path
     plan[0] = demo.Step("train", "t", [*plan[0].command, "other"], plan[0].outputs, resumes=True)
     assert demo.run(knobs(tmp_path)) == 75
     assert len(list((tmp_path / "run").iterdir())) == 1
+
+
+def test_control_c_lets_the_training_write_its_checkpoint(tmp_path):
+    """A real interrupt of the whole process group, as a terminal sends it: the training gets one SIGTERM only."""
+    training = tmp_path / "train.py"
+    training.write_text(
+        "import signal, sys, time\n"
+        "def stop(*_): print('checkpoint', flush=True); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "print('training', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    driver = (
+        "import sys; from pathlib import Path; from endprompt_megatron import demo\n"
+        f"directory = Path({str(tmp_path)!r})\n"
+        f"step = demo.Step('train', 't', ['python', {str(training)!r}], [directory / 'run'], resumes=True)\n"
+        "demo.steps = lambda *_: [step]\nsys.exit(demo.run(demo.Knobs(directory=directory)))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", driver],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    before = []
+    for line in process.stdout:
+        before.append(line)
+        if line == "training\n":
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    after, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, "".join(before) + after
+    assert "checkpoint\n" in after
+    assert "Traceback" not in after
 
 
 @pytest.mark.parametrize(
@@ -213,6 +253,14 @@ def test_the_control_differs_from_the_demo_in_the_method_alone(tmp_path):
     ours, control = (demo.recipe_overrides(knobs(tmp_path, method=method)) for method in ("end_prompt", "short"))
     different = [key.partition("=")[0] for key, other in zip(ours, control, strict=True) if key != other]
     assert different == ["context.method", "checkpoint.dir"]
+
+
+def test_the_control_stands_on_the_page_of_the_main_run(tmp_path):
+    main, control = knobs(tmp_path), knobs(tmp_path, method="short")
+    report = demo.steps(control, beside=main.run)[-1]
+    assert report.command[1:] == ["tools/report.py", str(main.run), "--control", str(control.run)]
+    assert report.outputs == [main.run / "report.html"]
+    assert demo.steps(control)[-1].command[1:] == ["tools/report.py", str(control.run)]
 
 
 def test_interpolating_links_the_weights_and_takes_the_other_config(tmp_path):
