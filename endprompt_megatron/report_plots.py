@@ -84,12 +84,16 @@ def losses(axes: "Axes", steps: list[dict], validations: list[dict], palette: Pa
 
 def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, palette: Palette = PAPER) -> None:
     """One quantity over the steps, small."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     x, y = series(steps, key)
     axes.plot(x, y, color=palette.extended, linewidth=1.4)
     if key == "grad_norm":
         level_axis(axes, y)
     else:
         axes.set_ylim(0, max(y) * 1.15 or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     dress(axes, palette, title, "step", unit)
 
 
@@ -105,7 +109,7 @@ def virtual_over_training(axes: "Axes", validations: list[dict], palette: Palett
             distances,
             values,
             color=palette.extended,
-            alpha=0.2 + 0.8 * (place + 1) / len(probed),
+            alpha=min(1.0, 0.2 + 0.8 * (place + 1) / len(probed)),
             linewidth=1.8 if last else 1.1,
             marker="o",
             markersize=3.5 if last else 0,

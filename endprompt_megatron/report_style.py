@@ -34,8 +34,9 @@ dl.facts dt { color: var(--muted); font-size: .82rem; }
 dl.facts dd { margin: 0; font-size: 1.3rem; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   gap: 1.8rem 2rem; margin: 1.2rem 0; }
-.figures.small { grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); }
+.figures.small { grid-template-columns: repeat(auto-fit, minmax(min(100%, 12.5rem), 1fr)); gap: 1.2rem; }
 figure { margin: 0; break-inside: avoid; min-width: 0; }
+.figures figure { max-width: 36rem; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; margin: .8rem 0; }

@@ -11,6 +11,8 @@ from endprompt_megatron.tokenizer import Tokenizer
 
 READ_AT_MOST = 32 * 2**20  # bytes of text, or tokens: far more than a measurement uses, little enough to tokenise
 
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"  # the first bytes of every Megatron .idx
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -57,6 +59,10 @@ def _indexed(path: Path) -> np.ndarray:
 
     if not path.with_name(path.name + ".bin").is_file():
         raise InputError(f"--text {path}: {path.name}.idx is there and {path.name}.bin is not; prepare the text again")
+    # Megatron would raise as well, and then once more from a destructor, past every except clause.
+    with open(path.with_name(path.name + ".idx"), "rb") as file:
+        if file.read(len(_INDEX_MAGIC)) != _INDEX_MAGIC:
+            raise InputError(f"--text {path}: not a readable indexed dataset ({path.name}.idx); prepare it again")
     try:
         dataset = IndexedDataset(str(path))
         pieces, total = [], 0

@@ -1,0 +1,426 @@
+"""The evaluation against independent computation: full-mask forwards in transformers, counting by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import small
+import torch
+
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.evaluate import needle, perplexity, suite, text, virtual
+from endprompt_megatron.evaluate.engine import TransformersEngine
+from endprompt_megatron.tokenizer import load_tokenizer
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return small.small_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(model_dir):
+    return TransformersEngine(model_dir, "cpu", dtype="float32")
+
+
+def random_tokens(batch, length, seed=0):
+    return np.random.default_rng(seed).integers(3, 300, (batch, length))
+
+
+def reference_logits(model, tokens, position_ids, visible=None):
+    """Every row sees all physical predecessors, or what `visible` [s, s] says: an additive 4D mask, no shortcuts."""
+    tokens, position_ids = torch.as_tensor(tokens), torch.as_tensor(position_ids)
+    length = tokens.shape[1]
+    visible = torch.ones(length, length).tril().bool() if visible is None else visible
+    mask = torch.zeros(tokens.shape[0], 1, length, length).masked_fill(~visible, torch.finfo(torch.float32).min)
+    with torch.inference_mode():
+        return model(tokens, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+
+
+def reference_losses(model, tokens, position_ids, visible=None):
+    logits = reference_logits(model, tokens, position_ids, visible)[:, :-1]
+    targets = torch.as_tensor(tokens)[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).numpy(), (logits.argmax(-1) == targets).numpy()
+
+
+def natural(tokens):
+    return np.tile(np.arange(tokens.shape[1]), (tokens.shape[0], 1))
+
+
+@pytest.mark.parametrize("rope", [None, YARN, DYNAMIC], ids=["default", "yarn", "dynamic"])
+def test_losses_equal_a_full_mask_forward(tmp_path, rope):
+    directory = small.small_llama(tmp_path / "model", **({"rope_parameters": rope} if rope else {}))
+    engine, tokens = TransformersEngine(directory, "cpu", dtype="float32"), random_tokens(2, 90)
+    losses, correct = engine.token_losses(tokens)
+    fresh = TransformersEngine(directory, "cpu", dtype="float32").model
+    expected, expected_correct = reference_losses(fresh, tokens, natural(tokens))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    assert losses.dtype == np.float32
+    assert (correct == expected_correct).all()
+
+
+def test_jumped_positions_see_the_context_and_not_the_packed_sequence_trap(engine):
+    tokens = random_tokens(1, 48)
+    positions = np.concatenate([np.arange(32), np.arange(200, 216)])[None]
+    losses, _ = engine.token_losses(tokens, positions)
+    expected, _ = reference_losses(engine.model, tokens, positions)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    # What transformers does without a mask: the tail is cut off from the context.
+    with torch.inference_mode():
+        trapped = engine.model(
+            torch.as_tensor(tokens), position_ids=torch.as_tensor(positions), attention_mask=None, use_cache=False
+        ).logits
+    apart = torch.ones(48, 48).tril().bool()
+    apart[32:, :32] = False
+    cut_off = reference_logits(engine.model, tokens, positions, apart)
+    if torch.allclose(trapped, cut_off, atol=1e-4):  # some versions of transformers do not have the trap
+        assert not np.allclose(reference_losses(engine.model, tokens, positions, apart)[0], losses, atol=1e-2)
+    assert not torch.allclose(cut_off, reference_logits(engine.model, tokens, positions), atol=1e-2)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 32, 89])
+@pytest.mark.parametrize("jump", [False, True], ids=["natural", "jumped"])
+def test_reading_in_pieces_equals_reading_whole(model_dir, engine, piece, jump):
+    tokens = random_tokens(2, 90)
+    positions = natural(tokens)
+    if jump:
+        positions[:, 60:] += 1000
+    pieces = TransformersEngine(model_dir, "cpu", dtype="float32", whole=0, piece=piece)
+    losses, correct = pieces.token_losses(tokens, positions)
+    whole, whole_correct = engine.token_losses(tokens, positions)
+    np.testing.assert_allclose(losses, whole, rtol=1e-5, atol=1e-5)
+    assert (correct == whole_correct).all()
+    np.testing.assert_allclose(pieces.token_losses(tokens, positions, last=40)[0], whole[:, -40:], rtol=1e-5, atol=1e-5)
+
+
+def test_scoring_only_the_last_tokens_gives_the_same_losses(engine):
+    tokens = random_tokens(2, 64)
+    whole, _ = engine.token_losses(tokens)
+    for last in (1, 10, 63, 500):
+        losses, correct = engine.token_losses(tokens, last=last)
+        assert losses.shape == correct.shape == (2, min(last, 63))
+        np.testing.assert_allclose(losses, whole[:, -last:], rtol=1e-6, atol=1e-6)
+
+
+def test_dynamic_rope_does_not_depend_on_what_was_read_before(tmp_path):
+    directory = small.small_llama(tmp_path / "model", rope_parameters=DYNAMIC)
+    engine = TransformersEngine(directory, "cpu", dtype="float32", whole=16, piece=16)
+    middle, long = random_tokens(1, 100), random_tokens(1, 300)
+    before, _ = engine.token_losses(middle)
+    engine.token_losses(long)
+    np.testing.assert_array_equal(before, engine.token_losses(middle)[0])
+
+
+@pytest.mark.parametrize("whole", [0, 4096], ids=["pieces", "whole"])
+def test_greedy_answers_and_their_scores_equal_repeated_full_forwards(model_dir, whole):
+    engine = TransformersEngine(model_dir, "cpu", dtype="float32", whole=whole, piece=16)
+    engine.end_ids = set()
+    prompt, expected = random_tokens(1, 50)[0].tolist(), [7, 8, 9]
+    answer = engine.answer(prompt, expected, 6)
+    ids = list(prompt)
+    for _ in range(6):
+        ids.append(int(reference_logits(engine.model, [ids], natural(np.asarray([ids])))[0, -1].argmax()))
+    assert answer.generated == ids[50:]
+    assert engine.generate(prompt, 6) == ids[50:]
+    forced = np.asarray([prompt + expected])
+    logprobs = reference_logits(engine.model, forced, natural(forced))[0, 49:52].log_softmax(-1)
+    np.testing.assert_allclose(answer.logprobs, logprobs[range(3), expected], rtol=1e-4, atol=1e-5)
+    ranks = [(int((row > row[token]).sum())) for row, token in zip(logprobs, expected, strict=True)]
+    assert answer.ranks.tolist() == ranks
+    engine.end_ids = {ids[52]}
+    assert engine.generate(prompt, 6) == ids[50 : 50 + ids[50:].index(ids[52])]
+
+
+def test_greedy_ties_go_to_the_first_token(model_dir):
+    engine = TransformersEngine(model_dir, "cpu", dtype="float32")
+    engine.model.lm_head.weight.data.zero_()
+    losses, correct = engine.token_losses(np.asarray([[5, 0, 1, 0]]))
+    np.testing.assert_allclose(losses, np.log(320), rtol=1e-6)
+    assert correct.tolist() == [[True, False, True]]
+
+
+def test_missing_weights_are_refused_not_filled_with_random_numbers(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    directory = small.small_llama(tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"1 weights are missing, among them model\.layers\.2\.mlp\.up_proj"):
+        TransformersEngine(directory, "cpu")
+
+
+def test_weights_that_are_not_finite_are_an_input_error(model_dir):
+    engine = TransformersEngine(model_dir, "cpu", dtype="float32")
+    engine.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        engine.token_losses(random_tokens(1, 8))
+
+
+def test_token_ids_outside_the_vocabulary_are_an_input_error(engine):
+    with pytest.raises(InputError, match="token id 320 is outside its vocabulary of 320"):
+        engine.token_losses(np.asarray([[1, 320]]))
+
+
+class CountingEngine:
+    """Losses that say which token they belong to: its id, one unit a token."""
+
+    def token_losses(self, tokens, position_ids=None, *, last=None):
+        losses = tokens[:, 1:].astype(np.float32)
+        return losses[:, -(last or losses.shape[1]) :], losses > 0
+
+
+def test_perplexity_scores_the_same_tokens_at_every_length_and_every_token_once_by_position():
+    rows = np.stack([np.arange(100), np.arange(100) + 2])
+    result = perplexity.perplexity(CountingEngine(), rows, [20, 50, 100], scored=10)
+    for entry in result["by_length"]:
+        assert entry["windows"] == [94.5, 96.5]  # mean of 90..99, and 2 more
+        assert entry["loss"] == 95.5
+        assert entry["stderr"] == pytest.approx(1.0)  # two windows 2 apart: std sqrt(2), over sqrt(2)
+    buckets = result["by_position"]
+    assert [buckets[0]["start"], buckets[-1]["end"]] == [0, 100]
+    for before, after in zip(buckets[:-1], buckets[1:], strict=True):
+        assert before["end"] == after["start"]
+    for bucket in buckets:
+        ids = np.arange(max(bucket["start"], 1), bucket["end"])
+        assert bucket["loss"] == pytest.approx(ids.mean() + 1)
+
+
+def test_windows_do_not_overlap_and_short_texts_are_refused():
+    tokens = np.arange(1000)
+    for length, count in ((100, 10), (100, 3), (999, 1), (1000, 1), (333, 3)):
+        rows = text.windows(tokens, length, count)
+        assert rows.shape == (count, length)
+        assert (np.diff(rows, axis=1) == 1).all()
+        assert (np.diff(rows[:, 0]) >= length).all()
+        assert rows[0, 0] >= 0
+    with pytest.raises(InputError, match="--lengths 1001: the held-out text has 1000 tokens"):
+        text.windows(tokens, 1001, 1)
+    with pytest.raises(InputError, match="--windows 4: .* use --windows 3"):
+        text.windows(tokens, 300, 4)
+
+
+@pytest.mark.parametrize("filler", [None, np.arange(100, 200).repeat(50)], ids=["noise", "text"])
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_passkey_prompt_has_the_exact_length_and_the_key_at_its_depth(model_dir, filler, depth):
+    tokenizer = load_tokenizer(model_dir)
+    prompt = needle.build_prompt(tokenizer, "31415", 2000, depth, filler, np.random.default_rng(0))
+    assert len(prompt) == 2000
+    decoded = tokenizer.decode(prompt)
+    assert decoded.count("The pass key is 31415. Remember it. 31415 is the pass key.") == 1
+    assert decoded.startswith(needle.TASK)
+    assert decoded.endswith(needle.QUESTION)
+    hidden = tokenizer.encode(needle.NEEDLE.format(key="31415"))
+    places = [at for at in range(len(prompt)) if prompt[at : at + len(hidden)] == hidden]
+    task, question = len(tokenizer.encode(needle.TASK)), len(tokenizer.encode(needle.QUESTION))
+    room = 2000 - task - question - len(hidden)
+    assert abs(places[0] - task - depth * room) <= len(tokenizer.encode(needle.NOISE))
+
+
+class Answering:
+    """Finds the key by reading the prompt, and answers in the given way."""
+
+    def __init__(self, tokenizer, form):
+        self.tokenizer, self.form = tokenizer, form
+
+    def answer(self, prompt_ids, expected, max_new_tokens):
+        from endprompt_megatron.evaluate.engine import Answer
+
+        decoded = self.tokenizer.decode(prompt_ids)
+        key = decoded.split("The pass key is ")[1][:5]
+        ranks = np.zeros(len(expected), np.int64)
+        ranks[0] = 5 if expected != self.tokenizer.encode(f" {key}") else 0
+        return Answer(self.tokenizer.encode(self.form.format(key=key)), np.full(len(expected), -0.5), ranks)
+
+
+@pytest.mark.parametrize(
+    ("form", "correct"),
+    [(" {key}.", 1.0), (": **{key}**", 1.0), (" {key}7", 0.0), (" 1 {key}", 0.0), (" the pass key", 0.0)],
+)
+def test_passkey_counts_exact_digits_and_repeats_by_seed(model_dir, form, correct):
+    tokenizer = load_tokenizer(model_dir)
+    results = [
+        needle.needle(Answering(tokenizer, form), tokenizer, [400, 800], depths=[0.2, 0.8], samples=2, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert results[0] == results[1]
+    keys = [{answer["key"] for cell in result["cells"] for answer in cell["answers"]} for result in results]
+    assert len(keys[0]) == 8
+    assert keys[0] != keys[2]
+    for cell in results[0]["cells"]:
+        assert (cell["accuracy"], cell["recall"], cell["logprob"]) == (correct, 1.0, -0.5)
+
+
+def test_passkey_too_short_names_the_least_length(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    with pytest.raises(InputError, match=r"--lengths 50: .* use (\d+) or more") as caught:
+        needle.needle(Answering(tokenizer, ""), tokenizer, [50])
+    least = int(str(caught.value).split("use ")[1].split()[0])
+    needle.needle(Answering(tokenizer, ""), tokenizer, [least])
+
+
+@pytest.mark.parametrize("kind", virtual.KINDS)
+def test_virtual_probe_is_an_end_prompt_geometry_with_the_same_tokens_at_every_distance(kind):
+    stream = np.random.default_rng(0).integers(0, 50000, 5000)
+    distances = virtual.default_distances(64, 1000)
+    assert distances == [64, 128, 256, 512, 1000]
+    probes = virtual.probe_inputs(stream, physical_len=64, distances=distances, samples=5, seed=3, kind=kind)
+    again = virtual.probe_inputs(stream, physical_len=64, distances=distances, samples=5, seed=3, kind=kind)
+    for probe, same, distance in zip(probes, again, distances, strict=True):
+        assert probe["distance"] == distance
+        assert (probe["tokens"] == probes[0]["tokens"]).all()
+        assert (probe["tokens"] == same["tokens"]).all()
+        assert probe["tokens"].shape == probe["position_ids"].shape == (5, 64)
+        assert probe["tokens"].dtype == probe["position_ids"].dtype == np.int64
+        assert probe["scored"].shape == (5, 63)
+        expected = [*range(48), *range(distance - 16, distance)]
+        assert probe["position_ids"].tolist() == [expected] * 5
+        assert not probe["scored"][:, :48].any()  # predictions made in the context do not look across the jump
+        assert probe["scored"][:, 51:].all()
+    assert (probes[0]["position_ids"] == np.arange(64)).all()  # at D = s there is no jump
+    for row in probes[0]["tokens"]:
+        source = [at for at in range(33) if (row[at : at + 16] == row[48:]).all()]
+        assert bool(source) == (kind == "repeat")
+
+
+def test_virtual_summary_counts_only_what_is_scored():
+    losses = np.array([[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]])
+    correct = np.array([[True, False, True], [False, False, False]])
+    scored = np.array([[False, True, True], [False, False, True]])
+    assert virtual.summarise(losses, correct, scored) == {"loss": 4.0, "accuracy": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"physical_len": 8}, "too short"),
+        ({"distances": [32]}, "below the row's 64 tokens"),
+        ({"kind": "other"}, "unknown kind"),
+        ({"token_stream": np.arange(63)}, "needs 64"),
+    ],
+)
+def test_virtual_probe_refuses_what_it_cannot_build(change, message):
+    options = {"token_stream": np.arange(500), "physical_len": 64, "distances": [64], "samples": 1, "seed": 0} | change
+    with pytest.raises(ValueError, match=message):
+        virtual.probe_inputs(options.pop("token_stream"), **options)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text(small.text(4000))
+    return path
+
+
+def test_tool_measures_two_models_and_repeats_exactly(tmp_path, model_dir, book):
+    base = small.small_llama(tmp_path / "base", seed=1)
+    arguments = ["--hf", model_dir, "--baseline", base, "--lengths", "300,600", "--scored", 64, "--text", book]
+    arguments += ["--physical", 32, "--distances", "32,64,128", "--depths", "0.5", "--dtype", "float32"]
+    first = small.run_tool("evaluate", *arguments, "--out", tmp_path / "a", "--threads", 1)
+    assert first.returncode == 0, first.stderr
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert list(results["measurements"]) == ["baseline", "extended"]
+    for name in ("perplexity", "needle", "virtual"):
+        assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for key in ("settings", "text", "versions", "models", "seconds", "created"):
+        assert results[key]
+    settings = suite.Settings(**results["settings"])
+    again = suite.evaluate(settings, model_dir, tmp_path / "b", baseline=base)
+    for label in ("baseline", "extended"):
+        old, new = results["measurements"][label], again["measurements"][label]
+        for length in (0, 1):
+            assert old["perplexity"]["by_length"][length]["loss"] == pytest.approx(
+                new["perplexity"]["by_length"][length]["loss"], rel=1e-5
+            )
+        assert [c["answers"][0]["key"] for c in old["needle"]["cells"]] == [
+            c["answers"][0]["key"] for c in new["needle"]["cells"]
+        ]
+        assert list(old["virtual"]["repeat"]) == ["32", "64", "128"]
+    # The tool's numbers are those of an independent forward over the same window.
+    ids = np.asarray(load_tokenizer(model_dir).encode(book.read_text()))
+    window = text.windows(ids, 600, 2)[0][None, -300:]
+    engine = TransformersEngine(model_dir, "cpu", dtype="float32")
+    losses, _ = reference_losses(engine.model, window, natural(window))
+    measured = results["measurements"]["extended"]["perplexity"]["by_length"][0]["windows"][0]
+    assert measured == pytest.approx(float(losses[0, -64:].mean()), rel=1e-5)
+    for number in (f"{results['measurements']['baseline']['perplexity']['by_length'][1]['loss']:.3f}", "300", "128"):
+        assert number in first.stdout
+
+
+def test_held_out_text_may_be_a_prepared_dataset(tmp_path, model_dir, book):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    tokenizer = load_tokenizer(model_dir)
+    ids = tokenizer.encode(book.read_text())
+    builder = IndexedDatasetBuilder(str(tmp_path / "book.bin"), dtype=np.uint16)
+    for start in range(0, len(ids), 1000):
+        builder.add_document(ids[start : start + 1000], [len(ids[start : start + 1000])])
+    builder.finalize(str(tmp_path / "book.idx"))
+    prepared, plain = text.held_out(tmp_path / "book", tokenizer), text.held_out(book, tokenizer)
+    assert prepared.sha256 == plain.sha256
+    (tmp_path / "book.idx").write_bytes(b"broken")
+    with pytest.raises(InputError, match="not a readable indexed dataset"):
+        text.held_out(tmp_path / "book", tokenizer)
+
+
+BAD = {
+    "no model": ({"--hf": "{tmp}/none"}, "none: no such directory"),
+    "ruler": ({"--suite": "needle,ruler"}, "--suite ruler: comes in a later version; this one has perplexity, needle"),
+    "unknown suite": ({"--suite": "neddle"}, "--suite neddle: unknown"),
+    "no suite": ({"--suite": ","}, "names no suite"),
+    "lengths not numbers": ({"--lengths": "4k"}, "--lengths 4k: should be integers"),
+    "lengths unsorted": ({"--lengths": "600,300"}, "should ascend without repeats; use 300,600"),
+    "lengths negative": ({"--lengths": "-5,300"}, "should be positive"),
+    "no text": ({"--text": None}, "--text: missing"),
+    "text missing": ({"--text": "{tmp}/none.txt"}, "none.txt: no such file"),
+    "text empty": ({"--text": "{tmp}/empty.txt"}, "empty.txt: holds no text"),
+    "text not utf-8": ({"--text": "{tmp}/latin.txt"}, "latin.txt: cannot be read as UTF-8"),
+    "text too short": ({"--lengths": "100000"}, "the held-out text has"),
+    "scored too many": ({"--scored": "300"}, "should be above the 300 scored tokens"),
+    "out exists": ({"--out": "{tmp}/full"}, "full: already exists"),
+    "dtype": ({"--dtype": "int4"}, "--dtype int4: unknown"),
+    "depths": ({"--depths": "0.5,1.5"}, "should be between 0 and 1"),
+    "samples": ({"--samples": "0"}, "--samples 0: should be at least 1"),
+    "baseline missing": ({"--baseline": "{tmp}/none"}, "none: no such directory"),
+    "other tokenizer": ({"--baseline": "{tmp}/other"}, "its tokenizer is not that of"),
+    "distances": ({"--distances": "16"}, "--distances 16: below the probe's 32 tokens"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("bad")
+    (tmp / "empty.txt").write_text(" \n")
+    (tmp / "latin.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 10)
+    (tmp / "full").mkdir()
+    (tmp / "full" / "file").write_text("")
+    small.small_llama(tmp / "other", tokenizer=False)
+    small.small_tokenizer(tmp / "other", vocab_size=280)
+    return tmp
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_one_line(case, places, model_dir, book, monkeypatch, capsys):
+    import runpy
+    import sys
+
+    changes, message = BAD[case]
+    options = {"--hf": model_dir, "--lengths": "300,600", "--scored": "64", "--text": book, "--physical": "32"}
+    options |= {"--out": places / "out", "--threads": "1"} | changes
+    words = [str(word).format(tmp=places) for pair in options.items() if pair[1] is not None for word in pair]
+    words = [f"--lengths={options['--lengths']}" if word == "--lengths" else word for word in words]
+    words.remove(options["--lengths"])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    # In this process: 20 interpreters that import torch would take a minute.
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(small.ROOT / "tools" / "evaluate.py"), run_name="__main__")
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not (places / "out").exists()
