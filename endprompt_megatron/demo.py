@@ -190,20 +190,25 @@ def _prepare(name: str, source: Path, knobs: Knobs) -> Step:
 
 
 def recipe_overrides(knobs: Knobs) -> list[str]:
-    """What differs from the demo's recipe, as `key=value`; the user's own come last and win."""
+    """What differs from the demo's recipe, as `key=value`, and where the run goes; the user's own come last and win."""
+    usual = _recipe_keys(Knobs())
+    different = [f"{key}={value}" for key, value in _recipe_keys(knobs).items() if value != usual[key]]
+    return [*different, f"checkpoint.dir={knobs.run}", *knobs.overrides]
+
+
+def _recipe_keys(knobs: Knobs) -> dict[str, object]:
+    """The keys of the demo's recipe that the knobs set; those of `Knobs()` are what the recipe says."""
     base = knobs.directory
-    return [
-        f"model.hf={knobs.model}",
-        f"model.init_from={base / 'megatron'}",
-        f"data.train={base / 'data' / 'train'}",
-        f"data.valid={base / 'data' / 'held_out'}",
-        f"context.method={knobs.method}",
-        f"context.target={knobs.target}",
-        f"train.steps={knobs.steps}",
-        f"optim.warmup_steps={min(10, knobs.steps - 1)}",
-        f"checkpoint.dir={knobs.run}",
-        *knobs.overrides,
-    ]
+    return {
+        "model.hf": knobs.model,
+        "model.init_from": base / "megatron",
+        "data.train": base / "data" / "train",
+        "data.valid": base / "data" / "held_out",
+        "context.method": knobs.method,
+        "context.target": knobs.target,
+        "train.steps": knobs.steps,
+        "optim.warmup_steps": min(10, knobs.steps - 1),
+    }
 
 
 def run(knobs: Knobs, beside: Path | None = None) -> int:

@@ -250,9 +250,22 @@ def test_every_command_of_the_demo_names_a_tool_that_exists_and_a_recipe_that_is
 
 
 def test_the_control_differs_from_the_demo_in_the_method_alone(tmp_path):
-    ours, control = (demo.recipe_overrides(knobs(tmp_path, method=method)) for method in ("end_prompt", "short"))
-    different = [key.partition("=")[0] for key, other in zip(ours, control, strict=True) if key != other]
-    assert different == ["context.method", "checkpoint.dir"]
+    ours, control = (
+        load_recipe(ROOT / demo.RECIPE, demo.recipe_overrides(knobs(tmp_path, method=method))).as_dict()
+        for method in ("end_prompt", "short")
+    )
+    assert (ours["context"].pop("method"), control["context"].pop("method")) == ("end_prompt", "short")
+    assert ours["checkpoint"].pop("dir") != control["checkpoint"].pop("dir")
+    assert ours == control
+
+
+def test_the_recipe_says_what_the_demo_runs_when_no_knob_is_turned():
+    usual = demo.Knobs()
+    assert demo.recipe_overrides(usual) == [f"checkpoint.dir={usual.run}"]
+    recipe = load_recipe(ROOT / demo.RECIPE).as_dict()
+    for key, value in demo._recipe_keys(usual).items():
+        section, name = key.split(".")
+        assert str(recipe[section][name]) == str(value), key
 
 
 def test_the_control_stands_on_the_page_of_the_main_run(tmp_path):
