@@ -106,7 +106,7 @@ def passkey(run: Run) -> str:
         f"{samples} {'prompts' if samples > 1 else 'prompt'} a cell. Large: share of greedy answers with the exact "
         "digits. Small: mean log probability of the key's tokens."
     )
-    return f"{title}<p>{words}</p>{group([tables])}"
+    return f"{title}<p>{words}</p>{group([tables], small=True)}"
 
 
 def heat(cells: list[dict]) -> str:

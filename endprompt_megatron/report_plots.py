@@ -4,6 +4,7 @@ Evaluation pictures are those of evaluate/plots.py; this module adds the ones of
 """
 
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -87,8 +88,12 @@ def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, pale
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     x, y = series(steps, key)
+    if key == "lr" and max(y) > 0:
+        exponent = math.floor(math.log10(max(y)))
+        y = [value / 10.0**exponent for value in y]
+        unit = "× 10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     axes.plot(x, y, color=palette.extended, linewidth=1.4)
-    if key == "grad_norm":
+    if key == "grad_norm" and min(y) > 0:
         level_axis(axes, y)
     else:
         axes.set_ylim(0, max(y) * 1.15 or 1)

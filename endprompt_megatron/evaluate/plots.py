@@ -75,7 +75,9 @@ def level_axis(axes: "Axes", values: list[float]) -> None:
     if min(values) <= 0 or max(values) / min(values) < 3:
         return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) / min(values) < 100 else (1,)))
+    span = max(values) / min(values)
+    subs = (1, 1.5, 2, 3, 5, 7) if span < 12 else (1, 2, 5) if span < 120 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
 
@@ -99,14 +101,8 @@ def window_mark(axes: "Axes", results: dict, palette: Palette) -> None:
     low, high = axes.get_xlim()
     if window and low < window < high:
         axes.axvline(window, color=palette.muted, linewidth=0.9, linestyle=(0, (1, 2)))
-        axes.annotate(
-            "base window ",
-            (window, 0.02),
-            xycoords=("data", "axes fraction"),
-            ha="right",
-            fontsize=7.5,
-            color=palette.muted,
-        )
+        options = {"ha": "center", "va": "bottom", "fontsize": 7.5, "color": palette.muted}
+        axes.annotate("base window", (window, 1.0), xycoords=("data", "axes fraction"), **options)
 
 
 def by_length(axes: "Axes", results: dict, palette: Palette = PAPER) -> None:
@@ -119,8 +115,8 @@ def by_length(axes: "Axes", results: dict, palette: Palette = PAPER) -> None:
         lengths = [entry["length"] for entry in entries]
         middle = [entry["perplexity"] for entry in entries]
         # The error is of the loss, so its bounds are not symmetric once exponentiated.
-        low = [p - math.exp(e["loss"] - (e["stderr"] or 0)) for p, e in zip(middle, entries, strict=True)]
-        high = [math.exp(e["loss"] + (e["stderr"] or 0)) - p for p, e in zip(middle, entries, strict=True)]
+        low = [p * (1 - math.exp(-(e["stderr"] or 0))) for p, e in zip(middle, entries, strict=True)]
+        high = [p * (math.exp(e["stderr"] or 0) - 1) for p, e in zip(middle, entries, strict=True)]
         axes.errorbar(lengths, middle, [low, high], capsize=2, **_line(label, palette))
         values += middle
     level_axis(axes, values)

@@ -1,5 +1,6 @@
 """The evaluation against independent computation: full-mask forwards in transformers, counting by hand."""
 
+import itertools
 import json
 
 import numpy as np
@@ -183,7 +184,7 @@ def test_perplexity_scores_the_same_tokens_at_every_length_and_every_token_once_
         assert entry["stderr"] == pytest.approx(1.0)  # two windows 2 apart: std sqrt(2), over sqrt(2)
     buckets = result["by_position"]
     assert [buckets[0]["start"], buckets[-1]["end"]] == [0, 100]
-    for before, after in zip(buckets[:-1], buckets[1:], strict=True):
+    for before, after in itertools.pairwise(buckets):
         assert before["end"] == after["start"]
     for bucket in buckets:
         ids = np.arange(max(bucket["start"], 1), bucket["end"])
@@ -200,7 +201,7 @@ def test_windows_do_not_overlap_and_short_texts_are_refused():
         assert rows[0, 0] >= 0
     with pytest.raises(InputError, match="--lengths 1001: the held-out text has 1000 tokens"):
         text.windows(tokens, 1001, 1)
-    with pytest.raises(InputError, match="--windows 4: .* use --windows 3"):
+    with pytest.raises(InputError, match=r"--windows 4: .* use --windows 3"):
         text.windows(tokens, 300, 4)
 
 
