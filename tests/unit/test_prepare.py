@@ -267,7 +267,10 @@ def _mpirun() -> list[str] | None:
     flags = []
     version = subprocess.run([launcher, "--version"], capture_output=True, text=True).stdout
     if "Open MPI" in version or "OpenRTE" in version:
-        flags = ["--oversubscribe"] + (["--allow-run-as-root"] if os.geteuid() == 0 else [])
+        # Waiting ranks would spin, and take the core from the one that works.
+        flags = ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1"] + (
+            ["--allow-run-as-root"] if os.geteuid() == 0 else []
+        )
     command = [launcher, *flags, "-n", "2", sys.executable]
     probe = [*command, "-c", "from mpi4py import MPI; assert MPI.COMM_WORLD.size == 2"]
     return command if subprocess.run(probe, capture_output=True).returncode == 0 else None
