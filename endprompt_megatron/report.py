@@ -98,10 +98,12 @@ def training(run: Run, figures: Figures) -> str:
     title = "<h2>Training</h2>"
     if not run.steps:
         return title + missing("The run has no <code>metrics.jsonl</code> with logged steps.")
+    prompted = any(isinstance(line.get("loss_prompt"), (int, float)) for line in run.steps)
+    by_heart = " The prompts are a few fixed texts: their loss soon falls by memory alone."
     large = figures.figure(
         lambda axes: losses(axes, run.steps, run.validations, PAGE),
         "Loss over training",
-        "Faint: each logged step. Strong: smoothed. The prompt is one fixed text: its loss falls by memory alone.",
+        "Faint: each logged step. Strong: smoothed." + (by_heart if prompted else ""),
         (8.0, 3.3),
     )
     panels = []
