@@ -8,6 +8,7 @@ by their global shapes, so a run goes on with another number of tensor, pipeline
 import contextlib
 import json
 import logging
+import queue
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.utils import unwrap_model
 
 from endprompt_megatron.config import Recipe
@@ -32,6 +34,7 @@ from endprompt_megatron.convert.layout import (
 )
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import disk_errors, write_json
+from endprompt_megatron.optimizer import allocate_state, load_state
 from endprompt_megatron.shape import ModelShape, read_shape
 
 # The optimizer's state by parameter, in the parameter's own shape: any layout can load it.
@@ -74,12 +77,13 @@ def save(
             staging.mkdir(parents=True)
         dist.barrier()
         model_state = _model_state(models)
+        allocate_state(optimizer)
         state = {
             "model": model_state,
             "optimizer": optimizer.sharded_state_dict(model_state, is_loading=False, metadata=_METADATA),
             "scheduler": scheduler.state_dict(),
         }
-        with _quiet_checkpointing():
+        with _quiet_checkpointing(), _results_in_process():
             dist_checkpointing.save(state, str(staging), content_metadata=_METADATA)
         if first:
             copy_hf_files(Path(recipe.model.hf), staging / "hf")
@@ -117,13 +121,14 @@ def resume(root: Path, recipe: Recipe, where: str, models: list, optimizer: Any,
     manifest = read_manifest(directory)
     _refuse_other_recipe(manifest["recipe"] or {}, recipe, where, directory)
     model_state = _model_state(models)
+    allocate_state(optimizer)
     state = {
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_METADATA),
     }
     loaded = _load(state, directory)
     _set_weights(models, loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_state(optimizer, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     return Progress(manifest["step"], manifest["consumed_samples"])
 
@@ -179,6 +184,20 @@ def _quiet_checkpointing() -> Iterator[None]:
             yield
         finally:
             logging.disable(previous)
+
+
+@contextlib.contextmanager
+def _results_in_process() -> Iterator[None]:
+    """Let the writer hand its results over in this process.
+
+    Megatron-Core starts a manager process for that, which asynchronous saves need and synchronous ones do
+    not: it costs seconds at the first save and outlives a rank that is killed.
+    """
+    previous, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = previous
 
 
 def _prune(root: Path, keep: int) -> None:

@@ -2,8 +2,8 @@
 
 Every rule that can be checked before a GPU is touched is checked here (`check`): unknown keys, wrong
 types and illegal combinations end in one line that names the key, the value and what would be legal.
-A recipe may say `inherit: other.yaml` and then holds only what differs.  Read by all, imports no one
-but shape.py.
+A recipe may say `inherit: other.yaml` and then holds only what differs.  Read by all; imports
+positions.py and shape.py alone.
 """
 
 import importlib.util
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.errors import InputError
+from endprompt_megatron.positions import METHODS, WITH_PROMPT
 from endprompt_megatron.shape import ModelShape, read_shape
 
-METHODS = ("end_prompt", "end_prompt_random", "end_prompt_pose", "pose", "full", "short")
-WITH_PROMPT = ("end_prompt", "end_prompt_random", "end_prompt_pose")
 ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "none")
 
 
@@ -47,7 +46,7 @@ class Context:
 @dataclass
 class Data:
     train: Any = None  # PREFIX, [PREFIX, ...] or {PREFIX: weight, ...}
-    valid: Any = None  # the same, held out; default: the last 1% of data.train
+    valid: Any = None  # the same, held out; or "99,1": the last hundredth of the documents of data.train
     packing: str = "stream"
     cache: str | None = None  # where sample indices are kept; default beside the run
 
@@ -70,7 +69,7 @@ class Train:
     tokens: int | None = None  # instead of steps
     seed: int = 42
     log_interval: int = 1
-    valid_interval: int = 0  # steps; 0: only at the end
+    valid_interval: int = 0  # steps; 0: only at the end, where data.valid is given
     valid_samples: int = 64
     virtual_distances: list[int] = field(default_factory=list)  # of the probe that runs with validation
     max_nonfinite_steps: int = 5  # in a row; then the run stops
@@ -389,10 +388,15 @@ def _check_training(recipe: Recipe, where: str) -> None:
     _one_of(where, "data.packing", d.packing, ("stream",))
     if not d.train:
         raise InputError(f"{where}: data.train is missing; give the PREFIX that tools/prepare_data.py wrote")
+    for key, wants in (("valid_interval", t.valid_interval > 0), ("virtual_distances", bool(t.virtual_distances))):
+        if wants and d.valid is None:
+            raise InputError(f"{where}: train.{key} needs data.valid: give a held-out PREFIX, or a split such as 99,1")
+    c = recipe.context
     for distance in t.virtual_distances:
-        if not 0 < distance < recipe.context.target:
+        if not c.physical <= distance <= c.target:
             raise InputError(
-                f"{where}: train.virtual_distances={distance} should lie between 0 and context.target={recipe.context.target}"
+                f"{where}: train.virtual_distances={distance} should lie between context.physical={c.physical} and "
+                f"context.target={c.target}"
             )
 
 

@@ -87,11 +87,7 @@ def _without_cuda(function: Any) -> Any:
 
 
 def _redirect_megatron() -> None:
-    import megatron.core.optimizer as optimizer_package
     from megatron.core.tensor_parallel import random
 
-    # The fused kernel of torch's AdamW runs on CPUs too: one pass over each parameter instead of about ten.
-    optimizer_package.Adam = functools.partial(torch.optim.AdamW, fused=True)
-    optimizer_package.CPUAdam = optimizer_package.Adam
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

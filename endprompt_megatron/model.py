@@ -14,6 +14,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_defaults_if_not_set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -110,6 +116,7 @@ class LlamaModel(GPTModel):
             **kwargs,
         )
         self.rotary_pos_emb = PositionRotary(hf_config, shape.head_dim)
+        _mark_tensor_parallel(self)
         share = vocab // config.tensor_model_parallel_size
         start = share * parallel_state.get_tensor_model_parallel_rank()
         self.true_vocab_on_this_rank = min(max(shape.vocab_size - start, 0), share)
@@ -131,6 +138,20 @@ class LlamaModel(GPTModel):
         if self.true_vocab_on_this_rank < logits.shape[-1]:
             logits[..., self.true_vocab_on_this_rank :] = torch.finfo(logits.dtype).min
         return logits
+
+
+def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Mark the weights that tensor-parallel ranks hold parts of, which Megatron does only when it initialises them.
+
+    Unmarked, they would count on the first rank alone and the gradient norm would miss the others' parts.
+    """
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear):
+            if module.weight is not None:
+                dim = 1 if isinstance(module, RowParallelLinear) else 0
+                set_defaults_if_not_set_tensor_model_parallel_attributes(module.weight)
+                module.weight.tensor_model_parallel = True
+                module.weight.partition_dim = dim
 
 
 def build_model(shape: ModelShape, recipe: Recipe, export_config: dict) -> list[LlamaModel]:

@@ -63,7 +63,7 @@ def _train(recipe: Recipe, where: str, shape, stop: runtime.StopSignal) -> int:
         checkpoint.save(checkpoints, progress, recipe, models, optimizer, scheduler, shape, export_config)
 
     recorder = Recorder(recipe, shape, progress)
-    validation = Validation(recipe, feed, models)
+    validation = Validation(recipe, feed, models) if feed.valid is not None else None
     if t.valid_interval and progress.step == 0:
         recorder.validated(0, validation.run())
     nonfinite, saved = 0, progress.step
@@ -90,7 +90,7 @@ def _train(recipe: Recipe, where: str, shape, stop: runtime.StopSignal) -> int:
                 )
 
             last = progress.step == t.steps
-            if last or (t.valid_interval and progress.step % t.valid_interval == 0):
+            if validation and (last or (t.valid_interval and progress.step % t.valid_interval == 0)):
                 recorder.validated(progress.step, validation.run())
             signal_number = stop.agreed()
             if last or signal_number or progress.step % recipe.checkpoint.interval == 0:

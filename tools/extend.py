@@ -32,6 +32,9 @@ def main() -> int:
         # Said once, here, and not once a rank.
         check(recipe, args.recipe, world_size=args.processes)
         return spawn([__file__, args.recipe, *args.overrides, "--processes", str(args.processes)], args.processes)
+    from endprompt_megatron.runtime import quiet_libraries
+
+    quiet_libraries()
     from endprompt_megatron.train import train
 
     return train(recipe, args.recipe)

@@ -18,7 +18,7 @@ class Ranks:
         self.pipes, self.processes = [], []
         for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs,), daemon=False)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)

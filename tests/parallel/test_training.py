@@ -1,0 +1,198 @@
+"""Training equals transformers with torch's AdamW; what is exported is what was trained; bad steps are skipped."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from parallel.cases import (
+    build,
+    exported,
+    huggingface_loss,
+    huggingface_model,
+    make_samples,
+    micro_batches,
+    recipe_for,
+)
+from small import small_llama
+
+from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
+from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
+from endprompt_megatron.shape import read_shape
+
+STEPS = 10
+TP2_PP2 = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An odd vocabulary: padded inside for two tensor ranks, cut on export."""
+    directory = tmp_path_factory.mktemp("training")
+    small_llama(directory / "hf", vocab_size=321, tie_word_embeddings=True)
+    convert_hf_to_megatron(directory / "hf", directory / "megatron")
+    return directory, directory / "hf", directory / "megatron"
+
+
+def train_steps(recipe, batches, root=None):
+    """On a rank: losses and gradient norms of one update a batch; then a checkpoint, if a root is given."""
+    from endprompt_megatron import checkpoint
+    from endprompt_megatron.optimizer import update, zero_grad
+    from endprompt_megatron.step import run_batch
+
+    shape, models, optimizer, scheduler = build(recipe)
+    seen = []
+    for samples in batches:
+        zero_grad(models, optimizer)
+        losses = run_batch(models, micro_batches(recipe, samples), backward=True)
+        norm, updated = update(optimizer, losses.total, recipe.optim.grad_clip)
+        scheduler.step(increment=1)
+        seen.append((losses.total, norm, updated))
+    if root is not None:
+        progress = checkpoint.Progress(len(batches), 0)
+        checkpoint.save(root, progress, recipe, models, optimizer, scheduler, shape, exported(recipe))
+    return seen
+
+
+def logits_of(recipe, tokens, positions):
+    """On a rank: the model's own logits [b, s, v], joined over tensor ranks, from the last pipeline stage."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    _, models, _, _ = build(recipe)
+    batch = {"tokens": torch.from_numpy(tokens), "position_ids": torch.from_numpy(positions)}
+    kept = []
+
+    def forward(iterator, model):
+        data = next(iterator)
+        return model(data["tokens"], data["position_ids"]), keep
+
+    def keep(logits):
+        kept.append(gather_from_tensor_model_parallel_region(logits))
+        return logits.sum(), torch.ones((), dtype=torch.int), {}
+
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    for wrapped in models:
+        wrapped.eval()
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter([batch]),
+            model=models[0],
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+        )
+    last = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    return kept[0].numpy() if last else None
+
+
+@pytest.mark.parametrize("layout", [(1, []), (4, TP2_PP2), (2, [])], ids=["tp1-pp1", "tp2-pp2-sp", "dp2"])
+def test_ten_steps_equal_torch_adamw_on_huggingface(ranks, model, layout):
+    import torch
+
+    world, keys = layout
+    recipe = recipe_for(*model, *keys, "optim.grad_clip=0.5")
+    shape = read_shape(recipe.model.hf)
+    batches = [make_samples(recipe, shape.vocab_size, 8, seed=step) for step in range(STEPS)]
+    ours = ranks.run(world, train_steps, recipe, batches)
+
+    reference = huggingface_model(recipe, train=True)
+    o = recipe.optim
+    decayed = [p for p in reference.parameters() if p.ndim > 1]
+    norms = [p for p in reference.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps)
+    for step, samples in enumerate(batches):
+        for group in adamw.param_groups:
+            group["lr"] = o.lr * min(step / o.warmup_steps, 1.0)
+        adamw.zero_grad()
+        total, _, _ = huggingface_loss(reference, samples)
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), o.grad_clip)
+        adamw.step()
+        for rank in ours:
+            assert rank[step][0] == pytest.approx(total.item(), rel=1e-4), f"step {step + 1}"
+            assert rank[step][1] == pytest.approx(norm.item(), rel=1e-3), f"step {step + 1}"
+            assert rank[step][2]
+
+
+def test_trained_model_is_exported_as_it_is_and_loads_in_another_layout(ranks, model, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    recipe = recipe_for(*model, *TP2_PP2, "context.rope.type=yarn")
+    shape = read_shape(recipe.model.hf)
+    batches = [make_samples(recipe, shape.vocab_size, 8, seed=step) for step in range(3)]
+    ranks.run(4, train_steps, recipe, batches, tmp_path / "trained")
+    convert_megatron_to_hf(tmp_path / "trained", tmp_path / "exported")
+
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert config["max_position_embeddings"] == recipe.context.target
+    assert config["vocab_size"] == shape.vocab_size
+    assert config["rope_parameters"]["rope_type"] == config["rope_scaling"]["rope_type"] == "yarn"
+    assert config["rope_parameters"]["factor"] == 4.0
+
+    samples = make_samples(recipe, shape.vocab_size, 2, seed=99)
+    tokens, positions = samples["tokens"], samples["position_ids"]
+    exported_model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
+    ids = torch.from_numpy(tokens)
+    with torch.no_grad():
+        expected = exported_model(
+            ids, position_ids=torch.from_numpy(positions), attention_mask=torch.ones_like(ids), use_cache=False
+        ).logits.numpy()
+    for world, keys in ((1, []), (2, ["parallel.pipeline=2"]), (2, ["parallel.tensor=2"])):
+        loaded = recipe_for(*model, *keys, "context.rope.type=yarn", f"model.init_from={tmp_path / 'trained'}")
+        results = [r for r in ranks.run(world, logits_of, loaded, tokens, positions) if r is not None]
+        assert len(results) == 1
+        ours = results[0][..., : shape.vocab_size]
+        assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
+    # Exported again after a pass through Megatron, the weights are the same to the last bit.
+    convert_hf_to_megatron(tmp_path / "exported", tmp_path / "again")
+    convert_megatron_to_hf(tmp_path / "again", tmp_path / "twice")
+    once, twice = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
+        for name in ("exported", "twice")
+    )
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_weights_from_another_layout_are_the_same_to_the_last_bit(ranks, model, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    recipe = recipe_for(*model, *TP2_PP2)
+    ranks.run(4, train_steps, recipe, [], tmp_path / "untrained")
+    convert_megatron_to_hf(tmp_path / "untrained", tmp_path / "exported")
+    before, after = (load_file(Path(d) / "model.safetensors") for d in (recipe.model.hf, tmp_path / "exported"))
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def poisoned_steps(recipe, batches):
+    """On a rank: a good step, one with a non-finite weight in a sample, a good step; and the weights' sums."""
+    from endprompt_megatron.optimizer import update, zero_grad
+    from endprompt_megatron.step import run_batch
+
+    _, models, optimizer, scheduler = build(recipe)
+    seen = []
+    for samples in batches:
+        zero_grad(models, optimizer)
+        losses = run_batch(models, micro_batches(recipe, samples), backward=True)
+        _, updated = update(optimizer, losses.total, recipe.optim.grad_clip)
+        scheduler.step(increment=1)
+        seen.append((updated, float(sum(p.double().sum() for p in models[0].parameters()))))
+    return seen
+
+
+def test_nonfinite_step_is_skipped_and_leaves_the_weights(ranks, model):
+    recipe = recipe_for(*model, "parallel.pipeline=2", "optim.warmup_steps=0")
+    shape = read_shape(recipe.model.hf)
+    batches = [make_samples(recipe, shape.vocab_size, 8, seed=step) for step in range(3)]
+    batches[1]["loss_weights"][3, 5] = np.inf
+    for seen in ranks.run(2, poisoned_steps, recipe, batches):
+        assert [updated for updated, _ in seen] == [True, False, True]
+        assert seen[1][1] == seen[0][1]
+        assert seen[2][1] != seen[1][1]
