@@ -99,7 +99,7 @@ def steps(knobs: Knobs, beside: Path | None = None) -> list[Step]:
     held_out = text / "paradise_lost.txt"
     evaluate = [
         *["python", "tools/evaluate.py", "--lengths", lengths, "--windows", "1", "--text", str(held_out)],
-        *["--needle-lengths", ",".join(map(str, knobs.lengths[1:3])), "--depths", "0.1,0.5", "--probe-samples", "4"],
+        *["--needle-lengths", ",".join(map(str, knobs.lengths[1:3])), "--depths", "0.5", "--probe-samples", "4"],
     ]
     return [
         Step(
