@@ -11,6 +11,7 @@ from endprompt_megatron.config import Recipe
 from endprompt_megatron.data.batch import MicroBatches, zigzag_slice
 from endprompt_megatron.data.dataset import Blend, build_datasets
 from endprompt_megatron.errors import InputError
+from endprompt_megatron.positions import WITH_PROMPT
 from endprompt_megatron.prompts import tokenise_prompts
 from endprompt_megatron.runtime import device
 from endprompt_megatron.shape import ModelShape
@@ -34,7 +35,7 @@ class Feed:
             physical_len=c.physical,
             method=c.method,
             target_len=c.target,
-            prompts=tokenise_prompts(recipe.model.hf, list(c.prompts)),
+            prompts=tokenise_prompts(recipe.model.hf, list(c.prompts)) if c.method in WITH_PROMPT else [],
             prompt_loss_weight=c.prompt_loss_weight,
             seed=t.seed,
             chunks=c.chunks,
