@@ -118,6 +118,10 @@ def findings(columns: dict[str, Column], main_run: Knobs, control: Knobs) -> lis
             f"Scaling the positions without any training already gives {alone:.2f} at {far:,}; only the difference "
             f"from there to {trained.losses[far]:.2f} comes from the training."
         )
+    for length, (found, asked) in sorted(columns["base"].passkeys.items()):
+        after = trained.passkeys.get(length, (0, 0))[0]
+        verdict = "lost by the training" if after < found else "gained" if after > found else "no change"
+        lines.append(f"Passkeys in {length:,} tokens: {found} of {asked} before, {after} after; {verdict}.")
     lines.append(_control(columns, main_run, control, far))
     return lines
 

@@ -14,8 +14,9 @@ import pytest
 from small import assert_one_line_error, run_tool
 
 from endprompt_megatron import demo, demo_assets, demo_summary
-from endprompt_megatron.config import check, load_recipe
+from endprompt_megatron.config import load_recipe
 from endprompt_megatron.errors import InputError
+from endprompt_megatron.rules import check
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -345,6 +346,18 @@ def test_the_summary_does_not_claim_a_collapse_or_a_gain_that_was_not_measured(t
     said = demo_summary.text(main, control)
     assert "does not collapse" in said
     assert "EndPrompt at 16,384: 5.30; worse by 0.49" in said
+
+
+def test_the_summary_says_that_a_passkey_was_lost(tmp_path):
+    main, control = knobs(tmp_path), knobs(tmp_path, method="short")
+    evaluated(main, BASE, {8192: 4.9, 16384: 4.7}, {8192: 1.0, 12288: 0.0})
+    path = main.run / "evaluation" / "results.json"
+    results = json.loads(path.read_text())
+    results["measurements"]["extended"]["needle"]["cells"][0]["accuracy"] = 0.0
+    path.write_text(json.dumps(results))
+    said = demo_summary.text(main, control)
+    assert "Passkeys in 8,192 tokens: 1 of 1 before, 0 after; lost by the training." in said
+    assert "Passkeys in 12,288 tokens: 0 of 1 before, 0 after; no change." in said
 
 
 def test_the_summary_of_a_target_beyond_what_is_read_says_so(tmp_path):
