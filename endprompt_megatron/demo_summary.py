@@ -120,8 +120,11 @@ def findings(columns: dict[str, Column], main_run: Knobs, control: Knobs) -> lis
         )
     for length, (found, asked) in sorted(columns["base"].passkeys.items()):
         after = trained.passkeys.get(length, (0, 0))[0]
-        verdict = "lost by the training" if after < found else "gained" if after > found else "no change"
-        lines.append(f"Passkeys in {length:,} tokens: {found} of {asked} before, {after} after; {verdict}.")
+        verdict = "lost" if after < found else "gained" if after > found else "no change"
+        # Scaling the positions can lose a passkey by itself: then the training is not to blame for it.
+        between = columns["untrained"].passkeys.get(length) if "untrained" in columns else None
+        scaled = f", {between[0]} with positions scaled and no training" if between else ""
+        lines.append(f"Passkeys in {length:,} tokens: {found} of {asked} before{scaled}, {after} after; {verdict}.")
     lines.append(_control(columns, main_run, control, far))
     return lines
 

@@ -356,7 +356,7 @@ def test_the_summary_says_that_a_passkey_was_lost(tmp_path):
     results["measurements"]["extended"]["needle"]["cells"][0]["accuracy"] = 0.0
     path.write_text(json.dumps(results))
     said = demo_summary.text(main, control)
-    assert "Passkeys in 8,192 tokens: 1 of 1 before, 0 after; lost by the training." in said
+    assert "Passkeys in 8,192 tokens: 1 of 1 before, 0 after; lost." in said
     assert "Passkeys in 12,288 tokens: 0 of 1 before, 0 after; no change." in said
 
 
