@@ -1,20 +1,22 @@
 """The recipe: what a run is, as typed dataclasses, read from YAML with dotted overrides.
 
-Every rule that can be checked before a GPU is touched is checked here (`check`): unknown keys, wrong
-types and illegal combinations end in one line that names the key, the value and what would be legal.
+Unknown keys, wrong types and values that can never be right end in one line that names the key, the value
+and what would be legal; rules.py does the same for what depends on the model and the number of processes.
 A recipe may say `inherit: other.yaml` and then holds only what differs.  Read by all; imports
 positions.py and shape.py alone.
 """
 
 import importlib.util
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.positions import METHODS, WITH_PROMPT
-from endprompt_megatron.shape import ModelShape, read_shape
+from endprompt_megatron.positions import METHODS
+from endprompt_megatron.shape import read_shape
 
 ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "none")
 
@@ -145,11 +147,12 @@ class Recipe:
 
 
 def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe and apply `key=value` overrides.  Raises InputError; `check` does the rest.
+    """Read a recipe and apply `key=value` overrides.  Raises InputError; rules.check does the rest.
 
     Defaults that depend on the model (context.original, the interpolation factor, steps from tokens) are
     filled in, so that what is returned is the recipe as resolved.
     """
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -172,8 +175,13 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         recipe: Recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise InputError(_explain(where, error)) from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
     _resolve(recipe, where)
     return recipe
+
+
+_BUDGET = {"steps", "tokens"}  # of train
 
 
 def _read_yaml(path: Path, seen: set[Path]) -> Any:
@@ -193,24 +201,35 @@ def _read_yaml(path: Path, seen: set[Path]) -> Any:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not OmegaConf.is_dict(config):
         raise InputError(f"{path}: a recipe is a mapping of sections (model, context, data, ...)")
-    if "async" in (config.get("checkpoint") or {}):
+    if OmegaConf.is_dict(config.get("checkpoint")) and "async" in config.checkpoint:
         config.checkpoint.asynchronous = config.checkpoint.pop("async")
     parent = config.pop("inherit", None)
     if parent is None:
         return config
-    return OmegaConf.merge(_read_yaml(path.parent / parent, seen | {path.resolve()}), config)
+    if not isinstance(parent, str):
+        raise InputError(f"{path}: inherit={parent} should be the name of one recipe")
+    inherited = _read_yaml(path.parent / parent, seen | {path.resolve()})
+    ours, theirs = config.get("train"), inherited.get("train")
+    if OmegaConf.is_dict(ours) and OmegaConf.is_dict(theirs) and _BUDGET & set(ours):
+        for key in _BUDGET & set(theirs):  # the budget is said anew here, in whichever of the two units
+            theirs.pop(key)
+    return OmegaConf.merge(inherited, config)
 
 
 def _explain(where: str, error: Exception) -> str:
     """One line for OmegaConf's error: the key in full, and what would be right."""
-    key = getattr(error, "full_key", None) or ""
-    message = str(error).splitlines()[0].strip()
+    key = str(getattr(error, "full_key", None) or "").replace("asynchronous", "async")
+    message = str(error).splitlines()[0].strip().replace("asynchronous", "async")
     if type(error).__name__ in ("ConfigKeyError", "ConfigAttributeError"):
         section, _, name = key.rpartition(".")
         siblings = _field_names(section)
         return f"{where}: unknown key {key or name}; {section or 'a recipe'} takes {', '.join(siblings)}"
-    if type(error).__name__ == "MissingMandatoryValue":
+    if type(error).__name__ == "MissingMandatoryValue" or "Incompatible value 'None'" in message:
         return f"{where}: {key or 'a key'} is missing"
+    value_for_section = re.fullmatch(r"Merge error: .* is not a subclass of (\w+)\. value: (.*)", message)
+    if value_for_section:
+        kind, value = value_for_section.groups()
+        return f"{where}: {kind.lower()}={value} should be a section with keys of its own"
     return f"{where}: {key}: {message}"
 
 
@@ -229,11 +248,17 @@ def _resolve(recipe: Recipe, where: str) -> None:
         section, name = key.split(".")
         if getattr(getattr(recipe, section), name) in ("???", ""):
             raise InputError(f"{where}: {key} is missing")
-    _one_of(where, "context.method", context.method, METHODS)
-    _one_of(where, "context.rope.type", context.rope.type, ROPE_TYPES)
-    for key, value in _positive(recipe):
-        if value is not None and value <= 0:
+    one_of(where, "context.method", context.method, METHODS)
+    one_of(where, "context.rope.type", context.rope.type, ROPE_TYPES)
+    for key, value in _numbers(recipe.as_dict()):
+        if not math.isfinite(value):
+            raise InputError(f"{where}: {key}={value} should be a finite number")
+        if key in _POSITIVE and value <= 0:
             raise InputError(f"{where}: {key}={value} should be positive")
+        if key in _NOT_NEGATIVE and value < 0:
+            raise InputError(f"{where}: {key}={value} should be at least 0")
+    if not 0 <= train.seed < 2**32:
+        raise InputError(f"{where}: train.seed={train.seed} should lie between 0 and {2**32 - 1}")
     if context.original is None and Path(recipe.model.hf).is_dir():
         context.original = read_shape(recipe.model.hf).window
     if context.rope.factor is None and context.original is not None:
@@ -243,175 +268,36 @@ def _resolve(recipe: Recipe, where: str) -> None:
         raise InputError(f"{where}: train.steps is missing; give it, or train.tokens")
     if None not in (train.steps, from_tokens) and train.steps != from_tokens:
         raise InputError(
-            f"{where}: train.steps={train.steps} contradicts train.tokens={train.tokens} ({from_tokens} steps); give one"
+            f"{where}: train.steps={train.steps} contradicts train.tokens={train.tokens} ({from_tokens} steps); "
+            "give one"
         )
     train.steps = train.steps or from_tokens
 
 
-def _positive(recipe: Recipe) -> list[tuple[str, Any]]:
-    keys = (
-        "context.original context.target context.physical context.chunks context.rope.factor parallel.tensor "
-        "parallel.pipeline parallel.virtual_pipeline parallel.context train.global_batch_size train.micro_batch_size "
-        "train.steps train.tokens train.log_interval train.valid_samples train.max_nonfinite_steps optim.lr optim.eps "
-        "checkpoint.interval"
-    ).split()
-    pairs = []
-    for key in keys:
-        value: Any = recipe
-        for name in key.split("."):
-            value = getattr(value, name)
-        pairs.append((key, value))
-    return pairs
+_POSITIVE = {
+    *("context.original", "context.target", "context.physical", "context.chunks", "context.rope.factor"),
+    *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
+    *("train.global_batch_size", "train.micro_batch_size", "train.steps", "train.tokens", "train.log_interval"),
+    *("train.valid_samples", "train.max_nonfinite_steps", "optim.lr", "optim.eps", "checkpoint.interval"),
+}
+_NOT_NEGATIVE = {
+    *("train.valid_interval", "optim.min_lr", "optim.weight_decay", "optim.grad_clip", "checkpoint.keep"),
+}
 
 
-def _one_of(where: str, key: str, value: Any, legal: tuple) -> None:
+def _numbers(tree: dict, prefix: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number of a recipe with its dotted key, those in lists apart."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + str(name), value
+
+
+def one_of(where: str, key: str, value: Any, legal: tuple) -> None:
+    """Raise InputError unless `value` of `key` is one of the legal ones."""
     if value not in legal:
         raise InputError(f"{where}: {key}={value} should be one of {', '.join(map(str, legal))}")
-
-
-def check(recipe: Recipe, where: str, *, world_size: int, base_config: dict | None = None) -> ModelShape:
-    """Refuse what cannot work, before anything is built; returns the model's shape.
-
-    `world_size` is the number of processes; `base_config` the parsed HF config (read from model.hf if None).
-    Raises InputError.
-    """
-    shape = read_shape(recipe.model.hf)
-    _check_context(recipe, where, shape)
-    _check_layout(recipe, where, shape, world_size)
-    _check_training(recipe, where)
-    _check_precision(recipe, where)
-    return shape
-
-
-def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
-    c = recipe.context
-    if c.target <= c.original:
-        raise InputError(
-            f"{where}: context.target={c.target} is not above context.original={c.original}; there is nothing to extend"
-        )
-    if c.physical > c.target:
-        raise InputError(
-            f"{where}: context.physical={c.physical} is longer than context.target={c.target}; use at most the target"
-        )
-    if c.method == "full" and c.physical != c.target:
-        raise InputError(
-            f"{where}: context.method=full trains at full length: context.physical={c.physical} should be {c.target}"
-        )
-    if c.method in WITH_PROMPT and not c.prompts:
-        raise InputError(f"{where}: context.prompts is empty; {c.method} needs at least one, such as [EP_1]")
-    if c.prompt_loss_weight < 0 or (c.method in WITH_PROMPT and c.prompt_loss_weight == 0):
-        raise InputError(f"{where}: context.prompt_loss_weight={c.prompt_loss_weight} should be above 0")
-    if c.rope.type not in ("none",) and c.rope.factor < 1:
-        raise InputError(f"{where}: context.rope.factor={c.rope.factor} should be at least 1 (target / original)")
-    if c.method in ("pose", "end_prompt_pose") and c.chunks < 2:
-        raise InputError(f"{where}: context.chunks={c.chunks} should be at least 2 for {c.method}")
-    if shape.head_dim % 2:
-        raise InputError(f"{where}: head_dim={shape.head_dim} of {recipe.model.hf} is odd; RoPE needs pairs")
-
-
-def _divisors(*numbers: int) -> str:
-    return ", ".join(str(d) for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers))
-
-
-def _check_layout(recipe: Recipe, where: str, shape: ModelShape, world_size: int) -> None:
-    p, c = recipe.parallel, recipe.context
-    name = Path(recipe.model.hf).name
-    for what, count in (("num_key_value_heads", shape.num_kv_heads), ("num_attention_heads", shape.num_heads)):
-        if count % p.tensor:
-            legal = _divisors(shape.num_kv_heads, shape.num_heads, shape.ffn_size)
-            raise InputError(f"{where}: parallel.tensor={p.tensor} does not divide {what}={count} ({name}): use {legal}")
-    if shape.ffn_size % p.tensor:
-        raise InputError(
-            f"{where}: parallel.tensor={p.tensor} does not divide intermediate_size={shape.ffn_size} ({name})"
-        )
-    if shape.num_layers % p.pipeline:
-        raise InputError(
-            f"{where}: parallel.pipeline={p.pipeline} does not divide num_hidden_layers={shape.num_layers} ({name}): "
-            f"use {_divisors(shape.num_layers)}"
-        )
-    if p.virtual_pipeline is not None and p.virtual_pipeline > 1:
-        if p.pipeline == 1:
-            raise InputError(f"{where}: parallel.virtual_pipeline={p.virtual_pipeline} needs parallel.pipeline above 1")
-        if (shape.num_layers // p.pipeline) % p.virtual_pipeline:
-            raise InputError(
-                f"{where}: parallel.virtual_pipeline={p.virtual_pipeline} does not divide the "
-                f"{shape.num_layers // p.pipeline} layers of a pipeline stage: use {_divisors(shape.num_layers // p.pipeline)}"
-            )
-    if p.sequence and p.tensor == 1:
-        raise InputError(f"{where}: parallel.sequence=true needs parallel.tensor above 1")
-    if p.sequence and c.physical % (p.tensor * p.context):
-        raise InputError(
-            f"{where}: parallel.sequence splits context.physical={c.physical} by parallel.tensor={p.tensor}, "
-            "which does not divide it"
-        )
-    if p.context > 1 and c.physical % (2 * p.context):
-        raise InputError(
-            f"{where}: context.physical={c.physical} should be a multiple of 2 x parallel.context={2 * p.context}"
-        )
-    if p.context > 1 and not has_transformer_engine():
-        raise InputError(
-            f"{where}: parallel.context={p.context} needs Transformer Engine, which is not installed: use 1"
-        )
-    _one_of(where, "parallel.recompute", p.recompute, ("none", "selective", "full"))
-    ranks = p.tensor * p.pipeline * p.context
-    if world_size % ranks:
-        raise InputError(
-            f"{where}: parallel.tensor x pipeline x context = {ranks} does not divide the {world_size} processes started: "
-            f"start a multiple of {ranks}"
-        )
-    replicas = world_size // ranks
-    micro, batch = recipe.train.micro_batch_size, recipe.train.global_batch_size
-    if batch % (micro * replicas):
-        raise InputError(
-            f"{where}: train.global_batch_size={batch} is not a multiple of micro_batch_size x data parallel = "
-            f"{micro} x {replicas}"
-        )
-    if p.virtual_pipeline and p.virtual_pipeline > 1 and (batch // (micro * replicas)) % p.pipeline:
-        raise InputError(
-            f"{where}: with parallel.virtual_pipeline the {batch // (micro * replicas)} micro-batches of a step should be "
-            f"a multiple of parallel.pipeline={p.pipeline}"
-        )
-
-
-def _check_training(recipe: Recipe, where: str) -> None:
-    t, o, d = recipe.train, recipe.optim, recipe.data
-    _one_of(where, "optim.schedule", o.schedule, ("constant", "cosine"))
-    if o.warmup_steps < 0 or (o.warmup_steps and o.warmup_steps >= t.steps):
-        raise InputError(f"{where}: optim.warmup_steps={o.warmup_steps} should be at least 0 and below {t.steps} steps")
-    if len(o.betas) != 2 or not all(0 <= beta < 1 for beta in o.betas):
-        raise InputError(f"{where}: optim.betas={list(o.betas)} should be two numbers in [0, 1)")
-    for key, value in (("weight_decay", o.weight_decay), ("min_lr", o.min_lr), ("grad_clip", o.grad_clip)):
-        if value < 0:
-            raise InputError(f"{where}: optim.{key}={value} should be at least 0")
-    if d.packing == "documents":
-        raise InputError(f"{where}: data.packing=documents is not available yet: use stream")
-    _one_of(where, "data.packing", d.packing, ("stream",))
-    if not d.train:
-        raise InputError(f"{where}: data.train is missing; give the PREFIX that tools/prepare_data.py wrote")
-    for key, wants in (("valid_interval", t.valid_interval > 0), ("virtual_distances", bool(t.virtual_distances))):
-        if wants and d.valid is None:
-            raise InputError(f"{where}: train.{key} needs data.valid: give a held-out PREFIX, or a split such as 99,1")
-    c = recipe.context
-    for distance in t.virtual_distances:
-        if not c.physical <= distance <= c.target:
-            raise InputError(
-                f"{where}: train.virtual_distances={distance} should lie between context.physical={c.physical} and "
-                f"context.target={c.target}"
-            )
-
-
-def _check_precision(recipe: Recipe, where: str) -> None:
-    p = recipe.precision
-    _one_of(where, "precision.dtype", p.dtype, ("bfloat16", "float32"))
-    if p.fp8 is not None:
-        _one_of(where, "precision.fp8", p.fp8, ("hybrid", "e4m3"))
-        _one_of(where, "precision.fp8_recipe", p.fp8_recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
-        if not has_transformer_engine():
-            raise InputError(
-                f"{where}: precision.fp8={p.fp8} needs Transformer Engine, which is not installed: use null"
-            )
-    if p.fp8_attention and p.fp8 is None:
-        raise InputError(f"{where}: precision.fp8_attention=true needs precision.fp8, such as hybrid")
 
 
 def has_transformer_engine() -> bool:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from endprompt_megatron import checkpoint, runtime
 from endprompt_megatron.checkpoint import Progress
-from endprompt_megatron.config import Recipe, check
+from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
 from endprompt_megatron.files import read_json
+from endprompt_megatron.rules import check
 
 
 def train(recipe: Recipe, where: str) -> int:
@@ -41,9 +42,8 @@ def _train(recipe: Recipe, where: str, shape, stop: runtime.StopSignal) -> int:
     from endprompt_megatron.validate import Validation
 
     c, t = recipe.context, recipe.train
-    export_config = scaled_config(
-        read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config"), c.rope.type, c.rope.factor, c.original, c.target, where
-    )
+    config = read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config")
+    export_config = scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, where)
     feed = Feed(recipe, where, shape)
     models = wrap_models(build_model(shape, recipe, export_config))
     optimizer, scheduler = build_optimizer(recipe, models)
@@ -100,4 +100,3 @@ def _train(recipe: Recipe, where: str, shape, stop: runtime.StopSignal) -> int:
                 recorder.say(f"stopped by signal {signal_number} at step {progress.step}; run again to continue")
                 return EXIT_RESUMABLE
     return EXIT_DONE
-

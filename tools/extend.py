@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import run_cli  # noqa: E402
+from endprompt_megatron.errors import InputError, run_cli
 
 
 def main() -> int:
@@ -21,10 +21,13 @@ def main() -> int:
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100 parallel.pipeline=2")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="start N ranks on this machine")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # overrides may stand on both sides of --processes
 
-    from endprompt_megatron.config import check, load_recipe
+    from endprompt_megatron.config import load_recipe
+    from endprompt_megatron.rules import check
 
+    if args.processes < 1:
+        raise InputError(f"--processes {args.processes}: should be at least 1")
     recipe = load_recipe(args.recipe, args.overrides)
     if args.processes > 1 and "RANK" not in os.environ:
         from endprompt_megatron.launch import spawn

@@ -1,0 +1,50 @@
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from small import small_llama
+from unit.starting import RECIPE, extend_here, write_tokens
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory) -> Path:
+    """A model, its checkpoint, data and a recipe that is right, all named relative to the directory."""
+    from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
+
+    root = tmp_path_factory.mktemp("ground")
+    small_llama(root / "hf")
+    convert_hf_to_megatron(root / "hf", root / "megatron")
+    write_tokens(root / "train", 4000)
+    write_tokens(root / "short", 20)
+    write_tokens(root / "foreign", 4000, below=400)
+    (root / "file").write_text("in the way")
+    (root / "recipe.yaml").write_text(RECIPE)
+    return root
+
+
+@pytest.fixture
+def place(tmp_path, ground) -> Path:
+    """A copy to break."""
+    return shutil.copytree(ground, tmp_path / "place")
+
+
+@pytest.fixture(scope="session")
+def process():
+    """A process of its own: training redirects parts of torch where there is no GPU."""
+    from parallel.ranks import Ranks
+
+    pool = Ranks(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def extend(process):
+    """tools/extend.py, run in a directory with arguments: exit code, stdout, stderr."""
+
+    def run(directory: Path, *arguments: str, world_size: int = 1) -> SimpleNamespace:
+        code, out, err = process.run(1, extend_here, str(directory), list(map(str, arguments)), world_size)[0]
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return run

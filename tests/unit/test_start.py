@@ -1,0 +1,134 @@
+"""Training does not start from what is missing, broken or of another model: one line, exit code 2."""
+
+from pathlib import Path
+
+import pytest
+from small import assert_one_line_error, edit_json, run_tool
+
+
+def checkpoint(place: Path) -> Path:
+    return place / "megatron/iter_0000000"
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# name: (overrides, damage, what the line says)
+MODEL = {
+    "no-config": ([], lambda p: (p / "hf/config.json").unlink(), ["hf/config.json", "no such file"]),
+    "broken-config": ([], lambda p: halve(p / "hf/config.json"), ["hf/config.json", "cannot be read"]),
+    "other-family": ([], lambda p: edit_json(p / "hf/config.json", model_type="gpt2"), ["model_type=gpt2", "llama"]),
+    "window": (
+        [],
+        lambda p: edit_json(p / "hf/config.json", max_position_embeddings="64"),
+        ["hf/config.json", "max_position_embeddings=64"],
+    ),
+    "no-tokenizer": (
+        [],
+        lambda p: [path.unlink() for path in (p / "hf").glob("tokenizer*")],
+        ["hf", "holds no tokenizer"],
+    ),
+    "no-init": (["model.init_from=null"], lambda p: None, ["model.init_from is missing", "convert_hf_to_megatron.py"]),
+    "init-nowhere": (["model.init_from=nowhere"], lambda p: None, ["model.init_from nowhere", "no such directory"]),
+    "init-not-one": (["model.init_from=hf"], lambda p: None, ["model.init_from hf", "no complete checkpoint"]),
+    "init-incomplete": (
+        [],
+        lambda p: (checkpoint(p) / "endprompt.json").unlink(),
+        ["model.init_from megatron", "no complete checkpoint"],
+    ),
+    "init-of-another": (
+        [],
+        lambda p: edit_json(checkpoint(p) / "hf/config.json", num_hidden_layers=3),
+        ["model.init_from=megatron", "another model", "num_layers=3", "model.hf has 4"],
+    ),
+    "other-hf": (
+        [],
+        lambda p: edit_json(p / "hf/config.json", intermediate_size=128),
+        ["model.init_from=megatron", "ffn_size=112", "model.hf has 128"],
+    ),
+    "init-truncated": (
+        [],
+        lambda p: halve(checkpoint(p) / "__0_0.distcp"),
+        ["megatron/iter_0000000", "cannot be read"],
+    ),
+    "init-part-missing": (
+        [],
+        lambda p: (checkpoint(p) / "__0_0.distcp").unlink(),
+        ["megatron/iter_0000000", "cannot be read"],
+    ),
+    "init-metadata": ([], lambda p: halve(checkpoint(p) / ".metadata"), ["megatron/iter_0000000", "cannot be read"]),
+    "scaled-twice": (
+        [],
+        lambda p: edit_json(p / "hf/config.json", rope_parameters={"rope_type": "linear", "factor": 2.0}),
+        ["context.rope.type=linear", "the model's own linear scaling", "use none"],
+    ),
+    "data-nowhere": (["data.train=nowhere"], lambda p: None, ["nowhere.idx", "no such file", "prepare_data.py"]),
+    "data-a-number": (["data.train=5"], lambda p: None, ["data.train=5", "PREFIX"]),
+    "data-weight": (["data.train={train: -1}"], lambda p: None, ["data.train", "-1", "above 0"]),
+    "data-weight-word": (["data.train={train: much}"], lambda p: None, ["data.train", "much", "PREFIX"]),
+    "data-too-short": (["data.train=short"], lambda p: None, ["data.train=short", "20 tokens", "shorter than one"]),
+    "data-cut": ([], lambda p: halve(p / "train.bin"), ["train.bin", "4000 bytes"]),
+    "data-foreign-manifest": (
+        [],
+        lambda p: (p / "train.json").write_text('{"vocab_size": 400}'),
+        ["data.train=train", "vocab_size=400", "320"],
+    ),
+    "valid-nowhere": (["data.valid=nowhere"], lambda p: None, ["nowhere.idx", "no such file"]),
+    "valid-split-0": (["data.valid='100,0'"], lambda p: None, ["data.valid=100,0", "above 0"]),
+    "valid-split-empty": (["data.valid='99,1'"], lambda p: None, ["for validation", "shorter than one sample"]),
+    "prompt-unknown": (["context.prompts=[EP_9]"], lambda p: None, ["context.prompts=EP_9", "EP_1, EP_2, EP_3"]),
+    "prompt-too-long": (["context.physical=8"], lambda p: None, ["physical length of 8", "39 tokens"]),
+    "tokenizer-of-another": (
+        [],
+        lambda p: edit_json(p / "hf/config.json", vocab_size=40),
+        ["token id", "vocabulary of 40", "tokenizer"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODEL)
+def test_training_does_not_start(place, extend, case):
+    overrides, damage, needles = MODEL[case]
+    damage(place)
+    assert_one_line_error(extend(place, "recipe.yaml", *overrides), *needles)
+    assert not (place / "run/metrics.jsonl").exists()
+
+
+def test_token_outside_the_vocabulary_is_refused(ground, extend):
+    """Without a manifest it shows only when it is read."""
+    result = extend(ground, "recipe.yaml", "data.train=foreign", "train.steps=40", "checkpoint.dir=foreign-run")
+    assert_one_line_error(result, "foreign.bin", "token id", "320")
+
+
+def test_run_goes_on_only_with_the_recipe_and_the_checkpoint_it_was_started_with(place, extend):
+    arguments = ["recipe.yaml", "train.steps=1", "optim.warmup_steps=0"]
+    done = extend(place, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "done already" in extend(place, *arguments).stdout
+    changed = extend(place, *arguments[:1], "context.target=128")
+    assert_one_line_error(changed, "context.target=128", "run/checkpoints/iter_0000001", "256", "checkpoint.dir")
+    halve(next((place / "run/checkpoints/iter_0000001").glob("*.distcp")))
+    assert_one_line_error(extend(place, "recipe.yaml"), "run/checkpoints/iter_0000001", "cannot be read")
+
+
+@pytest.fixture
+def anywhere(place) -> Path:
+    """The recipe with absolute paths, for any working directory."""
+    path = place / "recipe.yaml"
+    recipe = path.read_text()
+    for name in ("hf", "megatron", "train", "run"):
+        recipe = recipe.replace(f": {name}", f": {place / name}")
+    path.write_text(recipe)
+    return path
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_command_line_says_one_line_and_exits_2(anywhere, processes):
+    result = run_tool("extend", anywhere, "context.target=64", "--processes", processes)
+    assert_one_line_error(result, "recipe.yaml: context.target=64")
+
+
+def test_ranks_that_fail_together_say_one_line(anywhere):
+    result = run_tool("extend", anywhere, "--processes", 2, "model.init_from=nowhere", env={"OMP_NUM_THREADS": "1"})
+    assert_one_line_error(result, "model.init_from nowhere", "no such directory")
