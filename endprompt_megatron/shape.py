@@ -59,13 +59,23 @@ def shape_of(config: dict, where: str) -> ModelShape:
     if family not in FAMILIES:
         known = "; ".join(f"{name} ({models})" for name, models in FAMILIES.items())
         raise InputError(f"{where}: model_type={family} is not supported; supported are {known}")
-    for key in _REQUIRED:
-        if not isinstance(config.get(key), int) or config[key] <= 0:
-            raise InputError(f"{where}: {key}={config.get(key)} should be a positive integer")
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
+    values = {key: config.get(key) for key in _REQUIRED}
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    # What a config leaves out or sets to null is as transformers has it.
+    kv_heads = config.get("num_key_value_heads")
+    values["num_key_value_heads"] = kv_heads = heads if kv_heads is None else kv_heads
+    values["max_position_embeddings"] = window = config.get("max_position_embeddings", 2048)
+    if config.get("head_dim") is not None:
+        values["head_dim"] = config["head_dim"]
+    for key, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise InputError(f"{where}: {key}={value} should be a positive integer")
     if heads % kv_heads:
         raise InputError(f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+    if "head_dim" not in values and hidden % heads:
+        raise InputError(
+            f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}, and head_dim is missing"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"{where}: hidden_act={config['hidden_act']} is not supported; LLaMA models use silu")
     if config.get("mlp_bias"):
@@ -74,24 +84,32 @@ def shape_of(config: dict, where: str) -> ModelShape:
         raise InputError(f"{where}: attention_bias=true is not supported (LLaMA puts a bias on o_proj as well)")
     if config.get("quantization_config"):
         raise InputError(f"{where}: quantised weights (quantization_config) are not supported; use BF16, FP16 or FP32")
-    window = config.get("max_position_embeddings", 2048)
     sliding = config.get("sliding_window")
     if family == "mistral" and sliding is not None and sliding < window:
         raise InputError(f"{where}: sliding_window={sliding} is in use and not supported; Mistral-7B-v0.3 has none")
     # transformers 5 keeps theta in rope_parameters, transformers 4 at the top level.
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key), dict | None):
+            raise InputError(f"{where}: {key}={config[key]} should be an object or null")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    if partial != 1.0:
+        raise InputError(f"{where}: partial_rotary_factor={partial} is not supported; LLaMA models rotate whole heads")
+    theta, epsilon = rope.get("rope_theta", config.get("rope_theta", 10000.0)), config.get("rms_norm_eps", 1e-6)
+    for key, value in (("rope_theta", theta), ("rms_norm_eps", epsilon)):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise InputError(f"{where}: {key}={value} should be a positive number")
     return ModelShape(
         family=family,
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_size=config["intermediate_size"],
+        num_layers=values["num_hidden_layers"],
+        hidden_size=hidden,
+        ffn_size=values["intermediate_size"],
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
+        head_dim=values.get("head_dim", hidden // heads),
+        vocab_size=values["vocab_size"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=float(epsilon),
         qkv_bias=False,
         rope_theta=float(theta),
         window=window,
