@@ -130,12 +130,14 @@ def cut_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+            values = json.loads(line)
+        except json.JSONDecodeError:
             continue  # a line that was cut short by a kill
+        logged = values.get("step") if isinstance(values, dict) else None
+        if isinstance(logged, int) and logged <= step:
+            kept.append(line + "\n")
     write_text(path, "".join(kept))
 
 
