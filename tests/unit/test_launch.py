@@ -1,0 +1,91 @@
+"""Ranks started on one machine: exit codes and signals pass through, and no rank is left waiting."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from small import ROOT
+
+# Rank r leaves with the r-th code, or waits for a lost rank if it is "wait".
+RANK = """
+import os, sys, time
+code = sys.argv[1:][int(os.environ["RANK"])]
+time.sleep(60) if code == "wait" else sys.exit(int(code))
+"""
+LISTENER = """
+import os, signal, sys, time
+def stop(number, frame):
+    open(sys.argv[1] + os.environ["RANK"] + ".signal", "w").write(str(number))
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+    signal.signal(number, stop)
+open(sys.argv[1] + os.environ["RANK"] + ".ready", "w").close()
+time.sleep(60)
+"""
+SPAWN = "import sys; from endprompt_megatron.launch import spawn; sys.exit(spawn(sys.argv[2:], int(sys.argv[1])))"
+
+
+def launch(script, *arguments, processes):
+    """`spawn` in a process of its own: it sets signal handlers."""
+    command = [sys.executable, "-c", SPAWN, str(processes), str(script), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([0, 0], 0),
+        ([0, 75], 75),
+        ([75, 75], 75),
+        ([1, 75], 1),
+        ([0, 1], 1),
+        ([2, 1], 2),
+        ([75, 2], 2),
+        ([3, 0], 3),
+    ],
+)
+def test_exit_code_is_the_one_that_tells_most(tmp_path, codes, expected):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    assert launch(script, *codes, processes=2).wait(30) == expected
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_rank_that_fails_ends_those_that_wait_for_it(tmp_path, code):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    started = time.monotonic()
+    assert launch(script, "wait", code, processes=2).wait(30) == code
+    assert time.monotonic() - started < 25
+
+
+def test_rank_killed_by_a_signal_is_a_failure(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert launch(script, processes=2).wait(30) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_signal_reaches_every_rank(tmp_path, number):
+    script = tmp_path / "rank.py"
+    script.write_text(LISTENER)
+    process = launch(script, f"{tmp_path}/", processes=2)
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("*.ready"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(30) == 75
+    assert [int((tmp_path / f"{rank}.signal").read_text()) for rank in range(2)] == [number] * 2
+
+
+def test_ranks_find_each_other_by_torchruns_names(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os; print(*(os.environ[n] for n in 'RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT'.split()))"
+    )
+    out, _ = launch(script, processes=3).communicate(timeout=30)
+    ranks = sorted(line.split() for line in out.splitlines())
+    assert [rank[:4] for rank in ranks] == [[str(r), str(r), "3", "127.0.0.1"] for r in range(3)]
+    assert len({rank[4] for rank in ranks}) == 1
