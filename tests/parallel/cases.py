@@ -59,7 +59,6 @@ def build(recipe: Recipe):
     runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
     from endprompt_megatron.model import build_model
     from endprompt_megatron.optimizer import build_optimizer, wrap_models
-    from endprompt_megatron.rope import scaled_config
 
     shape = read_shape(recipe.model.hf)
     models = wrap_models(build_model(shape, recipe, exported(recipe)))
@@ -81,13 +80,16 @@ def micro_batches(recipe: Recipe, samples: dict[str, np.ndarray]) -> list:
     import torch
     from megatron.core import parallel_state
 
+    from endprompt_megatron.runtime import device
+
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     rows = recipe.train.micro_batch_size
     count = len(samples["tokens"]) // (rows * size)
     batches = []
     for m in range(count):
         start = (m * size + rank) * rows
-        batches.append({key: torch.from_numpy(value[start : start + rows]) for key, value in samples.items()})
+        batch = {key: torch.from_numpy(value[start : start + rows]) for key, value in samples.items()}
+        batches.append({key: value.to(device()) for key, value in batch.items()})
     return batches
 
 
@@ -112,10 +114,10 @@ def losses_and_gradients(recipe: Recipe, samples: dict[str, np.ndarray]) -> dict
         layers = {layer: layer.layer_number - 1 for layer in model.module.decoder.layers}
         for layer, number in layers.items():
             for name, parameter in layer.named_parameters():
-                parts[f"{number}.{name}"] = parameter.main_grad.numpy().copy()
+                parts[f"{number}.{name}"] = parameter.main_grad.float().cpu().numpy().copy()
         for name, parameter in model.module.named_parameters():
             if not name.startswith("decoder.layers."):
-                parts[name] = parameter.main_grad.numpy().copy()
+                parts[name] = parameter.main_grad.float().cpu().numpy().copy()
     return {"losses": losses, "tp": parallel_state.get_tensor_model_parallel_rank(), "parts": parts}
 
 
@@ -141,9 +143,10 @@ def _to_hf(name: str, parts: list[np.ndarray], shape: ModelShape) -> dict[str, n
         return {"model.norm.weight": parts[0]}
     layer, _, kind = name.partition(".")
     prefix = f"model.layers.{layer}."
-    if kind == "input_layernorm.weight":
+    # Transformer Engine keeps the norms with the matrices that follow them.
+    if kind in ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"):
         return {prefix + "input_layernorm.weight": parts[0]}
-    if kind == "pre_mlp_layernorm.weight":
+    if kind in ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"):
         return {prefix + "post_attention_layernorm.weight": parts[0]}
     if kind == "self_attention.linear_proj.weight":
         return {prefix + "self_attn.o_proj.weight": np.concatenate(parts, 1)}

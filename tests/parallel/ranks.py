@@ -13,12 +13,12 @@ from typing import Any
 
 
 class Ranks:
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, gpu: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=False)
+            process = context.Process(target=_serve, args=(theirs, gpu), daemon=False)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -46,8 +46,10 @@ class Ranks:
             process.join()
 
 
-def _serve(pipe: Any) -> None:
+def _serve(pipe: Any, gpu: bool) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    if not gpu:  # several ranks on one machine are Gloo's, whether it has a GPU or not
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     torch.set_num_threads(1)
