@@ -27,6 +27,7 @@ from torch import Tensor
 
 from endprompt_megatron.attention import RMSNorm, SdpaAttention
 from endprompt_megatron.config import Recipe, has_transformer_engine
+from endprompt_megatron.cross_entropy import vocab_cross_entropy
 from endprompt_megatron.rope import PositionRotary, transformers_config
 from endprompt_megatron.runtime import has_cuda
 from endprompt_megatron.shape import ModelShape
@@ -82,6 +83,8 @@ def transformer_config(shape: ModelShape, recipe: Recipe, attention_factor: floa
         bias_activation_fusion=te,
         masked_softmax_fusion=te,
         persist_layer_norm=te,
+        cross_entropy_loss_fusion=te,
+        cross_entropy_fusion_impl="te",
         apply_rope_fusion=te and recipe.train.micro_batch_size == 1,
         calculate_per_token_loss=True,  # loss.py normalises over the global batch; Megatron divides by nothing
         deallocate_pipeline_outputs=True,
@@ -131,7 +134,10 @@ class LlamaModel(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy [b, s] over the true vocabulary.  logits [s, b, v / tensor parallel], labels [b, s]."""
-        return super().compute_language_model_loss(labels, self.without_padding(logits))
+        if self.config.cross_entropy_loss_fusion:
+            return super().compute_language_model_loss(labels, self.without_padding(logits))
+        loss = vocab_cross_entropy(logits, labels.t(), self.true_vocab_on_this_rank, self.pg_collection.tp)
+        return loss.t().contiguous()
 
     def without_padding(self, logits: Tensor) -> Tensor:
         """The logits [.., .., v / tensor parallel], in place, with no probability for padded vocabulary."""
