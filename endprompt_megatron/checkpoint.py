@@ -34,11 +34,9 @@ from endprompt_megatron.convert.layout import (
 )
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import disk_errors, write_json
-from endprompt_megatron.optimizer import allocate_state, load_state
+from endprompt_megatron.optimizer_state import METADATA, load_state, sharded_state
 from endprompt_megatron.shape import ModelShape, read_shape
 
-# The optimizer's state by parameter, in the parameter's own shape: any layout can load it.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 # Keys that decide what a step does.  A run that goes on with others would be neither one nor the other.
 _FIXED = (
     "context.method context.target context.physical context.prompts context.prompt_loss_weight context.chunks "
@@ -77,14 +75,13 @@ def save(
             staging.mkdir(parents=True)
         dist.barrier()
         model_state = _model_state(models)
-        allocate_state(optimizer)
         state = {
             "model": model_state,
-            "optimizer": optimizer.sharded_state_dict(model_state, is_loading=False, metadata=_METADATA),
+            "optimizer": sharded_state(optimizer, model_state, loading=False),
             "scheduler": scheduler.state_dict(),
         }
         with _quiet_checkpointing(), _results_in_process():
-            dist_checkpointing.save(state, str(staging), content_metadata=_METADATA)
+            dist_checkpointing.save(state, str(staging), content_metadata=METADATA)
         if first:
             copy_hf_files(Path(recipe.model.hf), staging / "hf")
             write_json(staging / "hf" / "config.json", export_config)
@@ -121,10 +118,9 @@ def resume(root: Path, recipe: Recipe, where: str, models: list, optimizer: Any,
     manifest = read_manifest(directory)
     _refuse_other_recipe(manifest["recipe"] or {}, recipe, where, directory)
     model_state = _model_state(models)
-    allocate_state(optimizer)
     state = {
         "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_METADATA),
+        "optimizer": sharded_state(optimizer, model_state, loading=True),
     }
     loaded = _load(state, directory)
     _set_weights(models, loaded["model"])

@@ -14,6 +14,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from endprompt_megatron.config import Recipe
+from endprompt_megatron.optimizer_state import torch_adamw
 
 
 def wrap_models(models: list) -> list[DistributedDataParallel]:
@@ -52,7 +53,7 @@ def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamSc
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(config, models)
-    for inner in _torch_adamw(optimizer):
+    for inner in torch_adamw(optimizer):
         for group in inner.param_groups:
             group.update(fused=True, foreach=False)  # one pass over each parameter instead of about ten
     scheduler = OptimizerParamScheduler(
@@ -72,42 +73,6 @@ def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamSc
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
-
-
-def allocate_state(optimizer: ChainedOptimizer) -> None:
-    """Give an optimizer that made no update yet its (zero) state, to be saved or loaded into; nothing else changes."""
-    for part in optimizer.chained_optimizers:
-        part.init_state_fn(part.optimizer, part.config)
-    for inner in _torch_adamw(optimizer):
-        for state in inner.state.values():
-            state.setdefault("step", torch.zeros(()))
-
-
-def load_state(optimizer: ChainedOptimizer, state: dict) -> None:
-    """Load what `sharded_state_dict` gave, after `allocate_state`.
-
-    With torch's AdamW, Megatron stumbles over its count of steps: it looks for one in every parameter's
-    loaded state, where there is none, and gives all parameters one and the same tensor, which AdamW counts
-    up in place.  So the counts are set aside while the parameters' state is loaded, and each gets its own.
-    """
-    adamw = _torch_adamw(optimizer)
-    if not adamw:
-        optimizer.load_state_dict(state)
-        return
-    (part,) = optimizer.chained_optimizers
-    by_parameter = state.pop("param_state")
-    optimizer.load_state_dict(state)
-    states = [state for inner in adamw for state in inner.state.values()]
-    steps = [state.pop("step").clone() for state in states]
-    part.load_parameter_state_from_fully_reshardable(by_parameter)
-    for state, step in zip(states, steps, strict=True):
-        state["step"] = step
-
-
-def _torch_adamw(optimizer: ChainedOptimizer) -> list[torch.optim.AdamW]:
-    """torch's AdamW inside Megatron's optimizer, which is there without Transformer Engine and Apex."""
-    inner = [part.optimizer for part in optimizer.chained_optimizers]
-    return [optimizer for optimizer in inner if isinstance(optimizer, torch.optim.AdamW)]
 
 
 def zero_grad(models: list, optimizer: Any) -> None:
@@ -130,5 +95,3 @@ def update(optimizer: ChainedOptimizer, loss: float, clip: float) -> tuple[float
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip, total_norm=norm)
     optimizer.step_with_ready_grads()
     return norm, True
-
-
