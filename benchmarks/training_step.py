@@ -104,7 +104,8 @@ def huggingface(directory: str, length: int, master: bool):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**{**SMOLLM2, "max_position_embeddings": TARGET, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    config = LlamaConfig(**{**SMOLLM2, "max_position_embeddings": TARGET, "rope_scaling": scaling})
     model = LlamaForCausalLM(config).to(torch.float32 if master else torch.bfloat16).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0, fused=True)
     batch = sample(length)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.utils._device
 
-_FACTORIES = "tensor as_tensor zeros ones empty full arange rand randn randint zeros_like ones_like empty_like full_like"
+_FACTORIES = (
+    "tensor as_tensor zeros ones empty full arange rand randn randint zeros_like ones_like empty_like full_like"
+)
 _installed = False
 
 
@@ -62,7 +64,7 @@ def _redirect_torch() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.device_count = lambda: 1
-    for name in ("set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "reset_peak_memory_stats"):
+    for name in "set_device synchronize empty_cache manual_seed manual_seed_all reset_peak_memory_stats".split():
         setattr(cuda, name, lambda *args, **kwargs: None)
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()

@@ -48,7 +48,9 @@ def disk_errors(out: Path, flag: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"{flag} {out}: no space left on the disk; free some or choose another place") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise InputError(f"{flag} {out}: cannot be written ({error.strerror.lower()}); choose another place") from error
+            raise InputError(
+                f"{flag} {out}: cannot be written ({error.strerror.lower()}); choose another place"
+            ) from error
         raise
 
 

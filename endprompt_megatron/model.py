@@ -152,12 +152,12 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
     Unmarked, they would count on the first rank alone and the gradient norm would miss the others' parts.
     """
     for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear):
-            if module.weight is not None:
-                dim = 1 if isinstance(module, RowParallelLinear) else 0
-                set_defaults_if_not_set_tensor_model_parallel_attributes(module.weight)
-                module.weight.tensor_model_parallel = True
-                module.weight.partition_dim = dim
+        if not isinstance(module, VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear):
+            continue
+        if module.weight is not None:
+            set_defaults_if_not_set_tensor_model_parallel_attributes(module.weight)
+            module.weight.tensor_model_parallel = True
+            module.weight.partition_dim = 1 if isinstance(module, RowParallelLinear) else 0
 
 
 def build_model(shape: ModelShape, recipe: Recipe, export_config: dict) -> list[LlamaModel]:
