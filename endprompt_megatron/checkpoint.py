@@ -17,9 +17,11 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.convert.layout import (
@@ -162,7 +164,11 @@ def _load(state: ShardedStateDict, directory: Path) -> dict:
     with _quiet_checkpointing():
         try:
             return dist_checkpointing.load(state, str(directory))
-        except (OSError, EOFError, RuntimeError, json.JSONDecodeError) as error:
+        except CheckpointException as error:  # of torch, and no Exception: it holds each rank's own error
+            cause = next(iter(error.failures.values()))[0]
+            reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+            raise InputError(f"{directory}: the checkpoint cannot be read ({reason})") from error
+        except (OSError, EOFError, RuntimeError, CheckpointingException, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise InputError(f"{directory}: the checkpoint cannot be read ({reason})") from error
 
