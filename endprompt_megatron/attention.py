@@ -4,6 +4,8 @@ Both fit the slots of Megatron's layer spec.  The attention calls torch's scaled
 which never materialises the score matrix; Megatron's own DotProductAttention does.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -63,4 +65,26 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return _RmsNorm.apply(x, self.weight, self.eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = w * x / sqrt(mean(x^2) + eps).  torch's own is a chain of ten operations that keeps each one's result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [.., 1] float32
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x, scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = torch.mul(x, scale)
+        product = torch.mul(upstream, normed)
+        weight_gradient = product.flatten(0, -2).sum(0)
+        # dx = scale * (w dy - normed * mean(w dy normed))
+        mean = (product @ weight.float())[..., None].div_(x.shape[-1])
+        gradient = torch.mul(upstream.float(), weight).sub_(normed.mul_(mean)).mul_(scale)
+        return gradient.to(x.dtype), weight_gradient.to(weight.dtype), None

@@ -89,7 +89,37 @@ def _without_cuda(function: Any) -> Any:
 
 
 def _redirect_megatron() -> None:
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+    from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import random
 
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    buffers.dist_reduce_scatter_func = _unless_alone(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = _unless_alone(buffers.dist_all_gather_func)
+    clip_grads.multi_tensor_scale_impl = _scale_in_place
+
+
+def _unless_alone(collective: Any) -> Any:
+    """`collective` of DDP's buffers, skipped where the group has one rank.
+
+    Its input and output are then the same memory: NCCL does nothing, Gloo copies the whole model twice.
+    """
+
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, source: torch.Tensor, **kwargs: Any) -> Any:
+        if kwargs["group"].size() == 1 and output.data_ptr() == source.data_ptr():
+            return None
+        return collective(output, source, **kwargs)
+
+    return call
+
+
+def _scale_in_place(_chunk_size: int, _overflow: Any, tensors: list, scale: float) -> None:
+    """Megatron's local_multi_tensor_scale, which clips gradients, without a copy of each of them."""
+    sources, targets = tensors
+    if sources is targets:
+        torch._foreach_mul_(sources, scale)
+        return
+    for source, target in zip(sources, targets, strict=True):
+        torch.mul(source, scale, out=target)

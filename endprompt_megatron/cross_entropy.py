@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_PIECE_ELEMENTS = 1 << 22  # float32 elements worked on at a time: 16 MiB
+_PIECE_ELEMENTS = 1 << 19  # float32 elements worked on at a time: 2 MiB, which a core keeps in its cache
 
 
 def vocab_cross_entropy(logits: Tensor, labels: Tensor, true_vocab: int, group: dist.ProcessGroup) -> Tensor:
