@@ -40,7 +40,7 @@ def prefix(tmp_path) -> Path:
 
 
 def settings(prefix: Path, **changes) -> dict:
-    values = dict(  # noqa: C408
+    values = dict(
         train=[(str(prefix), 1.0)],
         valid=None,
         physical_len=24,
