@@ -26,7 +26,17 @@ def spawn(argv: list[str], processes: int) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
-    children = []
+    children: list[subprocess.Popen] = []
+    received = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, forward)
     for rank in range(processes):
         environment = {
             **os.environ,
@@ -37,15 +47,9 @@ def spawn(argv: list[str], processes: int) -> int:
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": threads,
         }
+        if received:
+            break  # a signal came before all were there: those that are have it
         children.append(subprocess.Popen([sys.executable, *argv], env=environment))
-
-    def forward(number: int, _frame: object) -> None:
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(number)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, forward)
     while any(child.poll() is None for child in children):
         if any(child.poll() not in (None, 0, EXIT_RESUMABLE) for child in children):
             _stop(children)

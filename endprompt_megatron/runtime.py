@@ -4,20 +4,18 @@
 same on both.  No other module but cpu.py asks which device it is on.
 """
 
-import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from endprompt_megatron.errors import InputError
+from endprompt_megatron.signals import StopSignal
 
 
 def has_cuda() -> bool:
@@ -163,28 +161,8 @@ def peak_memory_gib() -> float:
     return kib / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-class StopSignal:
-    """SIGTERM, SIGUSR1 and SIGUSR2 ask for a stop; the loop asks back, together on all ranks, each step."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["StopSignal"]:
-        previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.received = number
-
-    def agreed(self) -> int:
-        """The number of a signal that any rank received, the same on all ranks; 0 if none."""
-        number = torch.tensor([self.received or 0], device=device())
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
+def agreed(stop: StopSignal) -> int:
+    """The number of a signal that any rank received, the same on all ranks; 0 if none.  All ranks must call."""
+    number = torch.tensor([stop.received or 0], device=device())
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)

@@ -13,26 +13,26 @@ from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
 from endprompt_megatron.files import read_json
 from endprompt_megatron.rules import check
+from endprompt_megatron.shape import ModelShape
+from endprompt_megatron.signals import StopSignal
 
 
-def train(recipe: Recipe, where: str) -> int:
-    """Run a recipe to its end, or to a signal; returns the exit code (0 done, 75 stopped and resumable).
+def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
+    """Run a recipe to its end, or until `stop`; returns the exit code (0 done, 75 stopped and resumable).
 
     Raises InputError before anything is built if the recipe cannot work, and TrainingError if the loss or
     the gradients stay non-finite.
     """
     shape = check(recipe, where, world_size=runtime.launched_as().world_size)
-    stop = runtime.StopSignal()
-    with stop.listening():
-        p = recipe.parallel
-        runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
-        try:
-            return _train(recipe, where, shape, stop)
-        finally:
-            runtime.finish()
+    p = recipe.parallel
+    runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
+    try:
+        return _train(recipe, where, shape, stop)
+    finally:
+        runtime.finish()
 
 
-def _train(recipe: Recipe, where: str, shape, stop: runtime.StopSignal) -> int:
+def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> int:
     from endprompt_megatron.data.feed import Feed
     from endprompt_megatron.model import build_model
     from endprompt_megatron.optimizer import build_optimizer, update, wrap_models, zero_grad
@@ -92,7 +92,7 @@ def _train(recipe: Recipe, where: str, shape, stop: runtime.StopSignal) -> int:
             last = progress.step == t.steps
             if validation and (last or (t.valid_interval and progress.step % t.valid_interval == 0)):
                 recorder.validated(progress.step, validation.run())
-            signal_number = stop.agreed()
+            signal_number = runtime.agreed(stop)
             if last or signal_number or progress.step % recipe.checkpoint.interval == 0:
                 save()
                 saved = progress.step

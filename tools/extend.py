@@ -35,12 +35,16 @@ def main() -> int:
         # Said once, here, and not once a rank.
         check(recipe, args.recipe, world_size=args.processes)
         return spawn([__file__, args.recipe, *args.overrides, "--processes", str(args.processes)], args.processes)
-    from endprompt_megatron.runtime import quiet_libraries
+    from endprompt_megatron.signals import StopSignal
 
-    quiet_libraries()
-    from endprompt_megatron.train import train
+    # From here on a signal means: checkpoint and exit 75, even while libraries are still being imported.
+    with StopSignal().listening() as stop:
+        from endprompt_megatron.runtime import quiet_libraries
 
-    return train(recipe, args.recipe)
+        quiet_libraries()
+        from endprompt_megatron.train import train
+
+        return train(recipe, args.recipe, stop)
 
 
 if __name__ == "__main__":
