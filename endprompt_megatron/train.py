@@ -90,13 +90,13 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
                 )
 
             last = progress.step == t.steps
-            if validation and (last or (t.valid_interval and progress.step % t.valid_interval == 0)):
-                recorder.validated(progress.step, validation.run())
             signal_number = runtime.agreed(stop)
             if last or signal_number or progress.step % recipe.checkpoint.interval == 0:
-                save()
+                save()  # before anything that could take the time that a scheduler leaves
                 saved = progress.step
             if signal_number and not last:
                 recorder.say(f"stopped by signal {signal_number} at step {progress.step}; run again to continue")
                 return EXIT_RESUMABLE
+            if validation and (last or (t.valid_interval and progress.step % t.valid_interval == 0)):
+                recorder.validated(progress.step, validation.run())
     return EXIT_DONE
