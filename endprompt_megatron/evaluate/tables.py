@@ -26,7 +26,7 @@ def loss_text(entry: dict) -> str:
 
 def perplexity_text(value: float) -> str:
     """Three figures are what the measurement carries; a collapsed model's millions stay readable."""
-    return f"{value:.1f}" if value < 1000 else f"{value:.2g}"
+    return f"{value:,.{1 if value < 1000 else 0}f}" if value < 1e6 else f"{value:.1e}"
 
 
 def terminal(results: dict) -> str:
