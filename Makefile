@@ -1,4 +1,4 @@
-# One command each; `make help` lists them.  All that is presumed is a Python (3.10 or later) with its venv module.
+# One command each; `make help` lists them.  All that is presumed is a Python (3.11) with its venv module.
 
 PYTHON ?= python3
 TARGET ?= 16384

@@ -69,7 +69,8 @@ def start(tensor: int, pipeline: int, virtual_pipeline: int | None, context: int
     quiet_libraries()
     launch = launched_as()
     if has_cuda():
-        torch.cuda.set_device(launch.local_rank)
+        # A scheduler may show each task its own GPU alone.
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
     else:
         from endprompt_megatron import cpu
 

@@ -25,7 +25,7 @@ def loss_text(entry: dict) -> str:
 
 
 def perplexity_text(value: float) -> str:
-    """Three figures are what the measurement carries; a collapsed model's millions stay readable."""
+    """A collapsed model's thousands stay readable beside the others' tens."""
     return f"{value:,.{1 if value < 1000 else 0}f}" if value < 1e6 else f"{value:.1e}"
 
 
