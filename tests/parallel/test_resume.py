@@ -13,7 +13,7 @@ from small import ROOT, run_tool, small_llama, text
 from endprompt_megatron.convert.layout import complete_iterations
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
-STEPS = 30
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_finished_run_says_so(setup):
 
 def test_another_recipe_is_refused_on_resume(setup):
     refused = subprocess.run(
-        command(setup, "whole", "context.rope.factor=8", "train.steps=40"), capture_output=True, text=True, timeout=300
+        command(setup, "whole", "context.rope.factor=8", "train.steps=80"), capture_output=True, text=True, timeout=300
     )
     assert refused.returncode == 2
     assert "context.rope.factor=8.0" in refused.stderr
