@@ -18,6 +18,8 @@ def check(recipe: Recipe, where: str, *, world_size: int) -> ModelShape:
 
     `world_size` is the number of processes.  Raises InputError.
     """
+    if not Path(recipe.model.hf).is_dir():
+        raise InputError(f"{where}: model.hf={recipe.model.hf}: no such directory; give a Hugging Face checkpoint")
     shape = read_shape(recipe.model.hf)
     _check_context(recipe, where, shape)
     _check_layout(recipe, where, shape, world_size)
