@@ -31,6 +31,7 @@ from endprompt_megatron.convert.layout import (
     iteration_dir,
     newest_iteration,
     read_manifest,
+    require_space,
     write_latest,
     write_manifest,
 )
@@ -39,6 +40,7 @@ from endprompt_megatron.files import disk_errors, write_json
 from endprompt_megatron.optimizer_state import METADATA, load_state, sharded_state
 from endprompt_megatron.shape import ModelShape, read_shape
 
+_FULL = 4 << 20  # bytes free: a writer that fails leaves a little
 # Keys that decide what a step does.  A run that goes on with others would be neither one nor the other.
 _FIXED = (
     "context.method context.target context.physical context.prompts context.prompt_loss_weight context.chunks "
@@ -82,7 +84,7 @@ def save(
             "optimizer": sharded_state(optimizer, model_state, loading=False),
             "scheduler": scheduler.state_dict(),
         }
-        with _quiet_checkpointing(), _results_in_process():
+        with _quiet_checkpointing(), _results_in_process(), _full_disk_said(root, staging):
             dist_checkpointing.save(state, str(staging), content_metadata=METADATA)
         if first:
             copy_hf_files(Path(recipe.model.hf), staging / "hf")
@@ -102,6 +104,12 @@ def save(
             _prune(root, recipe.checkpoint.keep)
         dist.barrier()
     return final
+
+
+def require_room(root: Path, recipe: Recipe, shape: ModelShape) -> None:
+    """Raise InputError if the disk has no room for one checkpoint: better before the training than after it."""
+    a_weight = (2 if recipe.precision.dtype == "bfloat16" else 4) + 12  # with master weight and two moments
+    require_space(root, shape.parameters * a_weight, "checkpoint.dir")
 
 
 def resume(root: Path, recipe: Recipe, where: str, models: list, optimizer: Any, scheduler: Any) -> Progress | None:
@@ -175,17 +183,31 @@ def _load(state: ShardedStateDict, directory: Path) -> dict:
 
 @contextlib.contextmanager
 def _quiet_checkpointing() -> Iterator[None]:
-    """Silence warnings about formats that Megatron-Core itself chose; errors still raise."""
+    """Silence what Megatron-Core logs about formats that it chose itself; errors raise, and are said once."""
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         previous = logging.root.manager.disable
-        logging.disable(logging.WARNING)
+        logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
             logging.disable(previous)
+
+
+@contextlib.contextmanager
+def _full_disk_said(root: Path, staging: Path) -> Iterator[None]:
+    """Turn a save that failed for want of space, which Megatron-Core reports in many ways, into InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if shutil.disk_usage(root).free > _FULL:
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+        raise InputError(
+            f"checkpoint.dir {root}: no space left on the disk; free some, or choose another place, and run again"
+        ) from error
 
 
 @contextlib.contextmanager

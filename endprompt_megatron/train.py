@@ -49,6 +49,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     optimizer, scheduler = build_optimizer(recipe, models)
 
     checkpoints = recipe.run_dir / "checkpoints"
+    checkpoint.require_room(checkpoints, recipe, shape)
     progress = checkpoint.resume(checkpoints, recipe, where, models, optimizer, scheduler)
     if progress is None:
         if recipe.model.init_from is None:

@@ -1,9 +1,11 @@
 """Small real things that tests share: Hugging Face LLaMA models, a tokenizer, a text, a command line."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +84,25 @@ def run_tool(name: str, *args: object, timeout: float = 300, env: dict | None = 
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, args)]
     environment = {**os.environ, **(env or {})}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+
+
+@contextlib.contextmanager
+def file_system_of(mount: Path, size: str) -> Iterator[Path]:
+    """A real file system of that size ("100k") at `mount`; the test is skipped where mounting is refused."""
+    import pytest
+
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"mounting a small file system is refused: {done.stderr.strip()}")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, *needles: str) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from small import ROOT, run_tool, small_llama, text
+from small import ROOT, assert_one_line_error, file_system_of, run_tool, small_llama, text
 
 from endprompt_megatron.convert.layout import complete_iterations
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
@@ -129,3 +129,15 @@ def test_another_recipe_is_refused_on_resume(setup):
     assert refused.returncode == 2
     assert "context.rope.factor=8.0" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+
+
+@pytest.mark.parametrize("size", ["2m", "3m"], ids=["before", "while-writing"])
+def test_full_disk_is_said_in_one_line_and_keeps_the_newest_checkpoint(setup, tmp_path, size):
+    """A checkpoint of this model takes 2.6 MB: none fits, or the first does and the second does not."""
+    with file_system_of(tmp_path / "disk", size) as disk:
+        arguments = command(setup, disk / "run", "checkpoint.interval=2", f"data.cache={setup / 'cache'}")
+        result = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+        assert_one_line_error(result, "checkpoint.dir", "no space left")
+        checkpoints = disk / "run" / "checkpoints"
+        assert complete_iterations(checkpoints) == ([] if size == "2m" else [2])
+        assert not list(checkpoints.glob(".iter_*"))

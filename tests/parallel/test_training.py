@@ -34,7 +34,10 @@ def model(tmp_path_factory):
 
 
 def train_steps(recipe, batches, root=None):
-    """On a rank: losses and gradient norms of one update a batch; then a checkpoint, if a root is given."""
+    """On a rank, of one update a batch: loss, gradient norm, whether it was made, sum of the weights after it.
+
+    Then a checkpoint, if a root is given.
+    """
     from endprompt_megatron import checkpoint
     from endprompt_megatron.optimizer import update, zero_grad
     from endprompt_megatron.step import run_batch
@@ -46,7 +49,7 @@ def train_steps(recipe, batches, root=None):
         losses = run_batch(models, micro_batches(recipe, samples), backward=True)
         norm, updated = update(optimizer, losses.total, recipe.optim.grad_clip)
         scheduler.step(increment=1)
-        seen.append((losses.total, norm, updated))
+        seen.append((losses.total, norm, updated, float(sum(p.double().sum() for p in models[0].parameters()))))
     if root is not None:
         progress = checkpoint.Progress(len(batches), 0)
         checkpoint.save(root, progress, recipe, models, optimizer, scheduler, shape, exported(recipe))
@@ -171,28 +174,12 @@ def test_weights_from_another_layout_are_the_same_to_the_last_bit(ranks, model, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def poisoned_steps(recipe, batches):
-    """On a rank: a good step, one with a non-finite weight in a sample, a good step; and the weights' sums."""
-    from endprompt_megatron.optimizer import update, zero_grad
-    from endprompt_megatron.step import run_batch
-
-    _, models, optimizer, scheduler = build(recipe)
-    seen = []
-    for samples in batches:
-        zero_grad(models, optimizer)
-        losses = run_batch(models, micro_batches(recipe, samples), backward=True)
-        _, updated = update(optimizer, losses.total, recipe.optim.grad_clip)
-        scheduler.step(increment=1)
-        seen.append((updated, float(sum(p.double().sum() for p in models[0].parameters()))))
-    return seen
-
-
 def test_nonfinite_step_is_skipped_and_leaves_the_weights(ranks, model):
     recipe = recipe_for(*model, "parallel.pipeline=2", "optim.warmup_steps=0")
     shape = read_shape(recipe.model.hf)
     batches = [make_samples(recipe, shape.vocab_size, 8, seed=step) for step in range(3)]
     batches[1]["loss_weights"][3, 5] = np.inf
-    for seen in ranks.run(2, poisoned_steps, recipe, batches):
-        assert [updated for updated, _ in seen] == [True, False, True]
-        assert seen[1][1] == seen[0][1]
-        assert seen[2][1] != seen[1][1]
+    for seen in ranks.run(2, train_steps, recipe, batches):
+        assert [updated for _, _, updated, _ in seen] == [True, False, True]
+        first, second, third = (weights for _, _, _, weights in seen)
+        assert first == second != third

@@ -29,6 +29,19 @@ def place(tmp_path, ground) -> Path:
     return shutil.copytree(ground, tmp_path / "place")
 
 
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    """A small model to evaluate."""
+    return small_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(model_dir):
+    from endprompt_megatron.evaluate.engine import TransformersEngine
+
+    return TransformersEngine(model_dir, "cpu", dtype="float32")
+
+
 @pytest.fixture(scope="session")
 def process():
     """A process of its own: training redirects parts of torch where there is no GPU."""

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import ROOT, assert_one_line_error, edit_json, run_tool, small_llama
+from small import ROOT, assert_one_line_error, edit_json, file_system_of, run_tool, small_llama
 
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.errors import run_cli
@@ -231,18 +230,8 @@ def test_out_below_a_file(place, capsys, monkeypatch, tool):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 100 kB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(mount)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if done.returncode:
-        pytest.skip(f"mounting a small file system is refused: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
+    with file_system_of(tmp_path / "disk", "100k") as mount:
+        yield mount
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["before", "while-writing"])

@@ -17,16 +17,6 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return small.small_llama(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def engine(model_dir):
-    return TransformersEngine(model_dir, "cpu", dtype="float32")
-
-
 class CountingEngine:
     """Losses that say which token they belong to: its id, one unit a token."""
 
