@@ -8,11 +8,13 @@ by their global shapes, so a run goes on with another number of tensor, pipeline
 import contextlib
 import json
 import logging
+import multiprocessing.dummy
 import queue
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
@@ -84,7 +86,7 @@ def save(
             "optimizer": sharded_state(optimizer, model_state, loading=False),
             "scheduler": scheduler.state_dict(),
         }
-        with _quiet_checkpointing(), _results_in_process(), _full_disk_said(root, staging):
+        with _quiet_checkpointing(), _written_in_process(), _full_disk_said(root, staging):
             dist_checkpointing.save(state, str(staging), content_metadata=METADATA)
         if first:
             copy_hf_files(Path(recipe.model.hf), staging / "hf")
@@ -211,17 +213,20 @@ def _full_disk_said(root: Path, staging: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _results_in_process() -> Iterator[None]:
-    """Let the writer hand its results over in this process.
+def _written_in_process() -> Iterator[None]:
+    """Let the writer use threads and queues of this process.
 
-    Megatron-Core starts a manager process for that, which asynchronous saves need and synchronous ones do
-    not: it costs seconds at the first save and outlives a rank that is killed.
+    Megatron-Core forks a process a file and starts another that manages their results, which asynchronous
+    saves need and synchronous ones do not.  They cost seconds and memory, and when a rank is killed while
+    it saves they stay behind: the manager for ever, a forked writer waiting for a queue no one fills.
     """
-    previous, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
+    previous = filesystem_async.mp, filesystem_async._results_queue
+    filesystem_async.mp = SimpleNamespace(get_context=lambda _method: multiprocessing.dummy)
+    filesystem_async._results_queue = queue.Queue()
     try:
         yield
     finally:
-        filesystem_async._results_queue = previous
+        filesystem_async.mp, filesystem_async._results_queue = previous
 
 
 def _prune(root: Path, keep: int) -> None:

@@ -208,6 +208,7 @@ def _recipe_keys(knobs: Knobs) -> dict[str, object]:
         "context.target": knobs.target,
         "train.steps": knobs.steps,
         "optim.warmup_steps": min(10, knobs.steps - 1),
+        "train.virtual_distances": json.dumps(sorted({512, 4096, WINDOW, knobs.target})),
     }
 
 
