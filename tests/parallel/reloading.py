@@ -1,7 +1,6 @@
 """What a rank does to see that Megatron's own model agrees with the conversion: load, run, save in its layout."""
 
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,6 @@ def reload(checkpoint: Path, hf: Path, save: Path, layout: tuple[int, int, int],
     for index, model in enumerate(models):
         model.load_state_dict(state[f"model{index}"])
 
-    # Megatron's writer starts processes, which those of the pool, as daemons, may not.
-    multiprocessing.current_process()._config["daemon"] = False
     save.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
     # Chunks of a virtual pipeline count their layers from zero: these keys would clash, the stored ones do not.
