@@ -56,7 +56,7 @@ def scaled_config(config: dict, rope_type: str, factor: float, original: int, ta
     elif base_type != "default":  # none: the model's own scaling stays
         scaling = {"rope_type": base_type, **base}
     config["rope_theta"] = theta
-    config["rope_scaling"] = dict(scaling, rope_theta=theta) if scaling else None
+    config["rope_scaling"] = dict(scaling) if scaling else None  # theta inside would make transformers 4 complain
     config["rope_parameters"] = dict(scaling or {"rope_type": "default"}, rope_theta=theta)
     config["max_position_embeddings"] = original if rope_type == "dynamic" else target
     return config

@@ -55,7 +55,8 @@ def test_scaling_is_exported_for_transformers_4_and_5_and_vllm(form, rope_type):
     kind = "default" if rope_type in ("ntk", "none") else rope_type
     assert new["rope_type"] == kind
     assert new["rope_theta"] == config["rope_theta"]
-    assert old == (None if kind == "default" else new)
+    # transformers 4 takes theta from beside the scaling and warns of keys that it does not know
+    assert old == (None if kind == "default" else {key: value for key, value in new.items() if key != "rope_theta"})
     if rope_type != "ntk":
         assert config["rope_theta"] == THETA
     if kind != "default":
