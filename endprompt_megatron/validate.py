@@ -49,9 +49,14 @@ class Validation:
             self.feed.held_out_tokens(),
             physical_len=self.recipe.context.physical,
             distances=list(self.recipe.train.virtual_distances),
-            samples=PROBE_SAMPLES,
+            samples=self._probe_samples(),
             seed=self.recipe.train.seed,
         )
+
+    def _probe_samples(self) -> int:
+        """As many as asked for, or more: with a virtual pipeline a schedule takes a multiple of its stages."""
+        stages = self.recipe.parallel.pipeline if self.recipe.parallel.virtual_pipeline else 1
+        return -(-PROBE_SAMPLES // stages) * stages
 
     def _probe(self, probe: dict) -> dict[str, float]:
         """Loss and accuracy of one distance: every data-parallel rank runs all of it, the last stage knows."""

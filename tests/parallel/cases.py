@@ -121,6 +121,17 @@ def losses_and_gradients(recipe: Recipe, samples: dict[str, np.ndarray]) -> dict
     return {"losses": losses, "tp": parallel_state.get_tensor_model_parallel_rank(), "parts": parts}
 
 
+def every_target(recipe: Recipe, samples: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+    """On a rank of the last pipeline stage: loss and correctness of every target, as validation probes read them."""
+    from endprompt_megatron.step import token_losses
+
+    _, models, _, _ = build(recipe)
+    for model in models:
+        model.eval()
+    result = token_losses(models, micro_batches(recipe, samples))
+    return None if result is None else tuple(part.numpy() for part in result)
+
+
 def join_gradients(results: list[dict], shape: ModelShape) -> dict[str, np.ndarray]:
     """Gradients under Hugging Face's names from all ranks' parts."""
     by_name: dict[str, dict[int, np.ndarray]] = {}

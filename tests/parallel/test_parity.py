@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from parallel.cases import (
+    every_target,
     huggingface_loss,
     huggingface_model,
     join_gradients,
@@ -117,3 +118,27 @@ def test_gradients_equal_huggingface_with_micro_batch_of_three(ranks, models, la
 @pytest.mark.parametrize("layout", ["tp1-pp1", "tp2-pp2-sp"])
 def test_gradients_equal_huggingface_with_recompute(ranks, models, recompute, layout):
     compare(ranks, models, "gqa", layout, f"parallel.recompute={recompute}", "train.micro_batch_size=2")
+
+
+@pytest.mark.parametrize("layout", ["tp1-pp1", "pp2-vpp2", "tp2-pp2-sp"])
+def test_every_target_is_scored_as_huggingface_scores_it(ranks, models, layout):
+    """What the virtual-distance probe reads during training, with a vocabulary that is padded inside."""
+    import torch
+
+    world, keys = LAYOUTS[layout]
+    recipe = recipe_for(*models("odd-vocab"), *keys)
+    samples = make_samples(recipe, read_shape(recipe.model.hf).vocab_size, 4)
+    tokens, positions = (torch.from_numpy(samples[key]) for key in ("tokens", "position_ids"))
+    with torch.no_grad():
+        model = huggingface_model(recipe)
+        logits = model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    samples["labels"][:, ::2] = logits.argmax(-1).numpy()[:, ::2]  # random targets are hardly ever the likeliest
+    labels = torch.from_numpy(samples["labels"])
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").numpy()
+    right = (logits.argmax(-1) == labels).numpy()
+
+    found = [result for result in ranks.run(world, every_target, recipe, samples) if result is not None]
+    assert len(found) == recipe.parallel.tensor
+    for losses, correct in found:
+        np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+        assert (correct == right).all()
