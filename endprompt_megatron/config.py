@@ -58,9 +58,16 @@ class Parallel:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int | None = None
+    count_embedding: bool = False  # as a layer, in the pipeline split: (layers + 1 or 2) / stages each
+    count_loss: bool = False
     context: int = 1
+    context_comm: str = "p2p"  # how key and value travel: p2p (a ring), all_gather, a2a (heads for sequence)
     sequence: bool = False
-    recompute: str = "none"  # none, selective (core attention), full (whole layers)
+    recompute: str = "none"  # none, selective (core attention), block (some layers a stage), full (all layers)
+    recompute_layers: int | None = None  # of block: layers of each (virtual) stage; of full: layers a unit, 1
+    overlap_grad_reduce: bool | None = None  # default: on GPUs with several data-parallel ranks
+    overlap_param_gather: bool | None = None  # the same
+    overlap_tensor: bool = False  # tensor-parallel communication under the GEMMs; Transformer Engine's user buffers
 
 
 @dataclass
@@ -75,6 +82,9 @@ class Train:
     valid_samples: int = 64
     virtual_distances: list[int] = field(default_factory=list)  # of the probe that runs with validation
     max_nonfinite_steps: int = 5  # in a row; then the run stops
+    gc_interval: int = 100  # steps between collections of Python's garbage, on all ranks at once; 0: Python's own
+    straggler_interval: int = 100  # steps between reports of slow ranks; 0: none
+    watchdog_factor: float = 10.0  # a step that takes so many medians ends the run with every rank's stack; 0: none
 
 
 @dataclass
@@ -87,14 +97,17 @@ class Optim:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1.0e-8
     grad_clip: float = 1.0
+    moments_dtype: str = "float32"  # of AdamW's two moments: float32, bfloat16, fp8 (the last two need TE)
 
 
 @dataclass
 class Precision:
     dtype: str = "bfloat16"
-    fp8: str | None = None  # hybrid or e4m3
-    fp8_recipe: str = "delayed"
+    fp8: str | None = None  # hybrid (E4M3, gradients E5M2) or e4m3
+    fp8_recipe: str = "delayed"  # delayed, tensorwise (current scaling), blockwise, mxfp8
     fp8_attention: bool = False
+    bf16_edge_layers: int = 0  # this many first and this many last layers stay in BF16
+    grad_reduce: str = "float32"  # or bfloat16: half the traffic between data-parallel ranks
 
 
 @dataclass
@@ -102,6 +115,7 @@ class Checkpoint:
     dir: str = "???"  # RUN or RUN/checkpoints: metrics and recipe go to RUN, iterations to RUN/checkpoints
     interval: int = 100  # steps
     keep: int = 2  # newest complete iterations kept; 0 keeps all
+    keep_every: int = 0  # steps; iterations that are multiples of it are kept beside the newest; 0: none
     asynchronous: bool = False  # `async` in YAML, a reserved word in Python
 
 
@@ -279,9 +293,12 @@ _POSITIVE = {
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
     *("train.global_batch_size", "train.micro_batch_size", "train.steps", "train.tokens", "train.log_interval"),
     *("train.valid_samples", "train.max_nonfinite_steps", "optim.lr", "optim.eps", "checkpoint.interval"),
+    "parallel.recompute_layers",
 }
 _NOT_NEGATIVE = {
     *("train.valid_interval", "optim.min_lr", "optim.weight_decay", "optim.grad_clip", "checkpoint.keep"),
+    *("train.gc_interval", "train.straggler_interval", "train.watchdog_factor", "checkpoint.keep_every"),
+    "precision.bf16_edge_layers",
 }
 
 
