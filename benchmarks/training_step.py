@@ -81,7 +81,7 @@ def ours(directory: str, length: int):
     )
     recipe = load_recipe(path)
     config = scaled_config(json.loads((Path(directory) / "config.json").read_text()), "linear", 2.0, 8192, TARGET, "")
-    models = wrap_models(build_model(read_shape(directory), recipe, config))
+    models = wrap_models(build_model(read_shape(directory), recipe, config), recipe)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in models[0].parameters():

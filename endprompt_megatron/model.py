@@ -4,6 +4,7 @@ The layer spec is Transformer Engine's where TE is importable, otherwise Megatro
 attention and the norm of attention.py.  How the model is parallelised is in the TransformerConfig alone.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from endprompt_megatron.attention import RMSNorm, SdpaAttention
-from endprompt_megatron.config import Recipe, has_transformer_engine
+from endprompt_megatron.config import Parallel, Precision, Recipe, has_transformer_engine
 from endprompt_megatron.cross_entropy import vocab_cross_entropy
+from endprompt_megatron.positions import shared_positions
 from endprompt_megatron.rope import PositionRotary, transformers_config
 from endprompt_megatron.runtime import has_cuda
 from endprompt_megatron.shape import ModelShape
@@ -41,15 +43,8 @@ def transformer_config(shape: ModelShape, recipe: Recipe, attention_factor: floa
     YaRN multiplies cos and sin by an attention factor; scores then carry its square.  It goes into the
     softmax scale, which is the same product and leaves fused RoPE usable.
     """
-    p, precision = recipe.parallel, recipe.precision
+    precision = recipe.precision
     dtype = DTYPES[precision.dtype]
-    te = has_transformer_engine()
-    recompute: dict[str, Any] = {}
-    if p.recompute == "full":
-        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    elif p.recompute == "selective":
-        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
-    virtual = p.virtual_pipeline if p.virtual_pipeline and p.virtual_pipeline > 1 else None
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -66,30 +61,80 @@ def transformer_config(shape: ModelShape, recipe: Recipe, attention_factor: floa
         hidden_dropout=0.0,
         attention_dropout=0.0,
         softmax_scale=shape.head_dim**-0.5 * attention_factor**2,
-        tensor_model_parallel_size=p.tensor,
-        pipeline_model_parallel_size=p.pipeline,
-        virtual_pipeline_model_parallel_size=virtual,
-        context_parallel_size=p.context,
-        sequence_parallel=p.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        fp8=precision.fp8,
-        fp8_recipe=precision.fp8_recipe,
-        fp8_dot_product_attention=precision.fp8_attention,
         use_cpu_initialization=not has_cuda(),
         perform_initialization=False,  # weights come from a checkpoint, always
-        gradient_accumulation_fusion=False,
+        calculate_per_token_loss=True,  # loss.py normalises over the global batch; Megatron divides by nothing
+        **_parallel(recipe.parallel),
+        **_recompute(recipe.parallel),
+        **_fp8(precision),
+        **_fusions(recipe),
+    )
+
+
+def _parallel(p: Parallel) -> dict[str, Any]:
+    virtual = p.virtual_pipeline if p.virtual_pipeline and p.virtual_pipeline > 1 else None
+    return dict(
+        tensor_model_parallel_size=p.tensor,
+        pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        account_for_embedding_in_pipeline_split=p.count_embedding,
+        account_for_loss_in_pipeline_split=p.count_loss,
+        context_parallel_size=p.context,
+        cp_comm_type=p.context_comm,
+        sequence_parallel=p.sequence,
+        tp_comm_overlap=p.overlap_tensor,
+        deallocate_pipeline_outputs=True,
+        # Between virtual stages sends and receives go on behind the computation; Gloo has no batches of them.
+        overlap_p2p_comm=has_cuda() and virtual is not None,
+        batch_p2p_comm=has_cuda() and virtual is None,
+    )
+
+
+def _recompute(p: Parallel) -> dict[str, Any]:
+    if p.recompute == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    if p.recompute == "none":
+        return {}
+    return dict(
+        recompute_granularity="full",
+        recompute_method="block" if p.recompute == "block" else "uniform",
+        recompute_num_layers=p.recompute_layers or 1,
+    )
+
+
+def _fp8(p: Precision) -> dict[str, Any]:
+    if p.fp8 is None:
+        return {}
+    return dict(
+        fp8=p.fp8,
+        fp8_recipe=p.fp8_recipe,
+        fp8_dot_product_attention=p.fp8_attention,
+        # Delayed scaling as NVIDIA trains LLaMA with it: the largest value of the last 1024 steps.
+        fp8_amax_history_len=1024 if p.fp8_recipe == "delayed" else 1,
+        fp8_amax_compute_algo="max" if p.fp8_recipe == "delayed" else "most_recent",
+        first_last_layers_bf16=p.bf16_edge_layers > 0,
+        num_layers_at_start_in_bf16=p.bf16_edge_layers,
+        num_layers_at_end_in_bf16=p.bf16_edge_layers,
+    )
+
+
+def _fusions(recipe: Recipe) -> dict[str, Any]:
+    """Kernels that do several steps at once.  All but the last need Transformer Engine."""
+    te = has_transformer_engine()
+    c = recipe.context
+    return dict(
         bias_activation_fusion=te,
         masked_softmax_fusion=te,
         persist_layer_norm=te,
         cross_entropy_loss_fusion=te,
         cross_entropy_fusion_impl="te",
-        apply_rope_fusion=te and recipe.train.micro_batch_size == 1,
-        calculate_per_token_loss=True,  # loss.py normalises over the global batch; Megatron divides by nothing
-        deallocate_pipeline_outputs=True,
-        batch_p2p_comm=te,
-        **recompute,
+        # TE's fused kernel takes one row of phases for the micro-batch.
+        apply_rope_fusion=te and (recipe.train.micro_batch_size == 1 or shared_positions(c.method, len(c.prompts))),
+        # Gradients added to their sum inside the GEMM.  For the output layer that is an extension of Apex.
+        gradient_accumulation_fusion=te and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )
 
 

@@ -4,10 +4,13 @@ The update is Megatron's own sequence (prepare, norm, clip, step) with a questio
 whose loss or gradient norm is not finite is skipped instead of written into the weights.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -15,21 +18,59 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.optimizer_state import torch_adamw
+from endprompt_megatron.runtime import has_cuda
 
 
-def wrap_models(models: list) -> list[DistributedDataParallel]:
-    """DDP around each chunk: gradients are accumulated and reduced in float32, sharded for the optimizer."""
+def wrap_models(models: list, recipe: Recipe) -> list[DistributedDataParallel]:
+    """DDP around each chunk: gradients are accumulated, reduced and sharded for the distributed optimizer."""
+    p = recipe.parallel
+    # Gloo has no streams to overlap on, and with one rank there is nothing to hide.
+    worthwhile = has_cuda() and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    reduce = p.overlap_grad_reduce if p.overlap_grad_reduce is not None else worthwhile
+    gather = p.overlap_param_gather if p.overlap_param_gather is not None else reduce
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=recipe.precision.grad_reduce == "float32",
         use_distributed_optimizer=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=reduce,
+        overlap_param_gather=gather,
+        align_param_gather=gather and p.pipeline > 1,
         check_for_nan_in_grad=False,  # `update` looks at the norm and can skip; Megatron's check aborts
     )
     # Only the first chunk's buckets are worth splitting when several chunks share the schedule.
-    return [
+    wrapped = [
         DistributedDataParallel(config=chunk.config, ddp_config=config, module=chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(models)
     ]
+    if reduce:
+        _schedule_reduction(wrapped, align=p.pipeline > 1)
+    if config.align_param_gather:
+        wrapped[0].config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in wrapped])
+    return wrapped
+
+
+def _schedule_reduction(wrapped: list[DistributedDataParallel], align: bool) -> None:
+    """Tell the pipeline's schedule when gradients may travel: with the last micro-batch, on all stages at once."""
+    config = wrapped[0].config
+    config.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
+    if align:
+        config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in wrapped])
+
+
+def _one_or_all(functions: list) -> Any:
+    return functions if len(functions) > 1 else functions[0]
+
+
+@contextlib.contextmanager
+def whole_parameters(models: list) -> Iterator[None]:
+    """For what reads the weights outside a training step: with overlapped gathers they arrive layer by layer."""
+    overlapped = [model for model in models if model.ddp_config.overlap_param_gather]
+    for model in overlapped:
+        model.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for model in overlapped:
+            model.enable_forward_pre_hook()
 
 
 def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamScheduler]:
@@ -51,6 +92,9 @@ def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamSc
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=any(model.ddp_config.overlap_param_gather for model in models),
+        fp8_recipe=recipe.precision.fp8_recipe if recipe.precision.fp8 else None,
+        **_low_precision(recipe),
     )
     optimizer = get_megatron_optimizer(config, models)
     for inner in torch_adamw(optimizer):
@@ -73,6 +117,22 @@ def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamSc
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+_MOMENTS = {"bfloat16": torch.bfloat16, "fp8": torch.uint8}
+
+
+def _low_precision(recipe: Recipe) -> dict[str, Any]:
+    """Moments in fewer bits, by Transformer Engine's AdamW; the master weights stay float32."""
+    moments = recipe.optim.moments_dtype
+    if moments == "float32":
+        return {}
+    return dict(
+        use_precision_aware_optimizer=True,
+        main_grads_dtype=torch.float32 if recipe.precision.grad_reduce == "float32" else torch.bfloat16,
+        exp_avg_dtype=_MOMENTS[moments],
+        exp_avg_sq_dtype=_MOMENTS[moments],
+    )
 
 
 def zero_grad(models: list, optimizer: Any) -> None:

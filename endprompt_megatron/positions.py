@@ -33,6 +33,11 @@ def generator(seed: int, index: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=np.array((0, 0, 0, stream), dtype=np.uint64)))
 
 
+def shared_positions(method: str, prompts: int) -> bool:
+    """Whether all samples of a run have the same position ids.  `prompts`: how many prompts they are drawn from."""
+    return method not in RANDOM and (method not in WITH_PROMPT or prompts == 1)
+
+
 def segment_lengths(method: str, physical_len: int, prompt_len: int, target_len: int) -> tuple[int, int]:
     """Lengths (a, b) of context and prompt in one physical sequence of `physical_len` tokens.
 

@@ -1,32 +1,42 @@
 """What a recipe may not ask for: every rule that can be checked before a GPU is touched.
 
 `check` ends in one line that names the key, the value and what would be legal.  What can be said without
-the model's shape and the number of processes, config.py says when it reads the recipe.
+the model's shape and the number of processes, config.py says when it reads the recipe; the rules of
+parallel layouts are in rules_layout.py, those of FP8 and Transformer Engine in rules_precision.py.
 """
 
 import os
 from pathlib import Path
 
-from endprompt_megatron.config import Recipe, has_transformer_engine, one_of
+from endprompt_megatron import hardware as machine
+from endprompt_megatron.config import Recipe, one_of
 from endprompt_megatron.errors import InputError
+from endprompt_megatron.hardware import Hardware
 from endprompt_megatron.positions import WITH_PROMPT
+from endprompt_megatron.rules_layout import check_layout
+from endprompt_megatron.rules_precision import check_precision
 from endprompt_megatron.shape import ModelShape, read_shape
 
 
 def check(recipe: Recipe, where: str, *, world_size: int) -> ModelShape:
-    """Refuse what cannot work, before anything is built; returns the model's shape.
+    """Refuse what cannot work here, before anything is built; returns the model's shape.
 
     `world_size` is the number of processes.  Raises InputError.
     """
     if not Path(recipe.model.hf).is_dir():
         raise InputError(f"{where}: model.hf={recipe.model.hf}: no such directory; give a Hugging Face checkpoint")
     shape = read_shape(recipe.model.hf)
-    _check_context(recipe, where, shape)
-    _check_layout(recipe, where, shape, world_size)
-    _check_training(recipe, where)
-    _check_precision(recipe, where)
+    check_for(recipe, where, shape, world_size=world_size, hardware=machine.here())
     _check_place(recipe, where)
     return shape
+
+
+def check_for(recipe: Recipe, where: str, shape: ModelShape, *, world_size: int, hardware: Hardware) -> None:
+    """The same for a model of that shape on other hardware than this, no file looked at.  Raises InputError."""
+    _check_context(recipe, where, shape)
+    check_layout(recipe, where, shape, world_size, hardware)
+    _check_training(recipe, where)
+    check_precision(recipe, where, shape, hardware)
 
 
 def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
@@ -55,76 +65,6 @@ def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
         raise InputError(f"{where}: head_dim={shape.head_dim} of {recipe.model.hf} is odd; RoPE needs pairs")
 
 
-def _divisors(*numbers: int) -> str:
-    """What divides all the numbers, as a sentence has it: 1, 2 or 4."""
-    found = [str(d) for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers)]
-    return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
-
-
-def _check_layout(recipe: Recipe, where: str, shape: ModelShape, world_size: int) -> None:
-    p, c = recipe.parallel, recipe.context
-    name = Path(recipe.model.hf).name
-    for what, count in (("num_key_value_heads", shape.num_kv_heads), ("num_attention_heads", shape.num_heads)):
-        if count % p.tensor:
-            legal = _divisors(shape.num_kv_heads, shape.num_heads, shape.ffn_size)
-            raise InputError(
-                f"{where}: parallel.tensor={p.tensor} does not divide {what}={count} ({name}): use {legal}"
-            )
-    if shape.ffn_size % p.tensor:
-        raise InputError(
-            f"{where}: parallel.tensor={p.tensor} does not divide intermediate_size={shape.ffn_size} ({name})"
-        )
-    if shape.num_layers % p.pipeline:
-        raise InputError(
-            f"{where}: parallel.pipeline={p.pipeline} does not divide num_hidden_layers={shape.num_layers} ({name}): "
-            f"use {_divisors(shape.num_layers)}"
-        )
-    if p.virtual_pipeline is not None and p.virtual_pipeline > 1:
-        if p.pipeline == 1:
-            raise InputError(f"{where}: parallel.virtual_pipeline={p.virtual_pipeline} needs parallel.pipeline above 1")
-        layers = shape.num_layers // p.pipeline
-        if layers % p.virtual_pipeline:
-            raise InputError(
-                f"{where}: parallel.virtual_pipeline={p.virtual_pipeline} does not divide the {layers} layers of a "
-                f"pipeline stage: use {_divisors(layers)}"
-            )
-    if p.sequence and p.tensor == 1:
-        raise InputError(f"{where}: parallel.sequence=true needs parallel.tensor above 1")
-    if p.sequence and c.physical % (p.tensor * p.context):
-        raise InputError(
-            f"{where}: parallel.sequence splits context.physical={c.physical} by parallel.tensor={p.tensor}, "
-            "which does not divide it"
-        )
-    if p.context > 1 and c.physical % (2 * p.context):
-        raise InputError(
-            f"{where}: context.physical={c.physical} should be a multiple of 2 x parallel.context={2 * p.context}"
-        )
-    if p.context > 1 and not has_transformer_engine():
-        raise InputError(
-            f"{where}: parallel.context={p.context} needs Transformer Engine, which is not installed: use 1"
-        )
-    one_of(where, "parallel.recompute", p.recompute, ("none", "selective", "full"))
-    ranks = p.tensor * p.pipeline * p.context
-    if world_size % ranks:
-        raise InputError(
-            f"{where}: parallel.tensor x pipeline x context = {ranks} does not divide the {world_size} processes "
-            f"started: start a multiple of {ranks}"
-        )
-    replicas = world_size // ranks
-    micro, batch = recipe.train.micro_batch_size, recipe.train.global_batch_size
-    if batch % (micro * replicas):
-        raise InputError(
-            f"{where}: train.global_batch_size={batch} is not a multiple of micro_batch_size x data parallel = "
-            f"{micro} x {replicas}"
-        )
-    micro_batches = batch // (micro * replicas)
-    if p.virtual_pipeline and p.virtual_pipeline > 1 and micro_batches % p.pipeline:
-        raise InputError(
-            f"{where}: with parallel.virtual_pipeline the {micro_batches} micro-batches of a step should be "
-            f"a multiple of parallel.pipeline={p.pipeline}"
-        )
-
-
 def _check_training(recipe: Recipe, where: str) -> None:
     t, o, d = recipe.train, recipe.optim, recipe.data
     one_of(where, "optim.schedule", o.schedule, ("constant", "cosine"))
@@ -149,20 +89,6 @@ def _check_training(recipe: Recipe, where: str) -> None:
                 f"{where}: train.virtual_distances={distance} should lie between context.physical={c.physical} and "
                 f"context.target={c.target}"
             )
-
-
-def _check_precision(recipe: Recipe, where: str) -> None:
-    p = recipe.precision
-    one_of(where, "precision.dtype", p.dtype, ("bfloat16", "float32"))
-    if p.fp8 is not None:
-        one_of(where, "precision.fp8", p.fp8, ("hybrid", "e4m3"))
-        one_of(where, "precision.fp8_recipe", p.fp8_recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
-        if not has_transformer_engine():
-            raise InputError(
-                f"{where}: precision.fp8={p.fp8} needs Transformer Engine, which is not installed: use null"
-            )
-    if p.fp8_attention and p.fp8 is None:
-        raise InputError(f"{where}: precision.fp8_attention=true needs precision.fp8, such as hybrid")
 
 
 def _check_place(recipe: Recipe, where: str) -> None:

@@ -4,6 +4,7 @@
 same on both.  No other module but cpu.py asks which device it is on.
 """
 
+import gc
 import logging
 import os
 import socket
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from endprompt_megatron.errors import InputError
+from endprompt_megatron.hardware import here
 from endprompt_megatron.signals import StopSignal
 
 
@@ -132,16 +134,10 @@ def announce(line: str) -> None:
         print(line, flush=True)
 
 
-# Dense BF16 peak of a GPU in FLOP/s, from NVIDIA's data sheets; MFU is stated against it.
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-
-
 def peak_flops() -> float | None:
-    """Peak of this rank's device in FLOP/s; None where it is not known, as on CPUs."""
-    if not has_cuda():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
+    """Dense BF16 peak of this rank's device in FLOP/s, which MFU is stated against; None where it is not known."""
+    gpu = here().gpu if has_cuda() else None
+    return gpu.bf16 or None if gpu else None
 
 
 def quiet_libraries() -> None:
@@ -160,6 +156,19 @@ def peak_memory_gib() -> float:
 
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def collect_garbage(step: int, interval: int) -> None:
+    """Collect Python's garbage every `interval` steps, on all ranks in the same one; 0 leaves it to Python.
+
+    Left to itself each rank pauses at a moment of its own, and the others wait for it.
+    """
+    if interval == 0:
+        return
+    if gc.isenabled():
+        gc.disable()
+    if step % interval == 0:
+        gc.collect()
 
 
 def agreed(stop: StopSignal) -> int:

@@ -7,11 +7,12 @@ maybe stop.  Everything that is about devices, files or formats is a call.
 import time
 from pathlib import Path
 
-from endprompt_megatron import checkpoint, runtime
+from endprompt_megatron import checkpoint, runtime, te
 from endprompt_megatron.checkpoint import Progress
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
 from endprompt_megatron.files import read_json
+from endprompt_megatron.hardware import here
 from endprompt_megatron.rules import check
 from endprompt_megatron.shape import ModelShape
 from endprompt_megatron.signals import StopSignal
@@ -24,6 +25,7 @@ def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
     the gradients stay non-finite.
     """
     shape = check(recipe, where, world_size=runtime.launched_as().world_size)
+    te.set_environment(recipe, where, here())
     p = recipe.parallel
     runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
     try:
@@ -35,7 +37,7 @@ def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
 def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> int:
     from endprompt_megatron.data.feed import Feed
     from endprompt_megatron.model import build_model
-    from endprompt_megatron.optimizer import build_optimizer, update, wrap_models, zero_grad
+    from endprompt_megatron.optimizer import build_optimizer, update, whole_parameters, wrap_models, zero_grad
     from endprompt_megatron.record import Recorder
     from endprompt_megatron.rope import scaled_config
     from endprompt_megatron.step import run_batch
@@ -45,7 +47,8 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     config = read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config")
     export_config = scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, where)
     feed = Feed(recipe, where, shape)
-    models = wrap_models(build_model(shape, recipe, export_config))
+    te.share_buffers(recipe, shape)
+    models = wrap_models(build_model(shape, recipe, export_config), recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
 
     checkpoints = recipe.run_dir / "checkpoints"
@@ -61,12 +64,17 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         return EXIT_DONE
 
     def save() -> None:
-        checkpoint.save(checkpoints, progress, recipe, models, optimizer, scheduler, shape, export_config)
+        with whole_parameters(models):
+            checkpoint.save(checkpoints, progress, recipe, models, optimizer, scheduler, shape, export_config)
+
+    def validate() -> None:
+        with whole_parameters(models):
+            recorder.validated(progress.step, validation.run())
 
     recorder = Recorder(recipe, shape, progress)
     validation = Validation(recipe, feed, models) if feed.valid is not None else None
     if t.valid_interval and progress.step == 0:
-        recorder.validated(0, validation.run())
+        validate()
     nonfinite, saved = 0, progress.step
     with recorder:
         while progress.step < t.steps:
@@ -79,6 +87,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
             grad_norm, updated = update(optimizer, losses.total, recipe.optim.grad_clip)
             scheduler.step(increment=1)
 
+            runtime.collect_garbage(progress.step, t.gc_interval)
             progress.step += 1
             progress.consumed_samples += t.global_batch_size
             nonfinite = 0 if updated else nonfinite + 1
@@ -99,5 +108,5 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
                 recorder.say(f"stopped by signal {signal_number} at step {progress.step}; run again to continue")
                 return EXIT_RESUMABLE
             if validation and (last or (t.valid_interval and progress.step % t.valid_interval == 0)):
-                recorder.validated(progress.step, validation.run())
+                validate()
     return EXIT_DONE

@@ -61,7 +61,7 @@ def build(recipe: Recipe):
     from endprompt_megatron.optimizer import build_optimizer, wrap_models
 
     shape = read_shape(recipe.model.hf)
-    models = wrap_models(build_model(shape, recipe, exported(recipe)))
+    models = wrap_models(build_model(shape, recipe, exported(recipe)), recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
     checkpoint.initialise(Path(recipe.model.init_from), shape, models, optimizer, "test")
     return shape, models, optimizer, scheduler
@@ -80,8 +80,10 @@ def micro_batches(recipe: Recipe, samples: dict[str, np.ndarray]) -> list:
     import torch
     from megatron.core import parallel_state
 
+    from endprompt_megatron.data.batch import zigzag_slice
     from endprompt_megatron.runtime import device
 
+    cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     rows = recipe.train.micro_batch_size
     count = len(samples["tokens"]) // (rows * size)
@@ -89,6 +91,7 @@ def micro_batches(recipe: Recipe, samples: dict[str, np.ndarray]) -> list:
     for m in range(count):
         start = (m * size + rank) * rows
         batch = {key: torch.from_numpy(value[start : start + rows]) for key, value in samples.items()}
+        batch = {key: zigzag_slice(value, cp_rank, cp_size, dim=1) for key, value in batch.items()}
         batches.append({key: value.to(device()) for key, value in batch.items()})
     return batches
 

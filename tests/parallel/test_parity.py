@@ -18,6 +18,7 @@ from endprompt_megatron.shape import read_shape
 
 SHAPES = {
     "gqa": {},
+    "six-layers": {"num_hidden_layers": 6},
     "mha": {"num_key_value_heads": 4},
     "tied": {"tie_word_embeddings": True},
     "odd-vocab": {"vocab_size": 321},
@@ -33,7 +34,23 @@ LAYOUTS = {
     "tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "tp2-dp2": (4, ["parallel.tensor=2"]),
     "tp2-pp2-sp": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+    "cp2": (2, ["parallel.context=2"]),
+    "cp4": (4, ["parallel.context=4"]),
+    "cp2-tp2-sp": (4, ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true"]),
+    "cp2-pp2": (4, ["parallel.context=2", "parallel.pipeline=2"]),
+    "cp2-dp2": (4, ["parallel.context=2"]),
+    "pp3-uneven": (3, ["parallel.pipeline=3", "parallel.count_embedding=true", "parallel.count_loss=true"]),
+    "dp2-overlap": (2, ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]),
+    "pp2-dp2-overlap": (
+        4,
+        ["parallel.pipeline=2", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
+    ),
+    "selective": (1, ["parallel.recompute=selective"]),
+    "full-by-two": (1, ["parallel.recompute=full", "parallel.recompute_layers=2"]),
+    "block": (2, ["parallel.recompute=block", "parallel.recompute_layers=1", "parallel.pipeline=2"]),
+    "cp2-full": (2, ["parallel.context=2", "parallel.recompute=full"]),
 }
+UNEVEN = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.count_embedding=true"]
 METHODS = ("end_prompt", "end_prompt_random", "end_prompt_pose", "pose", "full", "short")
 ROPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "none")
 
@@ -80,6 +97,18 @@ def compare(ranks, models, shape_name, layout, *overrides, rows=8):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_equal_huggingface_in_layout(ranks, models, layout):
     compare(ranks, models, "gqa", layout)
+
+
+def test_gradients_equal_huggingface_in_uneven_virtual_stages(ranks, models):
+    """Six layers, the embedding and the loss: eight in four pieces, of which the first and the last hold one layer."""
+    compare(ranks, models, "six-layers", "pp2", *UNEVEN, "parallel.count_loss=true")
+
+
+@pytest.mark.parametrize("layout", ["cp2", "cp4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_equal_huggingface_under_context_parallelism_with_method(ranks, models, layout, method):
+    overrides = [f"context.method={method}"] + (["context.physical=256"] if method == "full" else [])
+    compare(ranks, models, "gqa", layout, *overrides, "train.micro_batch_size=2")
 
 
 @pytest.mark.parametrize("method", METHODS)
