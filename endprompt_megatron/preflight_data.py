@@ -1,0 +1,101 @@
+"""The datasets: .idx and .bin consistent, token ids that the model knows, and enough of them for the budget."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from endprompt_megatron.config import Recipe
+from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.preflight_model import context_lengths
+from endprompt_megatron.preflight_table import OK, WARN, Finding, many
+from endprompt_megatron.shape import ModelShape
+from endprompt_megatron.tokenizer import fingerprint
+
+_WINDOW = 1 << 16  # tokens
+_WINDOWS = 256  # of the sample; a smaller dataset is read whole
+_HEADER = 34  # bytes of an .idx before its lengths
+
+
+def datasets(recipe: Recipe, shape: ModelShape) -> list[Finding]:
+    """A finding for data.train and one for data.valid, where it is a dataset of its own."""
+    from endprompt_megatron.data.feed import blend
+
+    if not recipe.data.train:
+        raise InputError("data.train is missing; give the PREFIX that tools/prepare_data.py wrote")
+    findings = [_dataset("data.train", blend(recipe.data.train, "data.train"), recipe, shape)]
+    valid = recipe.data.valid
+    if valid is not None and not (isinstance(valid, str) and valid.replace(",", "").replace(" ", "").isdigit()):
+        findings.append(_dataset("data.valid", blend(valid, "data.valid"), recipe, shape))
+    return findings
+
+
+def _dataset(key: str, blend: list[tuple[str, float]], recipe: Recipe, shape: ModelShape) -> Finding:
+    """Check each PREFIX of a blend, and say how often its tokens are seen."""
+    samples = recipe.train.steps * recipe.train.global_batch_size if key == "data.train" else recipe.train.valid_samples
+    context = max(context_lengths(recipe, shape))
+    shares = sum(weight for _, weight in blend)
+    said, epochs, other = [], [], []
+    for prefix, weight in blend:
+        if not weight > 0:
+            raise InputError(f"{key}: weight {weight} of {prefix} should be above 0; leave out what is not used")
+        index = read_idx(prefix)
+        _consistent(prefix, index)
+        highest = _highest_token(key, prefix, index, shape.vocab_size)
+        tokens = int(index.lengths.sum(dtype=np.int64))
+        if tokens < context:
+            raise InputError(f"{key}={prefix}: {tokens} tokens are less than one sample, which takes {context}")
+        epochs.append(samples * context * weight / shares / tokens)
+        said.append(f"{prefix} {many(tokens)} tokens (ids to {highest})")
+        if (read_manifest(prefix) or {}).get("tokenizer_sha256") not in (None, fingerprint(recipe.model.hf)):
+            other.append(prefix)
+    found = f"{', '.join(said)}; vocabulary {shape.vocab_size}; {max(epochs):.2f} epochs in {recipe.train.steps} steps"
+    if other:
+        return Finding(key, f"{found}; {other[0]} was prepared with another tokenizer than model.hf's", WARN)
+    if key == "data.train" and max(epochs) > 1:
+        return Finding(key, f"{found}: tokens are seen again", WARN)
+    return Finding(key, found, OK)
+
+
+def _consistent(prefix: str, index: Index) -> None:
+    """Raise InputError if the pointers and document bounds of an .idx do not follow from its lengths."""
+    path = path_of(prefix, ".idx")
+    count = len(index.lengths)
+    documents = struct.unpack_from("<Q", _read(path, _HEADER - 8, 8))[0]
+    content = np.memmap(path, mode="r")
+    pointers = np.frombuffer(content, dtype=np.int64, count=count, offset=_HEADER + 4 * count)
+    bounds = np.frombuffer(content, dtype=np.int64, count=documents, offset=_HEADER + 12 * count)
+    ends = np.cumsum(index.lengths, dtype=np.int64)
+    right = (index.lengths >= 0).all() and (pointers == (ends - index.lengths) * index.dtype.itemsize).all()
+    if not right or not len(bounds) or bounds[0] != 0 or bounds[-1] != count or (np.diff(bounds) < 0).any():
+        raise InputError(f"{path}: its pointers do not follow from its lengths; make it again (tools/prepare_data.py)")
+
+
+def _read(path: Path, offset: int, count: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(count)
+
+
+def _highest_token(key: str, prefix: str, index: Index, vocab_size: int) -> int:
+    """The largest id of the dataset, or of an even sample of a large one.  Raises InputError if it is too large."""
+    path = path_of(prefix, ".bin")
+    manifest = read_manifest(prefix) or {}
+    highest, lowest = -1, 0
+    if path.stat().st_size:
+        stream = np.memmap(path, dtype=index.dtype, mode="r")
+        starts = np.arange(0, len(stream), _WINDOW)
+        if len(starts) > _WINDOWS:
+            starts = np.linspace(0, len(stream) - _WINDOW, _WINDOWS, dtype=np.int64)
+        windows = [stream[start : start + _WINDOW] for start in starts]
+        highest, lowest = max(int(w.max()) for w in windows), min(int(w.min()) for w in windows)
+    noted = manifest.get("max_token_id")
+    highest = max(highest, noted) if isinstance(noted, int) else highest
+    if lowest < 0 or highest >= vocab_size:
+        bad = lowest if lowest < 0 else highest
+        raise InputError(
+            f"{key}={prefix}: token id {bad} is outside the model's vocabulary of {vocab_size}; prepare the data with "
+            "the model's own tokenizer"
+        )
+    return highest

@@ -1,0 +1,160 @@
+"""What a process sees of its node: GPUs, versions, limits, files.  Facts only, as JSON can hold them.
+
+preflight_cluster.py judges the facts of all nodes.  Nothing here raises: what cannot be found out is None.
+"""
+
+import hashlib
+import importlib
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from endprompt_megatron.hardware import engine_version
+from endprompt_megatron.runtime import Launch
+
+# What a GPU run wants from the environment beside what runtime.py sets, and what is left over from debugging.
+ENVIRONMENT = (
+    *("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_LAUNCH_BLOCKING"),
+    *("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_DEBUG", "TORCH_DISTRIBUTED_DEBUG"),
+)
+
+
+def process_facts(launch: Launch) -> dict[str, Any]:
+    """This process's GPUs: `visible` {uuid: [name, GiB]}, `own` the uuid it would train on and its `free_gib`."""
+    import torch
+
+    from endprompt_megatron.runtime import has_cuda
+
+    if not has_cuda():
+        return {"visible": {}, "own": None, "free_gib": None}
+    count = torch.cuda.device_count()
+    properties = [torch.cuda.get_device_properties(number) for number in range(count)]
+    names = [str(getattr(p, "uuid", number)) for number, p in enumerate(properties)]
+    own = launch.local_rank % count
+    free, _total = torch.cuda.mem_get_info(own)
+    return {
+        "visible": {name: [p.name, p.total_memory / 2**30] for name, p in zip(names, properties, strict=True)},
+        "own": names[own],
+        "free_gib": free / 2**30,
+    }
+
+
+def node_facts(paths: dict[str, Path]) -> dict[str, Any]:
+    """What a node has once.  `paths` names the run's inputs by the recipe's key, looked up here."""
+    found, broken = versions()
+    return {
+        "versions": found,
+        "broken": broken,
+        "limits": {
+            "open files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            "locked memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        },
+        "shm": _free(Path("/dev/shm")),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "inputs": {key: input_sign(path) for key, path in paths.items()},
+        "ecc": _ecc_errors(),
+    }
+
+
+def versions() -> tuple[dict[str, str | None], dict[str, str]]:
+    """Versions by name, None for what is not there; and what is installed but cannot be imported, with why."""
+    import torch
+
+    from endprompt_megatron.runtime import has_cuda
+
+    engine = engine_version()
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
+        "driver": driver(),
+        "Megatron-Core": _distribution("megatron-core"),
+        "Transformer Engine": ".".join(map(str, engine)) if engine is not None else None,
+        "transformers": _distribution("transformers"),
+        "our code": code_digest(),
+    }
+    imports = {"Megatron-Core": "megatron.core"}
+    if has_cuda():
+        found["cuDNN"] = str(torch.backends.cudnn.version())
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        if engine is not None:  # built for another torch or CUDA, it is there and does not load
+            imports["Transformer Engine"] = "transformer_engine.pytorch"
+    broken = {}
+    for name, module in imports.items():
+        try:
+            imported = importlib.import_module(module)
+        except Exception as error:  # of an extension that was built for something else, anything can come
+            broken[name] = " ".join(str(error).split())[:150] or type(error).__name__
+        else:
+            # A checkout on PYTHONPATH, as containers have it, has no metadata but says its version.
+            found[name] = found[name] or getattr(imported, "__version__", None)
+    return found, broken
+
+
+def _distribution(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def driver() -> str | None:
+    """Version of NVIDIA's kernel driver; None where there is none."""
+    path = Path("/sys/module/nvidia/version")
+    try:
+        return path.read_text().strip()
+    except OSError:
+        lines = _nvidia_smi("driver_version")
+        return lines[0] if lines else None
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    """One field of every GPU, in nvidia-smi's words; empty where it is not there or does not answer."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def _ecc_errors() -> int:
+    """Memory errors since the last reset that could not be corrected, over the node's GPUs."""
+    counts = _nvidia_smi("ecc.errors.uncorrected.volatile.total")
+    return sum(int(count) for count in counts if count.isdigit())
+
+
+def code_digest() -> str:
+    """A short digest of this package's sources: nodes with different checkouts differ in it."""
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def _free(directory: Path) -> int | None:
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return None
+
+
+def input_sign(path: Path) -> str:
+    """Enough to tell whether two nodes see the same input: a file's size, or names and sizes in a directory."""
+    try:
+        if path.is_dir():
+            entries = sorted((entry.name, entry.stat().st_size) for entry in path.iterdir() if entry.is_file())
+            return f"{len(entries)} files, {hashlib.sha256(repr(entries).encode()).hexdigest()[:8]}"
+        return f"{path.stat().st_size} bytes"
+    except FileNotFoundError:
+        return "not there"
+    except OSError as error:
+        return f"cannot be read ({(error.strerror or type(error).__name__).lower()})"
