@@ -93,8 +93,6 @@ def _check_training(recipe: Recipe, where: str) -> None:
 
 def _check_place(recipe: Recipe, where: str) -> None:
     """The run's directory may be new, but something along its path must be a directory to make it in."""
-    if recipe.checkpoint.asynchronous:
-        raise InputError(f"{where}: checkpoint.async=true is not available yet: use false")
     place = recipe.run_dir.absolute()
     while not place.exists():
         place = place.parent

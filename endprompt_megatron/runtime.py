@@ -4,12 +4,14 @@
 same on both.  No other module but cpu.py asks which device it is on.
 """
 
+import contextlib
 import gc
 import logging
 import os
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +119,25 @@ def finish() -> None:
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """An InputError that any rank meets inside is raised on all of them.  All ranks must enter and leave.
+
+    Alone, it would leave the others waiting in the next collective for a rank that is gone.
+    """
+    mine = None
+    try:
+        yield
+    except InputError as error:
+        mine = error
+    messages: list = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, str(mine) if mine is not None else None)
+    if mine is not None:
+        raise mine
+    for message in filter(None, messages):
+        raise InputError(message)
 
 
 def is_first() -> bool:

@@ -65,18 +65,19 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
 
     def save() -> None:
         with whole_parameters(models):
-            checkpoint.save(checkpoints, progress, recipe, models, optimizer, scheduler, shape, export_config)
+            saver.save(progress)
 
     def validate() -> None:
         with whole_parameters(models):
             recorder.validated(progress.step, validation.run())
 
+    saver = checkpoint.Saver(checkpoints, recipe, models, optimizer, scheduler, shape, export_config, progress.step)
     recorder = Recorder(recipe, shape, progress)
     validation = Validation(recipe, feed, models) if feed.valid is not None else None
     if t.valid_interval and progress.step == 0:
         validate()
-    nonfinite, saved = 0, progress.step
-    with recorder:
+    nonfinite = 0
+    with recorder, saver:
         while progress.step < t.steps:
             started = time.perf_counter()
             batch = feed.global_batch(progress.consumed_samples)
@@ -96,14 +97,16 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
                 raise TrainingError(
                     f"{where}: loss or gradients were not finite for {nonfinite} steps in a row, the last at step "
                     f"{progress.step} (loss {losses.total}, gradient norm {grad_norm}); the newest checkpoint is of "
-                    f"step {saved}: lower optim.lr or look at the data from there"
+                    f"step {saver.newest}: lower optim.lr or look at the data from there"
                 )
 
             last = progress.step == t.steps
             signal_number = runtime.agreed(stop)
+            saver.poll()
             if last or signal_number or progress.step % recipe.checkpoint.interval == 0:
                 save()  # before anything that could take the time that a scheduler leaves
-                saved = progress.step
+            if last or signal_number:
+                saver.wait()
             if signal_number and not last:
                 recorder.say(f"stopped by signal {signal_number} at step {progress.step}; run again to continue")
                 return EXIT_RESUMABLE

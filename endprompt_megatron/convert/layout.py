@@ -8,8 +8,10 @@
 The converter and the trainer's checkpoint.py use the same functions.
 """
 
+import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 from endprompt_megatron.convert.progress import in_words
@@ -91,8 +93,12 @@ def write_manifest(
     vocab_size: int,
     dtype: str,
     source: str,
+    files: dict[str, dict] | None = None,
 ) -> None:
-    """Declare the checkpoint in `directory` complete.  `dtype` ("bfloat16") is what an export is written in."""
+    """Declare the checkpoint in `directory` complete.  `dtype` ("bfloat16") is what an export is written in.
+
+    `files`: bytes and CRC-32 of every other file, by name; None where nobody resumes from it.
+    """
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -102,7 +108,16 @@ def write_manifest(
         "dtype": dtype,
         "source": source,
     }
+    if files is not None:
+        manifest["files"] = files
+        manifest["crc32"] = _own_crc32(manifest)
     write_json(directory / MANIFEST, manifest)
+
+
+def _own_crc32(manifest: dict) -> int:
+    """CRC-32 of all else that a manifest says."""
+    rest = {key: value for key, value in manifest.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def read_manifest(directory: Path) -> dict:
@@ -118,6 +133,8 @@ def read_manifest(directory: Path) -> dict:
         raise InputError(f"{path}: dtype={manifest.get('dtype')!r} should be one of {', '.join(DTYPES)}")
     if not isinstance(manifest.get("recipe"), dict | None):
         raise InputError(f"{path}: recipe={manifest['recipe']!r} should be an object or null")
+    if "crc32" in manifest and manifest["crc32"] != _own_crc32(manifest):
+        raise InputError(f"{path}: does not have the CRC-32 it was written with")
     return manifest
 
 

@@ -5,12 +5,15 @@ writer instead of megatron.core.dist_checkpointing needs no process group, no CU
 asks for one tensor at a time: memory is that of the largest piece, whatever the size of the model.
 """
 
+import bisect
 import contextlib
 import io
+import math
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
@@ -21,7 +24,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from endprompt_megatron.errors import InputError
@@ -118,24 +129,80 @@ class Checkpoint:
                 for key, value in metadata.state_dict_metadata.items()
                 if isinstance(value, TensorStorageMetadata)
             }
+            self.objects = set(metadata.state_dict_metadata) - set(self.tensors)
+        self.by_first: dict[str, tuple[list[int], dict[int, list[ChunkStorageMetadata]]]] = {}
+        self.longest: dict[str, int] = {}
 
     def shape(self, key: str) -> tuple[int, ...] | None:
         """Global shape of the tensor `key`; None if there is none."""
         return tuple(self.tensors[key].size) if key in self.tensors else None
 
-    def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def is_float(self, key: str) -> bool:
+        """Whether the tensor `key` is stored in floating point.  Raises InputError if there is none."""
+        with self._damage(key):
+            return self.tensors[key].properties.dtype.is_floating_point
+
+    def read(
+        self,
+        key: str,
+        offset: tuple[int, ...],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        zero_outside: bool = False,
+    ) -> torch.Tensor:
         """The part of the tensor `key` that starts at `offset` and has `shape`, cast to `dtype`, on the CPU.
 
-        Raises InputError if the files do not hold all of it.
+        With `zero_outside`, what lies outside the stored tensor (a vocabulary padded for another layout) is zero.
+        Raises InputError if the files do not hold all of the rest.
         """
-        target = torch.empty(shape, dtype=dtype)
+        target = (torch.zeros if zero_outside else torch.empty)(shape, dtype=dtype)
         wanted = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape))
         with self._damage(key):
-            items = create_read_items_for_chunk_list(key, self.tensors[key], [wanted])
-            if sum(item.lengths.numel() for item in items) != target.numel():
+            expected = target.numel()
+            if zero_outside:
+                ends = zip(self.tensors[key].size, offset, shape, strict=True)
+                expected = math.prod(max(min(size - begin, count), 0) for size, begin, count in ends)
+            items = create_read_items_for_chunk_list(key, self._near(key, offset[0], offset[0] + shape[0]), [wanted])
+            if sum(item.lengths.numel() for item in items) != expected:
                 raise ValueError("parts of it were never written")
             self.reader.read_data(LoadPlan(items), _LoadPlanner(target)).wait()
         return target
+
+    def _near(self, key: str, first: int, last: int) -> TensorStorageMetadata:
+        """The tensor's metadata with the chunks alone that reach into first..last-1 of its first axis.
+
+        That axis is the layers of most tensors: to compare a box with every chunk of every layer and rank would
+        take minutes at 405B.
+        """
+        if key not in self.by_first:
+            table: dict[int, list[ChunkStorageMetadata]] = {}
+            self.longest[key] = max((chunk.sizes[0] for chunk in self.tensors[key].chunks), default=0)
+            for chunk in self.tensors[key].chunks:
+                table.setdefault(chunk.offsets[0], []).append(chunk)
+            self.by_first[key] = sorted(table), table
+        starts, table = self.by_first[key]
+        reach = starts[bisect.bisect_right(starts, first - self.longest[key]) : bisect.bisect_left(starts, last)]
+        chunks = [chunk for start in reach for chunk in table[start]]
+        return replace(self.tensors[key], chunks=chunks)
+
+    def read_object(self, key: str) -> object | None:
+        """What Megatron stored as the ShardedObject `key`; None if there is nothing.  Runs pickled code."""
+        if key not in self.objects:
+            return None
+        planner = _ObjectPlanner()
+        item = ReadItem(
+            type=LoadItemType.BYTE_IO,
+            dest_index=MetadataIndex(key),
+            dest_offsets=torch.Size((0,)),
+            storage_index=MetadataIndex(key),
+            storage_offsets=torch.Size((0,)),
+            lengths=torch.Size((0,)),
+        )
+        with self._damage(key):
+            self.reader.read_data(LoadPlan([item]), planner).wait()
+            (value,) = planner.value
+        return value
 
     @contextlib.contextmanager
     def _damage(self, what: str) -> Iterator[None]:
@@ -160,6 +227,15 @@ class _LoadPlanner(DefaultLoadPlanner):
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             part = part.narrow(axis, start, length)
         return part
+
+
+class _ObjectPlanner(DefaultLoadPlanner):
+    """Keeps the one object that is read."""
+
+    value: Any = None
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.value = torch.load(value, map_location="cpu", weights_only=False)
 
 
 @contextlib.contextmanager

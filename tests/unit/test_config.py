@@ -70,7 +70,6 @@ VALUES = {
     "dtype": (["precision.dtype=float16"], ["precision.dtype=float16", "bfloat16, float32"]),
     "fp8": (["precision.fp8=maybe"], ["precision.fp8=maybe", "hybrid, e4m3"]),
     "fp8-attention": (["precision.fp8_attention=true"], ["precision.fp8_attention=true", "precision.fp8"]),
-    "async": (["checkpoint.async=true"], ["checkpoint.async=true", "use false"]),
     "packing": (["data.packing=tight"], ["data.packing=tight", "stream"]),
     "packing-later": (["data.packing=documents"], ["data.packing=documents", "not available yet"]),
     "recompute": (["parallel.recompute=some"], ["parallel.recompute=some", "none, selective, block, full"]),

@@ -1,0 +1,258 @@
+"""The files of a checkpoint: written by every rank, joined by the first, whole or not there, and checked.
+
+    .iter_0000100.partial/      grows hidden; renamed when all of this is in it
+        __RANK_0.distcp         what one rank wrote: Megatron-Core's `torch_dist` format
+        common.pt metadata.json .metadata hf/
+        endprompt.json          the manifest, with the size and the CRC-32 of every other file and its own
+    iter_0000100.damaged/       found damaged when a run resumed; kept for a look, never chosen
+
+Ranks tell the first what they wrote through small files beside theirs (`.rank_RANK.json`), not through
+collectives: an asynchronous save runs beside the training, whose collectives it must not mix with.
+"""
+
+import io
+import json
+import math
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from endprompt_megatron.convert import layout
+from endprompt_megatron.convert.torch_dist import FORMAT, Stored
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.files import write_json
+
+DAMAGED = ".damaged"
+_POLL_SECONDS = 0.02, 1.0  # between looks for the other ranks' files: at first, and at most
+_BLOCK = 16 << 20
+
+
+class Abandoned(Exception):
+    """The save was given up while the first rank waited for the others."""
+
+
+def begin(root: Path, iteration: int) -> Path:
+    """A fresh hidden directory for `iteration` to grow in."""
+    staging = root / f".{layout.iteration_dir(root, iteration).name}.partial"
+    remove(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def write_rank(staging: Path, rank: int, tensors: Iterable[Stored], objects: dict[str, object]) -> None:
+    """Write this rank's data, and last of all what it consists of.  Memory: one tensor's, beyond what is given.
+
+    Raises OSError if the disk refuses.
+    """
+    name = f"__{rank}_0.distcp"
+    rows: list[list] = []
+    with open(staging / name, "wb") as file:
+        stream = _Summed(file)
+        for part in tensors:
+            tensor = part.load().detach().cpu().contiguous()
+            if tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
+                raise ValueError(f"{part.key} at {part.offset}: {tuple(tensor.shape)} {tensor.dtype}, not {part}")
+            if tensor.untyped_storage().size() != tensor.nbytes:
+                tensor = tensor.clone()  # torch.save writes the whole storage that a view looks at
+            begin = stream.count
+            stream.save(tensor)
+            dtype = str(part.dtype).removeprefix("torch.")
+            rows.append([part.key, begin, stream.count - begin, part.offset, part.shape, part.global_shape, dtype])
+        for key, value in objects.items():
+            begin = stream.count
+            stream.save([value])  # Megatron stores the list of a key's local objects
+            rows.append([key, begin, stream.count - begin])
+        file.flush()
+        os.fsync(file.fileno())
+    report = {"file": name, "bytes": stream.count, "crc32": stream.crc, "rows": rows}
+    write_json(staging / f".rank_{rank}.json", report)
+
+
+class _Summed(io.RawIOBase):
+    """A file that counts what is written and sums it up on the way; zlib and the write leave Python's lock free."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.file, self.count, self.crc = file, 0, 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        length = memoryview(data).nbytes
+        self.count += length
+        self.crc = zlib.crc32(data, self.crc)
+        return length
+
+    def writable(self) -> bool:
+        return True
+
+    def save(self, value: object) -> None:
+        """torch.save, which hides the operating system's error behind one of its own."""
+        try:
+            torch.save(value, self)
+        except (RuntimeError, OSError):
+            if self.error is not None:
+                raise self.error from None
+            raise
+
+
+def join(staging: Path, ranks: int, common: dict, abandoned: threading.Event) -> dict[str, dict]:
+    """On the first rank: wait for all ranks' data, then write what describes it.  The files with size and sum.
+
+    Raises Abandoned if the event is set while it waits.
+    """
+    reports = [_report(staging / f".rank_{rank}.json", abandoned) for rank in range(ranks)]
+    tensors: dict[str, TensorStorageMetadata] = {}
+    objects: dict[str, BytesStorageMetadata] = {}
+    results = []
+    for report in reports:
+        for key, begin, length, *rest in report["rows"]:
+            if rest:
+                offset, shape, global_shape, dtype = rest
+                if key not in tensors:
+                    properties = TensorProperties(dtype=getattr(torch, dtype))
+                    tensors[key] = TensorStorageMetadata(properties, torch.Size(global_shape), [])
+                tensors[key].chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)))
+                index = MetadataIndex(key, torch.Size(offset))
+            else:
+                objects[key] = BytesStorageMetadata()
+                index = MetadataIndex(key)
+            results.append(WriteResult(index, length, _StorageInfo(report["file"], begin, length)))
+    for key, tensor in tensors.items():
+        written = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+        if written != math.prod(tensor.size):
+            raise RuntimeError(f"{key}: {written} elements of {list(tensor.size)} were to be stored")
+    FileSystemWriter(staging).finish(Metadata({**tensors, **objects}), [results])
+    torch.save(common, staging / "common.pt")
+    write_json(staging / "metadata.json", FORMAT)
+    for rank in range(ranks):
+        (staging / f".rank_{rank}.json").unlink()
+    files = {report["file"]: {"bytes": report["bytes"], "crc32": report["crc32"]} for report in reports}
+    for path in sorted(staging.rglob("*")):
+        name = path.relative_to(staging).as_posix()
+        if path.is_file() and name not in files:
+            files[name] = {"bytes": path.stat().st_size, "crc32": crc32(path)}
+    return files
+
+
+def _report(path: Path, abandoned: threading.Event) -> dict:
+    pause, most = _POLL_SECONDS
+    while not path.exists():
+        if abandoned.wait(pause):
+            raise Abandoned
+        pause = min(2 * pause, most)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def publish(staging: Path, root: Path, iteration: int) -> Path:
+    """Give a whole checkpoint its name.  One of the same name makes room: it is of the same step."""
+    final = layout.iteration_dir(root, iteration)
+    old = root / f".{final.name}.replaced"
+    if final.exists():
+        final.rename(old)
+    _sync(staging)
+    staging.rename(final)
+    _sync(root)
+    remove(old)
+    layout.write_latest(root, iteration)
+    return final
+
+
+def _sync(directory: Path) -> None:
+    """Make a directory's entries last; not every file system can."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def prune(root: Path, keep: int, every: int) -> None:
+    """Remove all complete iterations but the newest `keep` (0: all are kept) and the multiples of `every`."""
+    for iteration in layout.complete_iterations(root)[:-keep] if keep else []:
+        if not (every and iteration % every == 0):
+            remove(layout.iteration_dir(root, iteration))
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory; stopped halfway, what is left of it is hidden."""
+    if not directory.exists():
+        return
+    hidden = directory if directory.name.startswith(".") else directory.with_name(f".{directory.name}.removed")
+    if hidden != directory:
+        shutil.rmtree(hidden, ignore_errors=True)
+        directory.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def clear_leftovers(root: Path) -> None:
+    """Remove what a killed save or a killed removal left behind."""
+    for leftover in root.glob(".iter_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def damage(directory: Path, rank: int, ranks: int) -> str | None:
+    """What is wrong with a checkpoint, as far as this rank's share of its files tells; None if nothing is.
+
+    Reading every byte takes about as long as loading does, shared among the ranks in the same way.  A checkpoint
+    without sizes and sums, as a conversion writes it, has none that fail.
+    """
+    try:
+        files = layout.read_manifest(directory).get("files") or {}
+    except InputError as error:
+        return str(error).removeprefix(f"{directory}/")
+    by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+    for name in by_size[rank::ranks]:
+        try:
+            size = (directory / name).stat().st_size
+            if size != files[name]["bytes"]:
+                return f"{name} has {size} bytes instead of {files[name]['bytes']}"
+            if crc32(directory / name) != files[name]["crc32"]:
+                return f"{name} does not have the CRC-32 it was written with"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def set_aside(directory: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing chooses it again.  Returns its new path."""
+    for number in range(1, 1000):
+        aside = directory.with_name(directory.name + DAMAGED + (f"-{number}" if number > 1 else ""))
+        if not aside.exists():
+            directory.rename(aside)
+            return aside
+    raise InputError(f"{directory}: a thousand damaged checkpoints of this step; remove them")

@@ -1,0 +1,156 @@
+"""What is saved is what is loaded, in every layout, to the last bit; and saving takes no more memory than it says."""
+
+import itertools
+import math
+
+import pytest
+from parallel.cases import build, exported, make_samples, micro_batches, recipe_for
+from small import small_llama
+
+from endprompt_megatron.checkpoint_state import boxes
+from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
+from endprompt_megatron.convert.torch_dist import Checkpoint
+from endprompt_megatron.shape import read_shape
+
+LAYOUTS = {  # ranks and keys
+    "one-rank": (1, []),
+    "dp2": (2, []),
+    "dp4": (4, []),
+    "tp2-dp2": (4, ["parallel.tensor=2"]),
+    "pp2-dp2": (4, ["parallel.pipeline=2"]),
+    "tp2-pp2-sp": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An odd vocabulary, which two tensor ranks pad; and odd sizes, so that ranks' ranges end within rows."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    small_llama(directory / "hf", vocab_size=321, intermediate_size=116, tie_word_embeddings=True)
+    convert_hf_to_megatron(directory / "hf", directory / "megatron")
+    return directory, directory / "hf", directory / "megatron"
+
+
+def train_and_save(recipe, batches, root):
+    """On a rank: an update a batch, from the newest checkpoint in `root` if there is one, then a checkpoint."""
+    from endprompt_megatron import checkpoint
+    from endprompt_megatron.optimizer import update, zero_grad
+    from endprompt_megatron.step import run_batch
+
+    shape, models, optimizer, scheduler = build(recipe)
+    progress = checkpoint.resume(root, recipe, "test", models, optimizer, scheduler) or checkpoint.Progress()
+    seen = []
+    for samples in batches:
+        zero_grad(models, optimizer)
+        losses = run_batch(models, micro_batches(recipe, samples), backward=True)
+        norm, _ = update(optimizer, losses.total, recipe.optim.grad_clip)
+        scheduler.step(increment=1)
+        progress.step += 1
+        seen.append((losses.total, norm))
+    if not batches:
+        progress.step += 1
+    checkpoint.save(root, progress, recipe, models, optimizer, scheduler, shape, exported(recipe))
+    return seen
+
+
+def everything(directory, vocab):
+    """Every tensor of a checkpoint, whole, without the padding of the vocabulary."""
+    import torch
+
+    checkpoint = Checkpoint(directory)
+    found = {}
+    for key, stored in checkpoint.tensors.items():
+        shape = tuple(stored.size)
+        value = checkpoint.read(key, (0,) * len(shape), shape, stored.properties.dtype)
+        found[key] = value[:vocab] if "word_embeddings" in key else value
+    found["common"] = torch.load(directory / "common.pt", weights_only=True)
+    return found
+
+
+def assert_same(found, expected):
+    import torch
+
+    assert found.keys() == expected.keys()
+    assert found.pop("common") == expected.pop("common")
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("written_by", ["dp2", "tp2-dp2", "pp2-dp2"])
+def test_state_is_the_same_to_the_last_bit_in_every_other_layout(ranks, model, tmp_path, written_by):
+    """Trained and saved in one layout, loaded and saved again in the others, one after the other."""
+    world, keys = LAYOUTS[written_by]
+    recipe = recipe_for(*model, *keys)
+    vocab = read_shape(recipe.model.hf).vocab_size
+    batches = [make_samples(recipe, vocab, 8, seed=step) for step in range(3)]
+    ranks.run(world, train_and_save, recipe, batches, tmp_path)
+    expected = everything(tmp_path / "iter_0000003", vocab)
+    assert expected["common"]["optimizer"]["updates"] == 3
+    moments = [key for key in expected if key.startswith("optimizer.state.exp_avg_sq.")]
+    assert moments
+    assert all(bool(expected[key].any()) for key in moments)
+    for step, (world, keys) in enumerate(LAYOUTS.values(), start=4):
+        ranks.run(world, train_and_save, recipe_for(*model, *keys), [], tmp_path)
+        assert_same(everything(tmp_path / f"iter_{step:07d}", vocab), dict(expected))
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_training_goes_on_to_the_last_bit_with_two_data_parallel_ranks(ranks, model, tmp_path, bf16):
+    recipe = recipe_for(*model, *(["precision.dtype=bfloat16"] if bf16 else []), "checkpoint.async=true")
+    vocab = read_shape(recipe.model.hf).vocab_size
+    batches = [make_samples(recipe, vocab, 8, seed=step) for step in range(5)]
+    whole = ranks.run(2, train_and_save, recipe, batches, tmp_path / "whole")
+    first = ranks.run(2, train_and_save, recipe, batches[:2], tmp_path / "parts")
+    second = ranks.run(2, train_and_save, recipe, batches[2:], tmp_path / "parts")
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+    assert_same(*(everything(tmp_path / name / "iter_0000005", vocab) for name in ("parts", "whole")))
+
+
+def test_every_data_parallel_rank_writes_its_share(ranks, model, tmp_path):
+    recipe = recipe_for(*model)
+    ranks.run(4, train_and_save, recipe, [make_samples(recipe, 321, 8)], tmp_path)
+    sizes = [(tmp_path / "iter_0000001" / f"__{rank}_0.distcp").stat().st_size for rank in range(4)]
+    assert max(sizes) < 1.5 * min(sizes), sizes
+
+
+def load_with_megatron(recipe, directory):
+    """On a rank: the model's weights by Megatron-Core's own loader, against those in our loader's hands."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
+
+    from endprompt_megatron.checkpoint_state import read_weights, weights_of
+
+    _, models, _, _ = build(recipe)
+    (chunk,) = unwrap_model(models)
+    theirs = dist_checkpointing.load(chunk.sharded_state_dict(), str(directory))
+    read_weights(weights_of(models), Checkpoint(directory))
+    ours = chunk.state_dict()
+    tensors = {key: value for key, value in theirs.items() if isinstance(value, torch.Tensor)}
+    assert len(tensors) > 10
+    return all(torch.equal(ours[key], value) for key, value in tensors.items())
+
+
+def test_megatron_core_loads_what_is_saved(ranks, model, tmp_path):
+    recipe = recipe_for(*model)
+    ranks.run(2, train_and_save, recipe, [make_samples(recipe, 321, 8)], tmp_path)
+    moved = recipe_for(*model, "parallel.tensor=2")
+    assert all(ranks.run(2, load_with_megatron, moved, tmp_path / "iter_0000001"))
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 4, 3), (2, 3, 4), (1, 1, 6)])
+def test_a_range_of_a_flattened_tensor_is_a_few_boxes_in_order(shape):
+    import torch
+
+    count = math.prod(shape)
+    whole = torch.arange(count).view(shape)
+    for start, end in itertools.combinations_with_replacement(range(count + 1), 2):
+        found, number = [], 0
+        for offset, size in boxes(shape, start, end):
+            part = whole
+            for axis, (begin, length) in enumerate(zip(offset, size, strict=True)):
+                part = part.narrow(axis, begin, length)
+            found += part.flatten().tolist()
+            number += 1
+        assert found == list(range(start, end))
+        assert number <= 2 * len(shape) - 1
