@@ -1,9 +1,17 @@
-"""What a token costs, against a count by hand and the published figures."""
+"""What a plan says, against counts by hand, published formulas and published speeds.
+
+Memory beside what real models hold is in tests/parallel/test_plan_memory.py.
+"""
 
 import pytest
 from unit.test_shape import MODELS, config
 
-from endprompt_megatron.plan import flops_per_token
+from benchmarks.plan import PUBLISHED, predicted, published_tokens
+from endprompt_megatron.config import Recipe
+from endprompt_megatron.hardware import of_kind
+from endprompt_megatron.plan import estimate, flops_per_token
+from endprompt_megatron.plan_memory import layer_activations, memory, peak_in_flight
+from endprompt_megatron.published import CONFIGS, published_config
 from endprompt_megatron.shape import shape_of
 
 
@@ -27,3 +35,114 @@ def test_tied_embeddings_cost_the_output_layer_all_the_same():
     untied = shape_of(config(8, 12, 2, 4, 2, 100), "config.json")
     tied = shape_of(config(8, 12, 2, 4, 2, 100, tie_word_embeddings=True), "config.json")
     assert flops_per_token(tied, 16) == flops_per_token(untied, 16)
+
+
+def _row_name(row: dict) -> str:
+    return f"{row['name']}-{row.get('gpu', 'h100')}x{row['gpus']}-{'fp8' if row.get('fp8') else 'bf16'}-{row['source']}"
+
+
+@pytest.mark.parametrize("row", PUBLISHED["rows"], ids=_row_name)
+def test_published_speeds_are_predicted_within_fifteen_percent(row):
+    """One set of efficiencies for all of them."""
+    assert predicted(row).tokens_per_gpu_second == pytest.approx(published_tokens(row), rel=0.15)
+
+
+def test_tflops_of_2024_are_of_the_whole_square():
+    """NeMo's row of LLaMA2-7B at 4096 tokens, 776 TFLOP/s at 16,847 tokens/s, is not the causal half."""
+    (row,) = [row for row in PUBLISHED["rows"] if row["source"] == "nemo-24.07" and row["model"] == "llama-2-7b"]
+    by_flops = {key: value for key, value in row.items() if key != "tokens_per_s"} | {"tflops": 776}
+    assert published_tokens(by_flops) == pytest.approx(row["tokens_per_s"], rel=0.001)
+
+
+def layout(**parallel) -> Recipe:
+    recipe = Recipe()
+    recipe.context.original, recipe.context.physical, recipe.train.steps = 8192, 8192, 10
+    for key, value in parallel.items():
+        setattr(recipe.parallel, key, value)
+    return recipe
+
+
+def test_a_layers_activations_are_those_of_korthikanti_et_al():
+    """34 s b h bytes without scores, less the two dropout masks: for a GELU layer of ffn 4 h, sharded by TP and SP."""
+    hidden, heads, tensor = 4096, 32, 4
+    shape = shape_of(config(hidden, 4 * hidden, 32, heads, heads, 32000), "config.json")
+    recipe = layout(tensor=tensor, sequence=True)
+    tokens = recipe.context.physical
+    gate = 2 * tokens * 4 * hidden / tensor  # SwiGLU's second half, which GELU does not have
+    statistics = tokens * (4 * heads + 8) / tensor  # of norms and softmax, which they leave out
+    assert layer_activations(shape, recipe) - gate - statistics == 32 * tokens * hidden / tensor
+
+
+@pytest.mark.parametrize(("stage", "held"), [(0, 4), (1, 3), (3, 1)])
+def test_one_forward_one_backward_holds_as_many_micro_batches_as_stages_follow(stage, held):
+    parallel = layout(pipeline=4).parallel
+    assert peak_in_flight(stage, parallel, 16, [10.0]) == (10.0 * held, held)
+    assert peak_in_flight(stage, parallel, 2, [10.0])[1] == min(held, 2)
+
+
+@pytest.mark.parametrize(("pipeline", "virtual"), [(4, 5), (8, 5), (8, 8), (2, 16)])
+def test_virtual_stages_hold_more_by_the_published_factor(pipeline, virtual):
+    """Korthikanti et al., section 4.2.3: the first stage of an interleaved schedule holds 1 + (p - 1) / (p m)."""
+    parallel = layout(pipeline=pipeline, virtual_pipeline=virtual).parallel
+    _, held = peak_in_flight(0, parallel, 64, [1.0] * virtual)
+    assert held == pytest.approx(pipeline * (1 + (pipeline - 1) / (pipeline * virtual)))
+
+
+def test_a_step_of_few_micro_batches_holds_no_more_than_there_are():
+    parallel = layout(pipeline=4, virtual_pipeline=2).parallel
+    assert peak_in_flight(0, parallel, 4, [1.0, 1.0])[1] == pytest.approx(4.0, abs=1.0)
+    assert peak_in_flight(0, parallel, 4, [1.0, 1.0])[1] <= 4
+
+
+def test_recompute_trades_memory_for_time():
+    shape = shape_of(CONFIGS["llama-3-8b"], "llama")
+    gpu = of_kind("h100").gpu
+    none, some, full = (
+        estimate(shape, layout(tensor=2, sequence=True, **keys), gpu, 8)
+        for keys in ({}, {"recompute": "block", "recompute_layers": 16}, {"recompute": "full"})
+    )
+    kept = [e.stages[0].activations for e in (none, some, full)]
+    assert kept[2] == 32 * 8192 * 4096 * 2 / 2  # each layer's input
+    assert kept[1] == pytest.approx((kept[0] + kept[2]) / 2)
+    assert none.step_seconds < some.step_seconds < full.step_seconds
+    assert full.work.attention == pytest.approx(none.work.attention * 4.5 / 3.5)
+    assert full.tflops < none.tflops  # model FLOPs: what is done twice counts once
+
+
+def test_the_optimizer_is_shared_by_data_and_context_parallel_ranks():
+    shape = shape_of(CONFIGS["llama-3-8b"], "llama")
+    alone, shared = (memory(shape, layout(context=c), gpus)[0] for c, gpus in ((1, 1), (2, 8)))
+    assert alone.optimizer == 8 * shared.optimizer == shape.parameters * 12
+    assert alone.weights == shared.weights
+    assert alone.gradients == shared.gradients == 2 * alone.weights
+
+
+def test_uneven_pipelines_give_the_ends_a_layer_less():
+    shape = shape_of(CONFIGS["llama-3.1-405b"], "llama")
+    recipe = layout(tensor=8, pipeline=8, context=2, virtual_pipeline=8, count_embedding=True, count_loss=True)
+    stages = memory(shape, recipe, 1024)
+    assert [sum(stage.layers) for stage in stages] == [15, 16, 16, 16, 16, 16, 16, 15]
+    assert sum(stage.parameters for stage in stages) * 8 == pytest.approx(shape.parameters, rel=1e-4)
+    assert stages[-1].logits > 0 == stages[0].logits
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("models/Meta-Llama-3-70B", "llama-3-70b"),
+        ("meta-llama/Llama-2-7b-hf", "llama-2-7b"),
+        ("/data/Llama-3.1-405B-Instruct/", "llama-3.1-405b"),
+        ("Meta-Llama-3.1-8B", "llama-3.1-8b"),
+        ("llama3.2-1B", "llama-3.2-1b"),
+        ("mistralai/Mistral-7B-v0.3", "mistral-7b-v0.3"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b-v0.3"),
+        ("demo/assets/smollm2-135m", "smollm2-135m"),
+    ],
+)
+def test_published_models_are_known_by_their_usual_names(name, model):
+    assert published_config(name) is CONFIGS[model]
+
+
+def test_other_names_are_not_taken_for_published_models():
+    for name in ("models/our-llama", "Llama-2-70b", "Mistral-7B-v0.1", "Llama-3-8B-v2"):
+        assert published_config(name) is None

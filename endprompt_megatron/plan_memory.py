@@ -1,0 +1,256 @@
+"""Memory of a GPU of each pipeline stage, in bytes, by what it is for.  Arithmetic; no torch, no Megatron.
+
+Counted is what the framework allocates (torch.cuda.max_memory_allocated): weights, gradients, optimizer,
+activations, logits, working space, communication buffers.  What the driver and NCCL take beside it is an
+assumption and kept apart.  Tensors are named by their dimensions: n tokens of a rank, h hidden, f ffn, q and
+kv the width of all query heads and of all key heads.
+"""
+
+from dataclasses import dataclass
+
+from endprompt_megatron.config import Parallel, Recipe
+from endprompt_megatron.pipeline import chunk_layers
+from endprompt_megatron.shape import ModelShape
+
+GIB = 2**30
+# Assumptions about what torch does not count, in GiB.
+CONTEXT_GIB = 1.0  # CUDA context, kernels' code, cuBLAS and cuDNN handles
+NCCL_GIB = 0.4  # channels of each kind of communicator that this rank belongs to
+FRAGMENTATION = 0.03  # of what is allocated, with expandable segments
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """A GPU of one pipeline stage.  Bytes, but for `parameters` (elements) and `in_flight` (micro-batches)."""
+
+    stage: int
+    layers: list[int]  # of each virtual stage
+    parameters: int
+    in_flight: float  # micro-batches whose activations are held at the peak, in parts where stages are virtual
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    working: float
+    buffers: float
+    communicators: int  # kinds of groups with more than one rank
+
+    @property
+    def allocated(self) -> float:
+        """What torch.cuda.max_memory_allocated should say."""
+        # Logits live while the last layer's activations do; a layer's backward pass works when they are gone.
+        peak = max(self.logits, self.working)
+        return self.weights + self.gradients + self.optimizer + self.activations + peak + self.buffers
+
+    @property
+    def overhead(self) -> float:
+        """What torch does not count, by the assumptions above."""
+        return (CONTEXT_GIB + NCCL_GIB * self.communicators) * GIB + FRAGMENTATION * self.allocated
+
+    @property
+    def total(self) -> float:
+        return self.allocated + self.overhead
+
+    def as_dict(self) -> dict:
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "working", "buffers")
+        gib = {name: round(getattr(self, name) / GIB, 3) for name in (*names, "allocated", "overhead", "total")}
+        return {
+            "stage": self.stage,
+            "layers": self.layers,
+            "parameters": self.parameters,
+            "in_flight": round(self.in_flight, 2),
+            "gib": gib,
+        }
+
+
+def layer_parameters(shape: ModelShape, tensor: int) -> int:
+    """Elements of one transformer layer on a tensor-parallel rank; the norms are on all of them."""
+    matrices = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
+    matrices += 3 * shape.hidden_size * shape.ffn_size
+    return matrices // tensor + 2 * shape.hidden_size
+
+
+def stage_parameters(shape: ModelShape, p: Parallel, stage: int) -> int:
+    """Elements that a rank of this pipeline stage holds, padding of the vocabulary included."""
+    layers = sum(chunk_layers(shape.num_layers, p)[stage])
+    table = shape.padded_vocab(p.tensor) // p.tensor * shape.hidden_size
+    first, last = stage == 0, stage == p.pipeline - 1
+    count = layers * layer_parameters(shape, p.tensor)
+    if first:
+        count += table
+    if last:
+        count += shape.hidden_size
+        if not (shape.tied_embeddings and first):  # a tie over two stages is kept twice
+            count += table
+    return count
+
+
+def optimizer_bytes(recipe: Recipe) -> float:
+    """Of AdamW for each parameter in a rank's share: float32 master weight (where weights are BF16), two moments."""
+    moment = {"float32": 4, "bfloat16": 2, "fp8": 1}[recipe.optim.moments_dtype]
+    return (4 if recipe.precision.dtype == "bfloat16" else 0) + 2 * moment
+
+
+def layer_activations(shape: ModelShape, recipe: Recipe, engine: bool = True) -> float:
+    """Bytes that one layer keeps for its backward pass, for one micro-batch, on a rank.
+
+    `engine`: with Transformer Engine's layers; without them attention keeps keys and values expanded to all
+    heads, SwiGLU and RoPE what they make on the way.  Attention scores are kept by neither.
+    """
+    p, precision = recipe.parallel, recipe.precision
+    size = 4 if precision.dtype == "float32" else 2
+    tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
+    split = p.tensor if p.sequence else 1
+    hidden = shape.hidden_size / split
+    queries = shape.num_heads * shape.head_dim / p.tensor
+    keys = shape.num_kv_heads * shape.head_dim / p.tensor
+    ffn = shape.ffn_size / p.tensor
+    log_sum = 4 * shape.num_heads / p.tensor  # of the softmax, float32
+    norms = 2 * 4 / split  # one float32 a token and norm
+    if not engine:
+        # Norms' inputs and outputs; q, expanded k and v, the output; gate and up, up again, silu, product; cosines and
+        # sines for q and for k.
+        kept = 4 * hidden + 4 * queries + 5 * ffn + 4 * shape.head_dim
+        return tokens * (size * kept + log_sum + norms)
+    # In FP8 the inputs of the four matrices are kept in one byte; what norms, RoPE, attention and SwiGLU keep is not.
+    fp8 = precision.fp8 is not None
+    matrix_input = 1 if fp8 else size
+    kept = 2 * hidden * (size + matrix_input)  # norms' inputs; the inputs of qkv and fc1
+    kept += size * (2 * queries + 2 * keys) + (matrix_input * queries if fp8 else 0)  # attention, its output for proj
+    kept += size * 2 * ffn + matrix_input * ffn  # gate and up; the input of fc2
+    return tokens * (kept + log_sum + norms)
+
+
+def layer_input(shape: ModelShape, recipe: Recipe) -> float:
+    """Bytes of a layer's input for one micro-batch on a rank: all that full recompute keeps."""
+    p = recipe.parallel
+    size = 4 if recipe.precision.dtype == "float32" else 2
+    tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
+    return tokens * size * shape.hidden_size / (p.tensor if p.sequence else 1)
+
+
+def chunk_activations(layers: int, shape: ModelShape, recipe: Recipe, engine: bool = True) -> float:
+    """Bytes that a (virtual) stage of so many layers keeps for one micro-batch, under the recipe's recompute."""
+    p = recipe.parallel
+    whole, entry = layer_activations(shape, recipe, engine), layer_input(shape, recipe)
+    if p.recompute == "full":
+        return -(-layers // (p.recompute_layers or 1)) * entry
+    if p.recompute == "block":
+        recomputed = min(p.recompute_layers or 0, layers)
+        return recomputed * entry + (layers - recomputed) * whole
+    return layers * whole
+
+
+def peak_in_flight(stage: int, p: Parallel, micro_batches: int, sizes: list[float]) -> tuple[float, float]:
+    """Bytes held at the peak of a step on a stage, and how many whole micro-batches that is.
+
+    sizes: bytes a micro-batch of each of the stage's virtual stages.  Follows Megatron's 1F1B, and its
+    interleaved schedule where there are several.
+    """
+    virtual, whole = len(sizes), sum(sizes)
+    if virtual == 1:
+        count = min(micro_batches, p.pipeline - stage)
+        return count * whole, float(count)
+    # After some rounds the schedule repeats: a long step has the peak of a short one.
+    rounds = min(micro_batches, 4 * p.pipeline)
+    total = rounds * virtual
+    warmup = min(total, 2 * (p.pipeline - stage - 1) + (virtual - 1) * p.pipeline)
+
+    def chunk(number: int) -> int:
+        return number % (p.pipeline * virtual) // p.pipeline
+
+    live = peak = 0.0
+    for number in range(total + warmup):
+        if number < total:
+            live += sizes[chunk(number)]
+            peak = max(peak, live)
+        if number >= warmup:
+            live -= sizes[virtual - 1 - chunk(number - warmup)]
+    return peak, peak / whole
+
+
+def memory(shape: ModelShape, recipe: Recipe, world_size: int, engine: bool = True) -> list[StageMemory]:
+    """What a GPU of each pipeline stage needs.  `engine`: as `layer_activations` has it."""
+    p = recipe.parallel
+    replicas = world_size // (p.tensor * p.pipeline * p.context)
+    micro_batches = max(1, recipe.train.global_batch_size // (recipe.train.micro_batch_size * replicas))
+    return [
+        _stage(stage, layers, shape, recipe, replicas, micro_batches, engine)
+        for stage, layers in enumerate(chunk_layers(shape.num_layers, p))
+    ]
+
+
+def _stage(
+    stage: int, layers: list[int], shape: ModelShape, recipe: Recipe, replicas: int, micro_batches: int, engine: bool
+) -> StageMemory:
+    p, precision = recipe.parallel, recipe.precision
+    size = 4 if precision.dtype == "float32" else 2
+    parameters = stage_parameters(shape, p, stage)
+    tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
+    matrices = sum(layers) * (layer_parameters(shape, p.tensor) - 2 * shape.hidden_size)
+    weights = float(parameters * size)
+    if precision.fp8 is not None:
+        # TE keeps each matrix in FP8 over the step's micro-batches, and its transpose where GEMMs read one order.
+        weights += 2 * matrices * fp8_share(shape, recipe)
+    gradient = 2 if precision.grad_reduce == "bfloat16" else 4
+    sizes = [chunk_activations(count, shape, recipe, engine) for count in layers]
+    activations, in_flight = peak_in_flight(stage, p, micro_batches, sizes)
+    last = stage == p.pipeline - 1
+    logits = 0.0
+    if last:
+        # The loss writes its gradient over the logits; the final norm's input and output are kept.
+        logits = tokens * shape.padded_vocab(p.tensor) / p.tensor * size + 2 * layer_input(shape, recipe)
+    return StageMemory(
+        stage=stage,
+        layers=layers,
+        parameters=parameters,
+        in_flight=in_flight,
+        weights=weights,
+        gradients=float(parameters * gradient),
+        optimizer=parameters * optimizer_bytes(recipe) / (p.context * replicas),
+        activations=activations,
+        logits=logits,
+        working=_working(shape, recipe, engine),
+        buffers=_buffers(shape, recipe),
+        communicators=sum(ranks > 1 for ranks in (p.tensor, p.pipeline, p.context, replicas)),
+    )
+
+
+def fp8_share(shape: ModelShape, recipe: Recipe) -> float:
+    """Share of the layers that compute in FP8."""
+    if recipe.precision.fp8 is None:
+        return 0.0
+    return max(0.0, 1 - 2 * recipe.precision.bf16_edge_layers / shape.num_layers)
+
+
+def _working(shape: ModelShape, recipe: Recipe, engine: bool) -> float:
+    """Bytes of a layer's backward pass beyond what is kept: the gradients in SwiGLU, the gathered sequence.
+
+    A recomputed unit's activations come back whole.
+    """
+    p = recipe.parallel
+    size = 4 if recipe.precision.dtype == "float32" else 2
+    tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
+    work = tokens * size * (3 * shape.ffn_size / p.tensor + 2 * shape.hidden_size)
+    if p.recompute in ("full", "block"):
+        unit = (p.recompute_layers or 1) if p.recompute == "full" else 1
+        work += unit * layer_activations(shape, recipe, engine)
+    return work
+
+
+def _buffers(shape: ModelShape, recipe: Recipe) -> float:
+    """Bytes for communication: Transformer Engine's user buffers, keys and values on their way round the ring."""
+    p = recipe.parallel
+    size = 4 if recipe.precision.dtype == "float32" else 2
+    tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
+    total = 0.0
+    if p.overlap_tensor:
+        total += 4 * tokens * size * shape.hidden_size  # a whole sequence for each of the four matrices
+    if p.context > 1:
+        keys = 2 * shape.num_kv_heads * shape.head_dim / p.tensor
+        others = p.context - 1 if p.context_comm == "all_gather" else 2
+        total += 2 * others * tokens * size * keys  # received ones, and their gradients
+    if p.pipeline > 1:
+        total += 2 * layer_input(shape, recipe)
+    return total

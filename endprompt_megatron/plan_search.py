@@ -1,0 +1,191 @@
+"""The best legal layouts for a number of GPUs, the nearest one that fits, and the best for full-length training."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+from endprompt_megatron import rules
+from endprompt_megatron.config import Recipe
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.hardware import Hardware
+from endprompt_megatron.plan import Estimate, estimate
+from endprompt_megatron.plan_memory import GIB, memory, optimizer_bytes, stage_parameters
+from endprompt_megatron.plan_time import NODE
+from endprompt_megatron.shape import ModelShape
+
+MOST_GPUS = 16384
+
+
+def search(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, most: int = 8) -> list[Estimate]:
+    """The fastest layouts that are legal and fit, fastest first, the best of each (tensor, pipeline, context).
+
+    Batch, precision and optimizer stay the recipe's.  Empty where nothing fits.
+    """
+    best: dict[tuple[int, int, int], Estimate] = {}
+    for candidate in _layouts(shape, recipe, hardware, gpus):
+        if not _legal(shape, candidate, hardware, gpus):
+            continue
+        needed = max(stage.total for stage in memory(shape, candidate, gpus))
+        if needed > hardware.gpu.memory_gib * GIB:
+            continue
+        found = estimate(shape, candidate, hardware.gpu, gpus)
+        p = candidate.parallel
+        key = (p.tensor, p.pipeline, p.context)
+        if key not in best or found.step_seconds < best[key].step_seconds:
+            best[key] = found
+    return sorted(best.values(), key=lambda found: found.step_seconds)[:most]
+
+
+def _legal(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -> bool:
+    try:
+        rules.check_for(recipe, "", shape, world_size=gpus, hardware=hardware)
+    except InputError:
+        return False
+    return True
+
+
+def _layouts(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -> Iterator[Recipe]:
+    """Recipes that differ in their layout alone; most are legal, and weights and optimizer have room."""
+    room = hardware.gpu.memory_gib * GIB
+    for tensor in _divisors(min(NODE, gpus)):
+        for context in _divisors(gpus // tensor):
+            for pipeline in _divisors(gpus // (tensor * context)):
+                replicas = gpus // (tensor * context * pipeline)
+                if recipe.train.global_batch_size % (replicas * recipe.train.micro_batch_size):
+                    continue
+                for counts, virtual in _splits(shape.num_layers, pipeline):
+                    parallel = replace(
+                        recipe.parallel,
+                        tensor=tensor,
+                        context=context,
+                        pipeline=pipeline,
+                        virtual_pipeline=virtual if virtual > 1 else None,
+                        count_embedding=counts,
+                        count_loss=counts,
+                        sequence=tensor > 1,
+                        overlap_tensor=tensor > 1,
+                        recompute="none",
+                        recompute_layers=None,
+                    )
+                    least = stage_parameters(shape, parallel, 0)
+                    if least * (6 + optimizer_bytes(recipe) / (context * replicas)) > room:
+                        continue
+                    yield from _with_recompute(recipe, parallel, shape.num_layers // (pipeline * virtual))
+
+
+def _with_recompute(recipe: Recipe, parallel: object, layers: int) -> Iterator[Recipe]:
+    """The layout without recomputation, with a part of each virtual stage recomputed, and with all of it."""
+    for recompute, count in (("none", None), ("block", layers // 4), ("block", layers // 2), ("full", None)):
+        if recompute == "block" and not count:
+            continue
+        other = copy.copy(recipe)
+        other.parallel = replace(parallel, recompute=recompute, recompute_layers=count)
+        yield other
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if (number % d == 0 and d & (d - 1) == 0) or d == number]
+
+
+def _splits(layers: int, pipeline: int) -> Iterator[tuple[bool, int]]:
+    """(embedding and loss counted, virtual stages) that divide the layers over the pipeline."""
+    for counts in (False, True):
+        total = layers + 2 * counts
+        if (counts and pipeline == 1) or total % pipeline:
+            continue
+        for virtual in range(1, total // pipeline + 1):
+            if (total // pipeline) % virtual == 0 and (virtual == 1 or pipeline > 1):
+                yield counts, virtual
+
+
+def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -> Estimate | None:
+    """Training at the target's full length in its best layout, on as many GPUs or as few more as it needs.
+
+    As many tokens a step as the recipe's (at least one sequence), and as many in all.  None where no number of
+    GPUs is enough.
+    """
+    full = copy.deepcopy(recipe)
+    full.context.method, full.context.physical = "full", recipe.context.target
+    full.train.micro_batch_size = 1
+    full.train.global_batch_size = max(1, recipe.tokens_per_step // recipe.context.target)
+    full.train.steps = max(1, round(recipe.train.steps * recipe.tokens_per_step / full.tokens_per_step))
+    full.train.tokens = None
+    full.train.virtual_distances = []
+    full.optim.warmup_steps = 0
+    count = gpus
+    while count <= MOST_GPUS:
+        found = search(shape, full, hardware, count, most=1)
+        if found:
+            return found[0]
+        count *= 2
+    return None
+
+
+def remedies(
+    shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, most: int = 3
+) -> list[tuple[list[str], Estimate]]:
+    """Changes after which a recipe fits: (keys to set, what they give).  Fewest changes first, then the fastest.
+
+    A change may need more GPUs; the first key then says how many.
+    """
+    found = []
+    for keys, count, changed in _changes(recipe, gpus, shape.num_layers):
+        if count > MOST_GPUS or not _legal(shape, changed, hardware, count):
+            continue
+        given = estimate(shape, changed, hardware.gpu, count)
+        if given.fits:
+            found.append((keys, given))
+    found.sort(key=lambda entry: (entry[1].gpus > gpus, len(entry[0]), entry[1].gpus * entry[1].step_seconds))
+    kept: list[tuple[list[str], Estimate]] = []
+    for keys, given in found:
+        # One number of recomputed layers is enough, and the fastest comes first.
+        if not any(_names(keys) == _names(other) for other, _ in kept):
+            kept.append((keys, given))
+    return kept[:most]
+
+
+def _names(keys: list[str]) -> list[str]:
+    return [key.split("=")[0] for key in keys]
+
+
+def _changes(recipe: Recipe, gpus: int, layers: int) -> Iterator[tuple[list[str], int, Recipe]]:
+    p = recipe.parallel
+    per_chunk = -(-layers // (p.pipeline * (p.virtual_pipeline or 1)))
+    recomputes: list[dict] = [{}]
+    if p.recompute in ("none", "selective"):
+        recomputes += [{"recompute": "block", "recompute_layers": count} for count in range(1, per_chunk)]
+        recomputes.append({"recompute": "full", "recompute_layers": None})
+    elif p.recompute == "block":
+        recomputes += [{"recompute_layers": count} for count in range((p.recompute_layers or 0) + 1, per_chunk)]
+        recomputes.append({"recompute": "full", "recompute_layers": None})
+    splits: list[dict] = [{}]
+    for factor in (2, 4, 8):
+        splits.append({"tensor": p.tensor * factor, "sequence": True})
+        splits.append({"pipeline": p.pipeline * factor})
+        splits.append({"context": p.context * factor})
+    others: list[tuple[str, str, str]] = [("", "", "")]
+    if recipe.optim.moments_dtype == "float32":
+        others.append(("optim", "moments_dtype", "bfloat16"))
+    if recipe.precision.grad_reduce == "float32" and recipe.precision.dtype == "bfloat16":
+        others.append(("precision", "grad_reduce", "bfloat16"))
+    for more in (1, 2, 4, 8):
+        for recompute in recomputes:
+            for split in splits:
+                if split.get("tensor", 1) > NODE:
+                    continue
+                for section, name, value in others:
+                    changes = {key: new for key, new in (recompute | split).items() if getattr(p, key) != new}
+                    changed = copy.copy(recipe)
+                    changed.parallel = replace(p, **changes)
+                    keys = [f"parallel.{key}={'null' if new is None else _word(new)}" for key, new in changes.items()]
+                    if section:
+                        setattr(changed, section, replace(getattr(recipe, section), **{name: value}))
+                        keys.append(f"{section}.{name}={value}")
+                    if more > 1:
+                        keys.insert(0, f"--world-size={gpus * more}")
+                    if keys:
+                        yield keys, gpus * more, changed
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

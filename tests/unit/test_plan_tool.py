@@ -1,0 +1,162 @@
+"""tools/plan.py as its users meet it: the page, JSON, the search, remedies that work, errors of one line."""
+
+import json
+
+import pytest
+from small import ROOT, assert_one_line_error, run_tool
+
+from endprompt_megatron.config import load_recipe
+from endprompt_megatron.hardware import of_kind
+from endprompt_megatron.plan import estimate, make_plan
+from endprompt_megatron.plan_page import WIDTH, layout_keys, page
+from endprompt_megatron.plan_search import search
+from endprompt_megatron.published import shape_for
+from endprompt_megatron.rules import check_for
+
+RECIPE = ROOT / "recipes" / "llama3_8b_64k.yaml"
+SEVENTY = ["model.hf=models/Meta-Llama-3-70B", "parallel.tensor=4", "parallel.pipeline=4", "parallel.context=2"]
+SEVENTY += ["parallel.virtual_pipeline=5", "parallel.sequence=true", "parallel.overlap_tensor=true"]
+H100 = of_kind("h100")
+
+
+def planned(*overrides: str, gpus: int | None = None, hardware=H100):
+    recipe = load_recipe(RECIPE, list(overrides))
+    shape, published = shape_for(recipe, str(RECIPE))
+    return make_plan(recipe, str(RECIPE), shape, hardware, gpus, published)
+
+
+def test_the_page_says_what_an_engineer_asks():
+    text = run_tool("plan", RECIPE, *SEVENTY, "--nodes", 8)
+    assert text.returncode == 0, text.stderr
+    lines = text.stdout.splitlines()
+    assert len(lines) < 66
+    assert max(map(len, lines)) <= WIDTH
+    for words in ("8,192 -> 65,536 tokens by EndPrompt", "70.55 billion parameters", "64 H100 (8 nodes)"):
+        assert words in text.stdout
+    for words in ("FITS", "tensor 4 x pipeline 4 (5 virtual) x context 2 x data 2", "GPU-hours", "pipeline bubble"):
+        assert words in text.stdout
+    for words in ("The shape is the published one", "What is saved", "Assumed", "a checkpoint with its optimizer"):
+        assert words in text.stdout
+    assert sum(line.strip().startswith(("0 ", "1 ", "2 ", "3 ")) for line in lines) == 4  # a row a stage
+
+
+def test_json_holds_the_pages_numbers():
+    result = run_tool("plan", RECIPE, *SEVENTY, "--nodes", 8, "--json")
+    found = json.loads(result.stdout)
+    plan = planned(*SEVENTY, gpus=64)
+    assert found["gpu_hours"] == pytest.approx(plan.estimate.gpu_hours)
+    assert found["parallel"]["data"] == 2
+    assert found["micro_batches"] == 32
+    assert sum(found["seconds_by_kind"].values()) == pytest.approx(found["step_seconds"], abs=1e-4)
+    assert found["tokens_per_s_per_gpu"] * found["step_seconds"] * 64 == pytest.approx(64 * 8192)
+    for stage in found["stages"]:
+        gib = stage["gib"]
+        kept = sum(gib[name] for name in ("weights", "gradients", "optimizer", "activations", "buffers"))
+        assert kept + max(gib["logits"], gib["working"]) == pytest.approx(gib["allocated"], abs=0.01)
+        assert gib["allocated"] + gib["overhead"] == pytest.approx(gib["total"], abs=0.01)
+    assert found["full_length"]["physical"] == 65536
+
+
+def test_without_a_number_of_gpus_the_fewest_are_planned_and_said():
+    plan = planned(*SEVENTY)
+    assert plan.estimate.gpus == 32
+    assert "--nodes" in " ".join(plan.warnings)
+    assert "32 GPUs" in page(plan)
+
+
+def test_full_length_costs_more_than_the_flops_say_and_at_the_same_tokens_a_step():
+    plan = planned(gpus=8)
+    ours, full = plan.estimate, plan.full
+    assert full.recipe.tokens_per_step == ours.recipe.tokens_per_step
+    assert full.fits
+    slower = ours.tokens_per_gpu_second / full.tokens_per_gpu_second
+    assert full.flops / ours.flops == pytest.approx(96.6 / 51.5, rel=0.01)
+    assert slower > full.flops / ours.flops
+    assert plan.full_same_samples / ours.gpu_hours == pytest.approx(8 * slower)
+
+
+def test_a_full_length_recipe_is_not_compared_with_itself():
+    plan = planned("context.method=full", "context.physical=65536", "parallel.context=4", gpus=8)
+    assert plan.full is None
+    assert "full-length training at 65,536" in page(plan)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.tensor=1", "parallel.sequence=false"],
+        ["context.physical=32768"],
+        [*SEVENTY, "parallel.context=1"],
+    ],
+    ids=["8b-tp1", "8b-32k", "70b-cp1"],
+)
+def test_a_remedy_for_what_does_not_fit_makes_it_fit(overrides):
+    plan = planned(*overrides)
+    assert not plan.estimate.fits
+    assert "DOES NOT FIT" in page(plan)
+    assert plan.remedies
+    for keys, given in plan.remedies:
+        gpus = next((int(key.split("=")[1]) for key in keys if key.startswith("--world-size")), plan.estimate.gpus)
+        again = planned(*overrides, *(key for key in keys if not key.startswith("--")), gpus=gpus).estimate
+        assert again.fits
+        assert again.step_seconds == pytest.approx(given.step_seconds)
+
+
+@pytest.mark.parametrize(("kind", "gpus"), [("h100", 8), ("h200", 8), ("a100", 16), ("b200", 8)])
+def test_what_a_search_finds_is_legal_and_fits_and_is_sorted(kind, gpus):
+    recipe = load_recipe(RECIPE)
+    shape, _ = shape_for(recipe, "recipe")
+    hardware = of_kind(kind)
+    found = search(shape, recipe, hardware, gpus)
+    assert found
+    for one in found:
+        check_for(one.recipe, "recipe", shape, world_size=gpus, hardware=hardware)
+        assert one.fits
+    seconds = [one.step_seconds for one in found]
+    assert seconds == sorted(seconds)
+    own = estimate(shape, recipe, hardware.gpu, gpus)
+    assert not own.fits or seconds[0] <= own.step_seconds
+
+
+def test_the_keys_that_a_search_prints_give_the_layout_it_found():
+    overrides = ["model.hf=models/Meta-Llama-3-70B"]
+    result = run_tool("plan", RECIPE, *overrides, "--search", "--nodes", 8)
+    assert result.returncode == 0, result.stderr
+    keys = result.stdout.rstrip().splitlines()[-1].split()[1:]
+    recipe = load_recipe(RECIPE, overrides)
+    shape, _ = shape_for(recipe, "recipe")
+    best = search(shape, recipe, H100, 64)[0]
+    assert keys == layout_keys(recipe, best.recipe)
+    assert planned(*overrides, *keys, gpus=64).estimate.step_seconds == pytest.approx(best.step_seconds)
+
+
+def test_a_directory_that_is_there_is_read_and_not_looked_up(tmp_path):
+    directory = tmp_path / "Meta-Llama-3-8B"
+    directory.mkdir()
+    assert_one_line_error(run_tool("plan", RECIPE, f"model.hf={directory}"), "config.json")
+    from endprompt_megatron.published import CONFIGS
+
+    (directory / "config.json").write_text(json.dumps(CONFIGS["llama-3.2-1b"]))
+    result = run_tool("plan", RECIPE, f"model.hf={directory}", "--json")
+    shape = json.loads(result.stdout)["shape"]
+    assert (shape["num_layers"], shape["published"]) == (16, False)
+
+
+@pytest.mark.parametrize(
+    ("args", "needles"),
+    [
+        (["--gpu", "v100"], ["--gpu v100", "h100"]),
+        (["--nodes", "0"], ["--nodes 0"]),
+        (["--nodes", "1", "--world-size", "8"], ["give one of them"]),
+        (["--search"], ["--nodes N"]),
+        (["--world-size", "3"], ["parallel.tensor", "multiple of 2"]),
+        (["parallel.tensor=3"], ["parallel.tensor=3", "use"]),
+        (["model.hf=models/our-own"], ["model.hf=models/our-own", "no such directory", "llama-3-8b"]),
+        (["precision.fp8=hybrid", "--gpu", "a100"], ["precision.fp8=hybrid", "A100"]),
+        (["model.hf=Llama-3.1-405B", "--search", "--nodes", "1"], ["no layout of 8 H100"]),
+        (["parallel.depth=3"], ["unknown key parallel.depth"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_input_ends_in_one_line(args, needles):
+    assert_one_line_error(run_tool("plan", RECIPE, *args), *needles)

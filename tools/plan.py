@@ -1,0 +1,66 @@
+"""What a recipe costs before it runs: memory a GPU, time of a step, GPU-hours, and what full length would cost.
+
+python tools/plan.py recipes/llama3_70b_64k.yaml --nodes 8
+python tools/plan.py recipes/llama3_70b_64k.yaml --search --nodes 8 --gpu h200
+python tools/plan.py recipes/llama3_8b_64k.yaml parallel.recompute=full --json
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from endprompt_megatron.errors import InputError, run_cli
+
+GPUS_A_NODE = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, dotted")
+    parser.add_argument(
+        "--nodes", type=int, metavar="N", help="nodes of 8 GPUs; default: what the layout needs at least"
+    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="GPUs, instead of --nodes")
+    parser.add_argument("--gpu", default="h100", metavar="KIND", help="h100 (default), h200, a100 or b200")
+    parser.add_argument("--search", action="store_true", help="list the best legal layouts for --nodes")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the page")
+    args = parser.parse_intermixed_args()
+    for option, value in (("--nodes", args.nodes), ("--world-size", args.world_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} {value}: should be at least 1")
+    if args.nodes and args.world_size:
+        raise InputError(f"--nodes {args.nodes} and --world-size {args.world_size}: give one of them")
+    gpus = args.world_size or (args.nodes * GPUS_A_NODE if args.nodes else None)
+    if args.search and gpus is None:
+        raise InputError("--search: for how many GPUs? add --nodes N")
+
+    import json
+
+    from endprompt_megatron.config import load_recipe
+    from endprompt_megatron.hardware import of_kind
+    from endprompt_megatron.plan import make_plan
+    from endprompt_megatron.plan_page import page, search_table
+    from endprompt_megatron.plan_search import search
+    from endprompt_megatron.published import shape_for
+
+    hardware = of_kind(args.gpu)
+    recipe = load_recipe(args.recipe, args.overrides)
+    shape, published = shape_for(recipe, args.recipe)
+    if not args.search:
+        plan = make_plan(recipe, args.recipe, shape, hardware, gpus, published)
+        print(json.dumps(plan.as_dict(), indent=2) if args.json else page(plan))
+        return
+    found = search(shape, recipe, hardware, gpus)
+    if not found:
+        raise InputError(f"{args.recipe}: no layout of {gpus} {hardware.gpu.name} is legal and fits; use more GPUs")
+    if args.json:
+        print(json.dumps([estimate.as_dict() for estimate in found], indent=2))
+    else:
+        print(search_table(recipe, args.recipe, found, gpus, hardware.gpu.name))
+
+
+if __name__ == "__main__":
+    run_cli(main)
