@@ -66,6 +66,7 @@ def _redirect_torch() -> None:
     cuda.device_count = lambda: 1
     for name in "set_device synchronize empty_cache manual_seed manual_seed_all reset_peak_memory_stats".split():
         setattr(cuda, name, lambda *args, **kwargs: None)
+    cuda.current_stream = lambda *args, **kwargs: None  # asked for and, without CUDA graphs, not used
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
