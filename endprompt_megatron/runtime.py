@@ -165,7 +165,7 @@ def quiet_libraries() -> None:
     """Silence what third parties print on every rank and no user can act on."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", module=r"torch\.distributed\..*")
-    for name in ("megatron", "torch.distributed", "torch._dynamo"):
+    for name in ("megatron", "torch.distributed", "torch._dynamo", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
