@@ -1,14 +1,12 @@
 """Recipes: what is refused before a GPU is touched, in which words, and what a good one resolves to."""
 
-import json
 from pathlib import Path
 
 import pytest
-from small import ROOT, assert_one_line_error
+from small import assert_one_line_error
 from unit.starting import RECIPE
 
 from endprompt_megatron.config import has_transformer_engine, load_recipe
-from endprompt_megatron.rules import check
 
 # name: (overrides, what the line says)
 KEYS = {
@@ -242,27 +240,3 @@ def test_async_is_one_key_in_yaml_override_and_dict(place, monkeypatch, written)
 def test_run_directory_holds_the_checkpoints(ground, monkeypatch, directory, run):
     recipe = load(ground, monkeypatch, f"checkpoint.dir={directory}")
     assert recipe.run_dir == Path(run or directory)
-
-
-def test_recipes_that_come_with_the_project_are_accepted(ground, monkeypatch):
-    """Their models are not here: the shapes are."""
-    shapes = {
-        "llama3_8b_64k": (
-            8,
-            {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-            (32, 8, 128256),
-        ),
-        "smollm2_135m_demo": (
-            2,
-            {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
-            (9, 3, 49152),
-        ),
-    }
-    for name, (world_size, sizes, (heads, kv_heads, vocab)) in shapes.items():
-        more = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab}
-        config = {"model_type": "llama", "max_position_embeddings": 8192, **sizes, **more}
-        directory = ground / name
-        directory.mkdir()
-        (directory / "config.json").write_text(json.dumps(config))
-        recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", [f"model.hf={directory}"])
-        assert check(recipe, name, world_size=world_size).num_layers == sizes["num_hidden_layers"]

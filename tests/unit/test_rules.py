@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from small import ROOT
 
 from endprompt_megatron.config import load_recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import GPUS, Hardware, of_kind
 from endprompt_megatron.pipeline import chunk_layers
+from endprompt_megatron.plan import estimate
+from endprompt_megatron.published import published_config
 from endprompt_megatron.rules import check_for
 from endprompt_megatron.rules_precision import attention_environment
 from endprompt_megatron.shape import ModelShape, shape_of
@@ -274,3 +277,40 @@ def test_layers_of_every_stage(recipe, layers, pipeline, virtual, counted, expec
     found = chunk_layers(layers, parallel)
     assert found == expected
     assert sum(map(sum, found)) == layers
+
+
+# What the comments of the recipes say they run on.
+RECIPES = {
+    "llama2_7b_32k": 8,
+    "llama3_8b_64k": 8,
+    "llama3_8b_128k": 8,
+    "mistral_7b_64k": 8,
+    "llama3_70b_64k": 64,
+    "llama31_70b_512k": 64,
+    "llama31_405b_256k": 512,
+    "smollm2_135m_64k": 1,
+}
+EVERY_RECIPE = {f"{name}{twin}": gpus for name, gpus in RECIPES.items() for twin in ("", "_fp8")}
+
+
+@pytest.mark.parametrize("name", EVERY_RECIPE)
+def test_recipe_that_comes_with_the_project_is_legal_and_fits(name):
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    shape = shape_of(published_config(recipe.model.hf), name)
+    check_for(recipe, name, shape, world_size=EVERY_RECIPE[name], hardware=H100)
+    planned = estimate(shape, recipe, H100.gpu, EVERY_RECIPE[name])
+    assert planned.fits, [stage.total for stage in planned.stages]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_fp8_twin_differs_in_precision_and_layout_alone(name):
+    twins = [load_recipe(ROOT / "recipes" / f"{name}{twin}.yaml").as_dict() for twin in ("", "_fp8")]
+    differing = {section for section in twins[0] if twins[0][section] != twins[1][section]}
+    assert differing <= {"precision", "parallel", "checkpoint"}
+    assert twins[1]["precision"]["fp8"] == "hybrid"
+    assert {**twins[0]["checkpoint"], "dir": ""} == {**twins[1]["checkpoint"], "dir": ""}
+
+
+def test_no_recipe_is_forgotten():
+    files = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert files == {*EVERY_RECIPE, "smollm2_135m_demo"}
