@@ -199,8 +199,14 @@ def _stage(
     last = stage == p.pipeline - 1
     logits = 0.0
     if last:
-        # The loss writes its gradient over the logits; the final norm's input and output are kept.
-        logits = tokens * shape.padded_vocab(p.tensor) / p.tensor * size + 2 * layer_input(shape, recipe)
+        vocab = shape.padded_vocab(p.tensor) / p.tensor
+        # The loss writes its gradient over the logits; the final norm's input and output are kept, and the gradient
+        # of the output is whole before it is scattered.
+        logits = tokens * size * (vocab + shape.hidden_size) + 2 * layer_input(shape, recipe)
+        if p.sequence:
+            logits += tokens * size * shape.hidden_size  # gathered anew for the weights' gradient
+        if not engine:
+            logits += vocab * shape.hidden_size * size  # without Apex that gradient is a tensor of its own
     return StageMemory(
         stage=stage,
         layers=layers,
@@ -233,6 +239,8 @@ def _working(shape: ModelShape, recipe: Recipe, engine: bool) -> float:
     size = 4 if recipe.precision.dtype == "float32" else 2
     tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
     work = tokens * size * (3 * shape.ffn_size / p.tensor + 2 * shape.hidden_size)
+    if not engine:  # without fused accumulation a weight's gradient is a tensor of its own for a moment
+        work += 2 * shape.ffn_size / p.tensor * shape.hidden_size * size
     if p.recompute in ("full", "block"):
         unit = (p.recompute_layers or 1) if p.recompute == "full" else 1
         work += unit * layer_activations(shape, recipe, engine)

@@ -50,7 +50,7 @@ def _head(plan: Plan) -> list[str]:
     lines = [
         f"{name}: {c.original:,} -> {c.target:,} tokens by {_METHODS[c.method]}".ljust(WIDTH - 1 - len(plan.where))
         + f" {plan.where}",
-        f"{shape.parameters / 1e9:.2f} billion parameters: {shape.num_layers} layers, hidden {shape.hidden_size}, "
+        f"{_number(shape.parameters / 1e9)} billion parameters: {shape.num_layers} layers, hidden {shape.hidden_size}, "
         f"{shape.num_heads} heads ({shape.num_kv_heads} for keys), intermediate {shape.ffn_size}, "
         f"vocabulary {shape.vocab_size:,}",
     ]
@@ -61,7 +61,7 @@ def _head(plan: Plan) -> list[str]:
     lines += [
         "",
         f"{verdict}: {fullest.total / GIB:.1f} of {room:.1f} GiB on the fullest GPU.  {_gpus(ours)}: "
-        f"{_seconds(ours.step_seconds)} a step, {_hours(ours.hours)} in all, {ours.gpu_hours:,.0f} GPU-hours.",
+        f"{_seconds(ours.step_seconds)} a step, {_hours(ours.hours)} in all, {_number(ours.gpu_hours)} GPU-hours.",
     ]
     if not ours.fits:
         if plan.remedies:
@@ -69,7 +69,7 @@ def _head(plan: Plan) -> list[str]:
         for keys, given in plan.remedies:
             lines.append(
                 f"  {' '.join(keys)}: {given.fullest.total / GIB:.1f} GiB, {_seconds(given.step_seconds)} a step, "
-                f"{given.gpu_hours:,.0f} GPU-hours"
+                f"{_number(given.gpu_hours)} GPU-hours"
             )
         if not plan.remedies:
             lines.append("No small change makes it fit; --search --nodes N looks for other layouts.")
@@ -103,7 +103,7 @@ def _layout(ours: Estimate) -> list[str]:
         f"{recipe.optim.moments_dtype}",
         f"  step       {t.global_batch_size} sequences x {recipe.context.physical:,} tokens = "
         f"{recipe.tokens_per_step:,} tokens, in {ours.micro_batches} micro-batches of {t.micro_batch_size} a replica",
-        f"  run        {t.steps:,} steps, {ours.tokens / 1e9:.2f} billion tokens",
+        f"  run        {t.steps:,} steps, {_tokens(ours.tokens)}",
     ]
 
 
@@ -124,7 +124,7 @@ def _memory(ours: Estimate) -> list[str]:
         columns = [
             f"{stage.stage:>7}",
             f"{sum(stage.layers):>6}",
-            f"{stage.parameters / 1e9:>9.2f} B",
+            f"{_number(stage.parameters / 1e9):>9} B",
             f"{stage.weights / GIB:>7.1f}",
             f"{stage.gradients / GIB:>9.1f}",
             f"{stage.optimizer / GIB:>9.1f}",
@@ -150,7 +150,7 @@ def _time(ours: Estimate) -> list[str]:
     flops = ours.flops * ours.recipe.tokens_per_step
     lines.append(f"  {'whole step':<54} {_seconds(whole):>9}")
     lines.append(
-        f"  {flops / 1e15:,.1f} PFLOP a step: {ours.tokens_per_gpu_second:,.0f} tokens/s and {ours.tflops:,.0f} "
+        f"  {_number(flops / 1e15)} PFLOP a step: {ours.tokens_per_gpu_second:,.0f} tokens/s and {ours.tflops:,.0f} "
         f"TFLOP/s a GPU, {ours.tflops * 1e12 / ours.gpu.bf16:.0%} of its BF16 peak"
     )
     return lines
@@ -176,26 +176,26 @@ def _savings(plan: Plan) -> list[str]:
         ),
         (
             "GPU-seconds a sample",
-            f"{c.physical / ours.tokens_per_gpu_second:,.1f}",
-            f"{c.target / full.tokens_per_gpu_second:,.1f}",
+            _number(c.physical / ours.tokens_per_gpu_second),
+            _number(c.target / full.tokens_per_gpu_second),
             c.target / full.tokens_per_gpu_second / (c.physical / ours.tokens_per_gpu_second),
         ),
         (
-            f"GPU-hours for {ours.tokens / 1e9:.2f} billion tokens",
-            f"{ours.gpu_hours:,.0f}",
-            f"{full.gpu_hours_of(ours.tokens):,.0f}",
+            f"GPU-hours for {_tokens(ours.tokens)}",
+            _number(ours.gpu_hours),
+            _number(full.gpu_hours_of(ours.tokens)),
             full.gpu_hours_of(ours.tokens) / ours.gpu_hours,
         ),
         (
             f"GPU-hours for {samples:,} samples",
-            f"{ours.gpu_hours:,.0f}",
-            f"{plan.full_same_samples:,.0f}",
+            _number(ours.gpu_hours),
+            _number(plan.full_same_samples),
             plan.full_same_samples / ours.gpu_hours,
         ),
     ]
     name = _METHODS[c.method].split(",")[0].split(" ")[0]
     lines = [
-        f"What is saved: sequences of {c.physical:,} tokens instead of {c.target:,}",
+        f"What is saved: sequences of {c.physical:,} tokens instead of {c.target:,}, as many a step",
         f"  {'':<40} {name:>22} {'full length':>26}  ratio",
     ]
     for what, here, there, ratio in rows:
@@ -247,7 +247,7 @@ def search_table(recipe: Recipe, where: str, found: list[Estimate], gpus: int, g
         lines.append(
             f"  {p.tensor:>6}  {p.pipeline:>8}  {p.virtual_pipeline or 1:>7}  {p.context:>7}  {e.replicas:>4}  "
             f"{again:<10} {e.fullest.total / GIB:>6.1f}  {e.step_seconds:>8.2f}  {e.tokens_per_gpu_second:>12,.0f}  "
-            f"{e.tflops:>7.0f}  {e.gpu_hours:>9,.0f}"
+            f"{e.tflops:>7.0f}  {_number(e.gpu_hours):>9}"
         )
     lines += ["", "The first one:", f"  {where} {' '.join(layout_keys(recipe, found[0].recipe))}"]
     return "\n".join(lines)
@@ -275,9 +275,22 @@ def _seconds(seconds: float) -> str:
 
 
 def _hours(hours: float) -> str:
+    if hours < 1 / 60:
+        return _seconds(hours * 3600)
     if hours < 1:
-        return f"{hours * 60:.0f} min"
+        return f"{_number(hours * 60)} min"
     return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"
+
+
+def _number(value: float) -> str:
+    """Three digits at least, thousands apart: 0.0042, 1.23, 45.6, 1,234."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value < 10 else f"{value:.1f}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e9:.2f} billion tokens" if count >= 1e7 else f"{count:,} tokens"
 
 
 def _size(count: float) -> str:

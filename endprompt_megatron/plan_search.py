@@ -14,6 +14,7 @@ from endprompt_megatron.plan_time import NODE
 from endprompt_megatron.shape import ModelShape
 
 MOST_GPUS = 16384
+SPARE_GIB = 2.0  # that what is proposed leaves free: the estimate is not better than that
 
 
 def search(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, most: int = 8) -> list[Estimate]:
@@ -26,7 +27,7 @@ def search(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, mos
         if not _legal(shape, candidate, hardware, gpus):
             continue
         needed = max(stage.total for stage in memory(shape, candidate, gpus))
-        if needed > hardware.gpu.memory_gib * GIB:
+        if needed > (hardware.gpu.memory_gib - SPARE_GIB) * GIB:
             continue
         found = estimate(shape, candidate, hardware.gpu, gpus)
         p = candidate.parallel
@@ -101,13 +102,12 @@ def _splits(layers: int, pipeline: int) -> Iterator[tuple[bool, int]]:
 def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -> Estimate | None:
     """Training at the target's full length in its best layout, on as many GPUs or as few more as it needs.
 
-    As many tokens a step as the recipe's (at least one sequence), and as many in all.  None where no number of
-    GPUs is enough.
+    As many sequences a step as the recipe's, which keeps its pipeline as busy, and as many tokens in all.  None
+    where no number of GPUs is enough.
     """
     full = copy.deepcopy(recipe)
     full.context.method, full.context.physical = "full", recipe.context.target
     full.train.micro_batch_size = 1
-    full.train.global_batch_size = max(1, recipe.tokens_per_step // recipe.context.target)
     full.train.steps = max(1, round(recipe.train.steps * recipe.tokens_per_step / full.tokens_per_step))
     full.train.tokens = None
     full.train.virtual_distances = []
@@ -133,13 +133,13 @@ def remedies(
         if count > MOST_GPUS or not _legal(shape, changed, hardware, count):
             continue
         given = estimate(shape, changed, hardware.gpu, count)
-        if given.fits:
+        if given.fullest.total <= (hardware.gpu.memory_gib - SPARE_GIB) * GIB:
             found.append((keys, given))
     found.sort(key=lambda entry: (entry[1].gpus > gpus, len(entry[0]), entry[1].gpus * entry[1].step_seconds))
     kept: list[tuple[list[str], Estimate]] = []
     for keys, given in found:
-        # One number of recomputed layers is enough, and the fastest comes first.
-        if not any(_names(keys) == _names(other) for other, _ in kept):
+        # One number of recomputed layers is enough, the fastest; and no more keys than make it fit.
+        if not any(set(_names(other)) <= set(_names(keys)) for other, _ in kept):
             kept.append((keys, given))
     return kept[:most]
 
