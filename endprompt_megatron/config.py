@@ -85,6 +85,7 @@ class Train:
     gc_interval: int = 100  # steps between collections of Python's garbage, on all ranks at once; 0: Python's own
     straggler_interval: int = 100  # steps between reports of slow ranks; 0: none
     watchdog_factor: float = 10.0  # a step that takes so many medians ends the run with every rank's stack; 0: none
+    watchdog_floor_s: float = 60.0  # seconds that a step may always take; 30 times as many at the start and between
 
 
 @dataclass
@@ -293,7 +294,7 @@ _POSITIVE = {
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
     *("train.global_batch_size", "train.micro_batch_size", "train.steps", "train.tokens", "train.log_interval"),
     *("train.valid_samples", "train.max_nonfinite_steps", "optim.lr", "optim.eps", "checkpoint.interval"),
-    "parallel.recompute_layers",
+    *("parallel.recompute_layers", "train.watchdog_floor_s"),
 }
 _NOT_NEGATIVE = {
     *("train.valid_interval", "optim.min_lr", "optim.weight_decay", "optim.grad_clip", "checkpoint.keep"),

@@ -40,6 +40,8 @@ class Recorder:
             self.board = _tensorboard(run / "tensorboard", progress.step)
         if recipe.log.wandb:
             self.wandb = _wandb(recipe, run)
+        for lost in progress.lost:  # said when the run resumed; the lines of those steps are cut by now
+            self._write({"step": progress.step, "damaged_checkpoint": lost}, progress.step)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -104,6 +106,12 @@ class Recorder:
         self._write({"step": step, **values}, step)
         probe = "".join(f", {distance}: {at['loss']:.3f}" for distance, at in values.get("virtual", {}).items())
         self.say(f"step {step}  valid loss {values['valid_loss']:.4f}" + (f"  at distance{probe[1:]}" if probe else ""))
+
+    def noted(self, step: int, values: dict[str, Any], line: str) -> None:
+        """Record what happened at a step beside its training, and say it."""
+        if self.writing:
+            self._write({"step": step, **values}, step)
+            self.say(line)
 
     def say(self, line: str) -> None:
         if not self.writing:

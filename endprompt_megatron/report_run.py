@@ -52,7 +52,10 @@ def read_run(directory: Path, control: Path | None = None) -> Run:
         run.recipe = _yaml(recipe, run.recipe_text)
     if metrics.is_file():
         for line in _lines(metrics):
-            (run.validations if "valid_loss" in line else run.steps).append(line)
+            if "valid_loss" in line:
+                run.validations.append(line)
+            elif "loss" in line:  # the rest is about the machine: slow ranks, damaged checkpoints
+                run.steps.append(line)
     results = directory / "evaluation" / "results.json"
     if results.is_file():
         run.evaluation = _results(results)

@@ -17,6 +17,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from endprompt_megatron.loss import loss_parts, split_loss, target_losses, total_weight, weighted_loss
+from endprompt_megatron.watch import Watch
 
 MicroBatch = dict[str, Tensor]
 
@@ -30,14 +31,17 @@ class Losses:
     prompt: float | None
 
 
-def run_batch(models: list, micro_batches: list[MicroBatch], *, backward: bool) -> Losses:
+def run_batch(models: list, micro_batches: list[MicroBatch], *, backward: bool, watch: Watch | None = None) -> Losses:
     """Losses of a global batch; with `backward`, gradients too, reduced over all ranks and ready to step.
 
-    models: this rank's DDP-wrapped chunks.  micro_batches: this rank's share, tensors on its device.
+    models: this rank's DDP-wrapped chunks.  micro_batches: this rank's share, tensors on its device.  `watch` is
+    told when this rank's own computing begins and ends.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     total = total_weight(micro_batches, group)
-    get_model_config(models[0]).finalize_model_grads_func = _finalize
+    if watch is not None:
+        watch.compute_begins()
+    get_model_config(models[0]).finalize_model_grads_func = partial(_finalize, watch=watch)
     reports = _schedule(models, micro_batches, partial(_loss, total=total), forward_only=not backward)
     return _gather(reports, micro_batches[0]["tokens"].device, group)
 
@@ -91,8 +95,10 @@ def _token_report(batch: MicroBatch, model: Any, logits: Tensor) -> tuple[Tensor
     return losses.sum(), torch.ones((), dtype=torch.int, device=losses.device), (losses, correct)
 
 
-def _finalize(models: list, _num_tokens: Tensor | None, **kwargs: Any) -> None:
+def _finalize(models: list, _num_tokens: Tensor | None, *, watch: Watch | None, **kwargs: Any) -> None:
     """Megatron's gradient reductions, without its division by a count of tokens."""
+    if watch is not None:
+        watch.compute_ends()
     finalize_model_grads(models, None, **kwargs)
 
 

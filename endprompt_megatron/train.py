@@ -14,6 +14,7 @@ from endprompt_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, Tra
 from endprompt_megatron.files import read_json
 from endprompt_megatron.hardware import here
 from endprompt_megatron.rules import check
+from endprompt_megatron.run_lock import RunLock
 from endprompt_megatron.shape import ModelShape
 from endprompt_megatron.signals import StopSignal
 
@@ -29,7 +30,8 @@ def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
     p = recipe.parallel
     runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
     try:
-        return _train(recipe, where, shape, stop)
+        with RunLock(recipe.run_dir):
+            return _train(recipe, where, shape, stop)
     finally:
         runtime.finish()
 
@@ -42,6 +44,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.rope import scaled_config
     from endprompt_megatron.step import run_batch
     from endprompt_megatron.validate import Validation
+    from endprompt_megatron.watch import Watch
 
     c, t = recipe.context, recipe.train
     config = read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config")
@@ -76,14 +79,23 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     validation = Validation(recipe, feed, models) if feed.valid is not None else None
     if t.valid_interval and progress.step == 0:
         validate()
+    watch = Watch(
+        recipe.run_dir,
+        interval=t.straggler_interval,
+        factor=t.watchdog_factor,
+        floor=t.watchdog_floor_s,
+        report=lambda values, line: recorder.noted(progress.step, values, line),
+    )
     nonfinite = 0
-    with recorder, saver:
+    with recorder, saver, watch:
         while progress.step < t.steps:
             started = time.perf_counter()
+            watch.step_begins(progress.step + 1)
             batch = feed.global_batch(progress.consumed_samples)
+            watch.batch_read()
 
             zero_grad(models, optimizer)
-            losses = run_batch(models, batch, backward=True)
+            losses = run_batch(models, batch, backward=True, watch=watch)
             lr = optimizer.param_groups[0]["lr"]
             grad_norm, updated = update(optimizer, losses.total, recipe.optim.grad_clip)
             scheduler.step(increment=1)
@@ -103,6 +115,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
             last = progress.step == t.steps
             signal_number = runtime.agreed(stop)
             saver.poll()
+            watch.step_ends()
             if last or signal_number or progress.step % recipe.checkpoint.interval == 0:
                 save()  # before anything that could take the time that a scheduler leaves
             if last or signal_number:

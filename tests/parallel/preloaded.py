@@ -1,0 +1,46 @@
+"""What the fork server of jobs.py imports, and what a rank that was forked from it does."""
+
+import os
+import time
+
+import torch
+
+from endprompt_megatron import cpu
+
+torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    cpu.install()  # before Megatron-Core is imported, as in a run
+
+from endprompt_megatron import train as loop  # noqa: E402
+from endprompt_megatron.config import load_recipe  # noqa: E402
+from endprompt_megatron.data.feed import Feed  # noqa: E402
+from endprompt_megatron.errors import run_cli  # noqa: E402
+from endprompt_megatron.model import build_model  # noqa: E402, F401
+from endprompt_megatron.optimizer import build_optimizer  # noqa: E402, F401
+from endprompt_megatron.record import Recorder  # noqa: E402, F401
+from endprompt_megatron.rope import scaled_config  # noqa: E402, F401
+from endprompt_megatron.signals import StopSignal  # noqa: E402
+from endprompt_megatron.validate import Validation  # noqa: E402, F401
+
+
+def train(recipe, overrides, trouble):
+    """As tools/extend.py.  `trouble`, ("hang" or "slow", rank, step): from there its reads hang, or take 0.2 s."""
+    if trouble is not None and trouble[1] == int(os.environ["RANK"]):
+        _disturb(*trouble)
+
+    def main():
+        with StopSignal().listening() as stop:
+            return loop.train(load_recipe(recipe, overrides), recipe, stop)
+
+    run_cli(main)
+
+
+def _disturb(kind, _rank, step):
+    read = Feed.global_batch
+
+    def disturbed(self, consumed_samples):
+        if consumed_samples // self.recipe.train.global_batch_size + 1 >= step:
+            time.sleep(0.2 if kind == "slow" else 1e6)
+        return read(self, consumed_samples)
+
+    Feed.global_batch = disturbed
