@@ -149,13 +149,18 @@ class Plan:
         return self.full.gpu_hours_of(recipe.train.steps * recipe.train.global_batch_size * recipe.context.target)
 
 
-def estimate(shape: ModelShape, recipe: Recipe, gpu: Gpu, gpus: int) -> Estimate:
-    """Memory and time of a legal recipe on so many GPUs of that kind.  Raises InputError for an unknown GPU."""
+def estimate(
+    shape: ModelShape, recipe: Recipe, gpu: Gpu, gpus: int, stages: list[StageMemory] | None = None
+) -> Estimate:
+    """Memory (`stages`, where it is known) and time of a legal recipe on so many GPUs of that kind.
+
+    Raises InputError for a GPU whose speed is not known.
+    """
     return Estimate(
         recipe=recipe,
         gpus=gpus,
         gpu=gpu,
-        stages=memory(shape, recipe, gpus),
+        stages=stages or memory(shape, recipe, gpus),
         work=Clock(shape, recipe, gpu, gpus).step(),
         flops=flops_per_token(shape, recipe.context.physical),
     )
@@ -170,7 +175,7 @@ def least_gpus(recipe: Recipe) -> int:
 def make_plan(
     recipe: Recipe, where: str, shape: ModelShape, hardware: Hardware, gpus: int | None = None, published: bool = False
 ) -> Plan:
-    """The plan of a recipe on `gpus` GPUs, by default as few as its layout needs.
+    """The plan of a recipe on `gpus` GPUs, by default on the fewest that its layout fits on.
 
     Raises InputError where the recipe is not legal on them.
     """
@@ -181,15 +186,35 @@ def make_plan(
     count = gpus or least_gpus(recipe)
     rules.check_for(recipe, where, shape, world_size=count, hardware=hardware)
     ours = estimate(shape, recipe, hardware.gpu, count)
+    if gpus is None and not ours.fits:
+        ours = _on_more(shape, recipe, hardware) or ours
     return Plan(
         where=where,
         shape=shape,
         published=published,
         estimate=ours,
-        full=full_length(shape, recipe, hardware, count) if recipe.context.physical < recipe.context.target else None,
-        remedies=[] if ours.fits else remedies(shape, recipe, hardware, count),
+        full=full_length(shape, recipe, hardware, ours.gpus)
+        if recipe.context.physical < recipe.context.target
+        else None,
+        remedies=[] if ours.fits else remedies(shape, recipe, hardware, ours.gpus),
         warnings=_warnings(ours, gpus),
     )
+
+
+def _on_more(shape: ModelShape, recipe: Recipe, hardware: Hardware) -> Estimate | None:
+    """The estimate with the fewest data-parallel replicas, a power of two, that share the optimizer well enough."""
+    replicas = 2
+    while replicas <= recipe.train.global_batch_size // recipe.train.micro_batch_size:
+        count = replicas * least_gpus(recipe)
+        try:
+            rules.check_for(recipe, "", shape, world_size=count, hardware=hardware)
+        except InputError:
+            return None
+        found = estimate(shape, recipe, hardware.gpu, count)
+        if found.fits:
+            return found
+        replicas *= 2
+    return None
 
 
 def _warnings(ours: Estimate, gpus: int | None) -> list[str]:
@@ -197,8 +222,8 @@ def _warnings(ours: Estimate, gpus: int | None) -> list[str]:
     found = []
     if gpus is None:
         found.append(
-            f"planned for the {ours.gpus} GPUs that the layout needs at least (one data-parallel replica); "
-            "--nodes N plans for yours"
+            f"planned for the fewest GPUs that the layout {'fits on' if ours.fits else 'needs'}, {ours.gpus} with data "
+            f"parallel {ours.replicas}; --nodes N plans for yours"
         )
     free = ours.gpu.memory_gib - ours.fullest.total / GIB
     if ours.fits and free < 4:

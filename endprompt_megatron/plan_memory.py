@@ -152,16 +152,15 @@ def peak_in_flight(stage: int, p: Parallel, micro_batches: int, sizes: list[floa
     if virtual == 1:
         count = min(micro_batches, p.pipeline - stage)
         return count * whole, float(count)
-    # After some rounds the schedule repeats: a long step has the peak of a short one.
-    rounds = min(micro_batches, 4 * p.pipeline)
-    total = rounds * virtual
+    total = micro_batches * virtual
     warmup = min(total, 2 * (p.pipeline - stage - 1) + (virtual - 1) * p.pipeline)
 
     def chunk(number: int) -> int:
         return number % (p.pipeline * virtual) // p.pipeline
 
     live = peak = 0.0
-    for number in range(total + warmup):
+    # After the warm-up the schedule repeats: the peak is in its first two rounds.
+    for number in range(min(total + warmup, warmup + 2 * p.pipeline * virtual)):
         if number < total:
             live += sizes[chunk(number)]
             peak = max(peak, live)

@@ -166,7 +166,7 @@ def _savings(plan: Plan) -> list[str]:
     samples = ours.recipe.train.steps * ours.recipe.train.global_batch_size
     rows = [
         ("GPUs", _gpus(ours), _gpus(full), None),
-        ("layout (full length: the fastest found)", _short(ours), _short(full), None),
+        ("layout (full length: the cheapest found)", _short(ours), _short(full), None),
         ("GFLOP a token", f"{ours.flops / 1e9:,.1f}", f"{full.flops / 1e9:,.1f}", full.flops / ours.flops),
         (
             "GPU-milliseconds a token",

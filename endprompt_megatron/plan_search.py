@@ -26,10 +26,10 @@ def search(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, mos
     for candidate in _layouts(shape, recipe, hardware, gpus):
         if not _legal(shape, candidate, hardware, gpus):
             continue
-        needed = max(stage.total for stage in memory(shape, candidate, gpus))
-        if needed > (hardware.gpu.memory_gib - SPARE_GIB) * GIB:
+        stages = memory(shape, candidate, gpus)
+        if max(stage.total for stage in stages) > (hardware.gpu.memory_gib - SPARE_GIB) * GIB:
             continue
-        found = estimate(shape, candidate, hardware.gpu, gpus)
+        found = estimate(shape, candidate, hardware.gpu, gpus, stages)
         p = candidate.parallel
         key = (p.tensor, p.pipeline, p.context)
         if key not in best or found.step_seconds < best[key].step_seconds:
@@ -100,7 +100,7 @@ def _splits(layers: int, pipeline: int) -> Iterator[tuple[bool, int]]:
 
 
 def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -> Estimate | None:
-    """Training at the target's full length in its best layout, on as many GPUs or as few more as it needs.
+    """Training at the target's full length, as cheap as it gets: the best layout on as many GPUs, or on more.
 
     As many sequences a step as the recipe's, which keeps its pipeline as busy, and as many tokens in all.  None
     where no number of GPUs is enough.
@@ -112,13 +112,15 @@ def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int
     full.train.tokens = None
     full.train.virtual_distances = []
     full.optim.warmup_steps = 0
+    best = None
     count = gpus
-    while count <= MOST_GPUS:
+    while count <= MOST_GPUS and (best is None or count <= 4 * best.gpus):
         found = search(shape, full, hardware, count, most=1)
-        if found:
-            return found[0]
+        # More GPUs may spare the recomputation; they should be worth it.
+        if found and (best is None or found[0].tokens_per_gpu_second > 1.02 * best.tokens_per_gpu_second):
+            best = found[0]
         count *= 2
-    return None
+    return best
 
 
 def remedies(

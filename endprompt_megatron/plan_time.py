@@ -64,17 +64,20 @@ class Work:
     other: float = 0.0
 
     def __add__(self, more: "Work") -> "Work":
-        return Work(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(Work)))
+        return Work(*(getattr(self, name) + getattr(more, name) for name in KINDS))
 
     def __mul__(self, times: float) -> "Work":
-        return Work(*(getattr(self, f.name) * times for f in fields(Work)))
+        return Work(*(getattr(self, name) * times for name in KINDS))
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, f.name) for f in fields(Work))
+        return sum(getattr(self, name) for name in KINDS)
 
     def as_dict(self) -> dict[str, float]:
-        return {f.name: round(getattr(self, f.name), 6) for f in fields(Work)}
+        return {name: round(getattr(self, name), 6) for name in KINDS}
+
+
+KINDS = tuple(entry.name for entry in fields(Work))
 
 
 class Clock:
@@ -91,6 +94,7 @@ class Clock:
         self.micro_batches = recipe.train.global_batch_size // (recipe.train.micro_batch_size * self.replicas)
         self.tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context  # of a rank
         self.size = 4 if recipe.precision.dtype == "float32" else 2
+        self.chunks: dict[int, Work] = {}  # by number of layers: most are alike
 
     # What a device does
 
@@ -244,8 +248,10 @@ class Clock:
     def stage(self, stage: int, layers: list[int]) -> Work:
         """One micro-batch through all of a stage's virtual stages, forward and backward."""
         total = Work()
-        for count in layers:
-            total = total + self.chunk(count)
+        for count in set(layers):
+            if count not in self.chunks:
+                self.chunks[count] = self.chunk(count)
+            total = total + self.chunks[count] * layers.count(count)
         return total + self.head() if stage == self.recipe.parallel.pipeline - 1 else total
 
     def step(self) -> Work:

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, dotted")
     parser.add_argument(
-        "--nodes", type=int, metavar="N", help="nodes of 8 GPUs; default: what the layout needs at least"
+        "--nodes", type=int, metavar="N", help="nodes of 8 GPUs; default: the fewest GPUs that the layout fits on"
     )
     parser.add_argument("--world-size", type=int, metavar="N", help="GPUs, instead of --nodes")
     parser.add_argument("--gpu", default="h100", metavar="KIND", help="h100 (default), h200, a100 or b200")

@@ -59,11 +59,16 @@ def test_json_holds_the_pages_numbers():
     assert found["full_length"]["physical"] == 65536
 
 
-def test_without_a_number_of_gpus_the_fewest_are_planned_and_said():
-    plan = planned(*SEVENTY)
-    assert plan.estimate.gpus == 32
-    assert "--nodes" in " ".join(plan.warnings)
-    assert "32 GPUs" in page(plan)
+@pytest.mark.parametrize(
+    ("overrides", "gpus"), [(SEVENTY, 64), ([], 4), (["parallel.recompute=full"], 2)], ids=["70b", "8b", "8b-recompute"]
+)
+def test_without_a_number_of_gpus_the_fewest_that_it_fits_on_are_planned_and_said(overrides, gpus):
+    plan = planned(*overrides)
+    assert plan.estimate.fits
+    assert plan.estimate.gpus == gpus
+    assert f"the fewest GPUs that the layout fits on, {gpus} " in " ".join(page(plan).split())
+    if plan.estimate.replicas > 1:
+        assert not estimate(plan.shape, plan.estimate.recipe, H100.gpu, gpus // 2).fits
 
 
 def test_full_length_costs_more_than_the_flops_say():
@@ -98,22 +103,24 @@ def test_a_full_length_recipe_is_not_compared_with_itself():
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "least"),
     [
-        ["parallel.tensor=1", "parallel.sequence=false"],
-        ["context.physical=32768"],
-        [*SEVENTY, "parallel.context=1"],
+        (["parallel.tensor=1", "parallel.sequence=false"], 8),
+        (["context.physical=32768"], None),
+        ([*SEVENTY, "parallel.context=1"], 16),
     ],
     ids=["8b-tp1", "8b-32k", "70b-cp1"],
 )
-def test_a_remedy_for_what_does_not_fit_makes_it_fit(overrides):
-    plan = planned(*overrides)
+def test_a_remedy_for_what_does_not_fit_makes_it_fit(overrides, least):
+    plan = planned(*overrides, gpus=least)
     assert not plan.estimate.fits
     assert "DOES NOT FIT" in page(plan)
     assert plan.remedies
     for keys, given in plan.remedies:
         gpus = next((int(key.split("=")[1]) for key in keys if key.startswith("--world-size")), plan.estimate.gpus)
-        again = planned(*overrides, *(key for key in keys if not key.startswith("--")), gpus=gpus).estimate
+        recipe = load_recipe(RECIPE, [*overrides, *(key for key in keys if not key.startswith("--"))])
+        check_for(recipe, "recipe", plan.shape, world_size=gpus, hardware=H100)
+        again = estimate(plan.shape, recipe, H100.gpu, gpus)
         assert again.fits
         assert again.step_seconds == pytest.approx(given.step_seconds)
 
