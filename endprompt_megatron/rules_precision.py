@@ -126,9 +126,11 @@ def _check_dimensions(recipe: Recipe, where: str, shape: ModelShape) -> None:
 def _check_attention(recipe: Recipe, where: str, shape: ModelShape, hardware: Hardware) -> None:
     p, parallel = recipe.precision, recipe.parallel
     asked = f"{where}: precision.fp8_attention=true"
-    if shape.head_dim != 128:
+    blackwell = hardware.gpu is not None and hardware.gpu.blackwell
+    if shape.head_dim > 128 or shape.head_dim % 16 or (shape.head_dim != 128 and not blackwell):
+        legal = "at most 128, in multiples of 16" if blackwell else "128 alone"
         raise InputError(
-            f"{asked} trains with head_dim=128 alone, this model has {shape.head_dim}: use false (GEMMs stay FP8)"
+            f"{asked} trains with head_dim={legal}, this model has {shape.head_dim}: use false (GEMMs stay FP8)"
         )
     if p.fp8_recipe in ("blockwise", "mxfp8"):
         raise InputError(

@@ -79,6 +79,7 @@ LEGAL = {
     "8b-overlap": ("8b", H100, 8, [*TP2, "parallel.overlap_tensor=true"]),
     "8b-block": ("8b", H100, 8, [*TP2, "parallel.recompute=block", "parallel.recompute_layers=8"]),
     "1b-fp8-gemms": ("1b", H100, 8, FP8),
+    "1b-fp8-attention-on-blackwell": ("1b", B200, 8, ATTENTION),
     "135m-tp3": ("135m", CPU, 3, ["parallel.tensor=3", "train.global_batch_size=4"]),
     "70b-virtual": (
         "70b",
@@ -194,7 +195,7 @@ ILLEGAL = {
     ),
     "fp8-tokens": ("8b", H100, 8, [*TP2, *FP8, "context.physical=8200"], ["multiples of 8", "4100", "multiple of 16"]),
     "attention-without-fp8": ("8b", H100, 8, ["precision.fp8_attention=true"], ["needs precision.fp8"]),
-    "attention-head-dim": ("1b", H100, 8, ATTENTION, ["head_dim=128", "64", "use false"]),
+    "attention-head-dim": ("1b", H100, 8, ATTENTION, ["head_dim=128 alone", "64", "use false"]),
     "attention-blockwise": ("8b", H100, 8, [*ATTENTION, "precision.fp8_recipe=blockwise"], ["blockwise", "tensorwise"]),
     "attention-mxfp8": ("8b", B200, 8, [*ATTENTION, "precision.fp8_recipe=mxfp8"], ["mxfp8", "per-tensor scaling"]),
     "attention-packed": ("8b", H100, 8, [*ATTENTION, "data.packing=documents"], ["packing=documents"]),

@@ -1,7 +1,5 @@
 """On one GPU: loss and gradients equal Hugging Face's float32 LLaMA on the CPU, as far as the precision goes."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -13,41 +11,15 @@ from parallel.cases import (
     make_samples,
     recipe_for,
 )
-from parallel.ranks import Ranks
-from small import small_llama
 
-from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.shape import read_shape
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
-TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
-with_te = pytest.mark.skipif(not TRANSFORMER_ENGINE, reason="needs Transformer Engine")
-without_te = pytest.mark.skipif(TRANSFORMER_ENGINE, reason="Transformer Engine is installed and takes the layers")
 CASES = {
     "one-row": [],
     "positions-by-sample": ["train.micro_batch_size=4", "context.method=end_prompt_random"],
     "yarn": ["context.rope.type=yarn"],
     "recompute": ["parallel.recompute=full"],
 }
-
-
-@pytest.fixture(scope="module")
-def rank():
-    pool = Ranks(1, gpu=True)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Head dimension 128, as LLaMA 7B to 405B have it and TE's fused attention wants it."""
-    directory = tmp_path_factory.mktemp("gpu")
-    small_llama(directory / "hf", hidden_size=256, intermediate_size=512, num_attention_heads=2, num_key_value_heads=1)
-    convert_hf_to_megatron(directory / "hf", directory / "megatron")
-    return directory, directory / "hf", directory / "megatron"
 
 
 def errors(rank, model, *overrides: str) -> tuple[float, dict[str, float]]:
@@ -74,13 +46,13 @@ def assert_close(found: tuple[float, dict[str, float]], loss: float, gradient: f
     assert not too_far
 
 
-@without_te
+@pytest.mark.without_te
 @pytest.mark.parametrize("case", CASES)
 def test_float32_equals_huggingface(rank, model, case):
     assert_close(errors(rank, model, *CASES[case]), loss=1e-5, gradient=1e-4)
 
 
-@with_te
+@pytest.mark.with_te
 @pytest.mark.parametrize("case", CASES)
 def test_transformer_engine_in_float32_equals_huggingface(rank, model, case):
     """TE multiplies float32 matrices in TF32, which has 10 bits of mantissa."""

@@ -1,0 +1,140 @@
+"""Transformer Engine's kernels against each other and against torch's: attention, RoPE, FP8, context parallelism."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+from parallel.cases import build, losses_and_gradients, make_samples, micro_batches, recipe_for
+from parallel.ranks import Ranks
+
+from endprompt_megatron.shape import read_shape
+
+STEPS = 50
+LONG = ["context.physical=256", "context.target=1024"]  # FP8 wants multiples of 128, longer than a BF16 tile
+FP8 = {
+    "delayed": ["precision.fp8=hybrid"],
+    "tensorwise": ["precision.fp8=hybrid", "precision.fp8_recipe=tensorwise"],
+    "blockwise": ["precision.fp8=hybrid", "precision.fp8_recipe=blockwise"],
+    "delayed-attention": ["precision.fp8=hybrid", "precision.fp8_attention=true"],
+    "tensorwise-attention": [
+        "precision.fp8=hybrid",
+        "precision.fp8_recipe=tensorwise",
+        "precision.fp8_attention=true",
+    ],
+    "tensorwise-edges": ["precision.fp8=hybrid", "precision.fp8_recipe=tensorwise", "precision.bf16_edge_layers=1"],
+}
+
+
+def without_engine(recipe, samples):
+    """On a rank: `losses_and_gradients` by torch's attention and norm, although TE is installed."""
+    with mock.patch("endprompt_megatron.model.has_transformer_engine", return_value=False):
+        return losses_and_gradients(recipe, samples)
+
+
+def with_rope_fused(recipe, samples, fused: bool):
+    from endprompt_megatron import model
+
+    original = model.transformer_config
+
+    def config(*args):
+        made = original(*args)
+        made.apply_rope_fusion = fused
+        return made
+
+    with mock.patch.object(model, "transformer_config", config):
+        return losses_and_gradients(recipe, samples)
+
+
+def fifty_steps(recipe, samples) -> list[float]:
+    """On a rank: the losses of 50 AdamW steps over the same samples."""
+    from endprompt_megatron import te
+    from endprompt_megatron.hardware import here
+    from endprompt_megatron.optimizer import update, zero_grad
+
+    te.set_environment(recipe, "test", here())
+    from endprompt_megatron.step import run_batch
+
+    _, models, optimizer, scheduler = build(recipe)
+    batches = micro_batches(recipe, samples)
+    losses = []
+    for _ in range(STEPS):
+        zero_grad(models, optimizer)
+        found = run_batch(models, batches, backward=True)
+        update(optimizer, found.total, recipe.optim.grad_clip)
+        scheduler.step(increment=1)
+        losses.append(found.total)
+    return losses
+
+
+def compare(first: dict, second: dict) -> tuple[float, float]:
+    """Relative difference of the losses, and the largest of the gradients."""
+    loss = abs(first["losses"].total / second["losses"].total - 1)
+    assert set(first["parts"]) == set(second["parts"])
+    worst = max(
+        np.linalg.norm(first["parts"][name] - part) / np.linalg.norm(part) for name, part in second["parts"].items()
+    )
+    return loss, worst
+
+
+def setup(model, *overrides):
+    recipe = recipe_for(*model, "precision.dtype=bfloat16", *LONG, *overrides)
+    return recipe, make_samples(recipe, read_shape(recipe.model.hf).vocab_size, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.with_te
+@pytest.mark.parametrize("rope", ["linear", "yarn"])
+def test_transformer_engine_equals_torch_in_bfloat16(rank, model, rope):
+    recipe, samples = setup(model, f"context.rope.type={rope}")
+    engine = rank.run(1, losses_and_gradients, recipe, samples)[0]
+    torchs = rank.run(1, without_engine, recipe, samples)[0]
+    named = {_local_name(name): part for name, part in engine["parts"].items()}
+    loss, gradient = compare({**engine, "parts": named}, torchs)
+    assert loss < 5e-3
+    assert gradient < 0.1
+
+
+def _local_name(name: str) -> str:
+    """TE keeps the norms with the matrices that follow them."""
+    name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+    return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+
+
+@pytest.mark.gpu
+@pytest.mark.with_te
+@pytest.mark.parametrize("method", ["end_prompt", "end_prompt_random", "pose"])
+def test_fused_rope_equals_unfused_with_positions_that_jump(rank, model, method):
+    recipe, samples = setup(model, f"context.method={method}", "context.target=65536")
+    loss, gradient = compare(*(rank.run(1, with_rope_fused, recipe, samples, fused)[0] for fused in (True, False)))
+    assert loss < 1e-3
+    assert gradient < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.fp8
+@pytest.mark.with_te
+@pytest.mark.parametrize("case", FP8)
+def test_fp8_stays_with_bfloat16_over_fifty_steps(rank, fresh_rank, model, case):
+    """The tolerance is 5% of the loss at every step, and 2% of how far BF16 came at the last ten."""
+    bf16 = rank.run(1, fifty_steps, *setup(model, "optim.lr=1e-5"))[0]
+    fp8 = fresh_rank.run(1, fifty_steps, *setup(model, "optim.lr=1e-5", *FP8[case]))[0]
+    assert np.isfinite(fp8).all()
+    assert bf16[-1] < 0.9 * bf16[0], "nothing was learnt, so nothing is compared"
+    assert np.abs(np.divide(fp8, bf16) - 1).max() < 0.05
+    assert abs(np.mean(fp8[-10:]) - np.mean(bf16[-10:])) < 0.02 * (bf16[0] - bf16[-1]) + 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.two_gpus
+@pytest.mark.parametrize("comm", ["p2p", "all_gather", "a2a"])
+def test_context_parallelism_on_two_gpus_equals_one(rank, model, comm):
+    one, samples = setup(model)
+    two, _ = setup(model, "parallel.context=2", f"parallel.context_comm={comm}")
+    pool = Ranks(2, gpu=True)
+    try:
+        split = pool.run(2, losses_and_gradients, two, samples)[0]
+    finally:
+        pool.close()
+    loss, gradient = compare(split, rank.run(1, losses_and_gradients, one, samples)[0])
+    assert loss < 5e-3
+    assert gradient < 0.1
