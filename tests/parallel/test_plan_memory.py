@@ -6,7 +6,7 @@ from small import small_llama
 
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.plan_memory import layer_activations, memory, optimizer_bytes
+from endprompt_megatron.plan_memory import chunk_activations, layer_activations, layer_input, memory, optimizer_bytes
 from endprompt_megatron.published import CONFIGS
 from endprompt_megatron.shape import read_shape, shape_of
 
@@ -98,31 +98,41 @@ def test_a_tie_is_counted_where_it_is_held(ranks, tied, layout):
         assert stages[rank["stage"]].parameters == rank["parameters"]
 
 
-def saved_by_layers(recipe) -> float:
-    """On a rank: bytes that a layer keeps for its backward pass, weights apart; each storage once."""
+def saved_by(recipe, modules_of) -> list[int]:
+    """On a rank: bytes that each of the modules keeps for its backward pass, weights apart; each storage once.
+
+    The rotary phases, which all layers share, are left out.
+    """
     import torch
 
     shape, models, _, _ = build(recipe)
     weights = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
     batch = micro_batches(recipe, make_samples(recipe, shape.vocab_size, recipe.train.micro_batch_size))[0]
-    layers = models[0].module.decoder.layers
     found = []
-    for layer in layers:
+    for module in modules_of(models[0].module):
         storages: dict[int, tuple[int, object]] = {}
 
         def keep(tensor, storages=storages):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
+            phases = tensor.dtype == torch.float32 and not tensor.requires_grad and tensor.shape[-1] == shape.head_dim
+            if storage.data_ptr() not in weights and not (phases and recipe.precision.dtype == "bfloat16"):
                 storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        layer.register_forward_pre_hook(lambda *_, hooks=hooks: hooks.__enter__())
-        layer.register_forward_hook(lambda *_, hooks=hooks: hooks.__exit__(None, None, None))
+        module.register_forward_pre_hook(lambda *_, hooks=hooks: hooks.__enter__())
+        module.register_forward_hook(lambda *_, hooks=hooks: hooks.__exit__(None, None, None))
         found.append(storages)
     models[0](batch["tokens"], batch["position_ids"], labels=batch["labels"])
-    # Cosines and sines are shared by all layers or as small as a row: not a layer's own.
     return [sum(size for size, _ in storages.values()) for storages in found]
+
+
+def layers_of(model) -> list:
+    return list(model.decoder.layers)
+
+
+def decoder_of(model) -> list:
+    return [model.decoder]
 
 
 @pytest.mark.parametrize("layout", ["tp1-pp1", "tp2", "tp2-no-sp"])
@@ -132,9 +142,29 @@ def test_a_layers_activations_are_within_two_percent_of_what_autograd_keeps(rank
     world, keys = (2, ["parallel.tensor=2"]) if layout == "tp2-no-sp" else LAYOUTS[layout]
     recipe = recipe_for(*model, *keys, f"precision.dtype={dtype}", "train.micro_batch_size=4")
     expected = layer_activations(read_shape(recipe.model.hf), recipe, engine=False)
-    for sizes in ranks.run(world, saved_by_layers, recipe):
+    for sizes in ranks.run(world, saved_by, recipe, layers_of):
         for size in sizes[1:]:
             assert expected == pytest.approx(size, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["parallel.recompute=none"],
+        ["parallel.recompute=block", "parallel.recompute_layers=1"],
+        ["parallel.recompute=block", "parallel.recompute_layers=3"],
+        ["parallel.recompute=full"],
+        ["parallel.recompute=full", "parallel.recompute_layers=2"],
+    ],
+    ids=lambda keys: "-".join(key.split("=")[1] for key in keys),
+)
+def test_what_recompute_leaves_is_within_two_percent_of_what_autograd_keeps(ranks, model, keys):
+    recipe = recipe_for(*model, *keys, "precision.dtype=bfloat16", "train.micro_batch_size=4")
+    shape = read_shape(recipe.model.hf)
+    expected = chunk_activations(shape.num_layers, shape, recipe, engine=False)
+    expected += layer_input(shape, recipe)  # of the final norm
+    ((size,),) = ranks.run(1, saved_by, recipe, decoder_of)
+    assert expected == pytest.approx(size, rel=0.02)
 
 
 def parameters_of(name: str) -> int:
