@@ -154,3 +154,50 @@ def test_a_range_of_a_flattened_tensor_is_a_few_boxes_in_order(shape):
             number += 1
         assert found == list(range(start, end))
         assert number <= 2 * len(shape) - 1
+
+
+def memory_of_a_save(recipe, root):
+    """On a rank: bytes of its state, and how much its resident memory grew at most while a first save ran.
+
+    The peak is of a thread that looks every millisecond.
+    """
+    import threading
+    import time
+
+    import psutil
+
+    from endprompt_megatron import checkpoint
+    from endprompt_megatron.checkpoint_state import stored_weights, weights_of
+    from endprompt_megatron.optimizer_state import stored_state
+
+    shape, models, optimizer, scheduler = build(recipe)
+    weights = weights_of(models)
+    parts = [*stored_weights(weights), *stored_state(optimizer, weights)]
+    own = sum(part.load().add_(0).nbytes for part in parts)  # written to once: zeros take no memory before
+    process, peak, ended = psutil.Process(), [0], threading.Event()
+
+    def look():
+        while not ended.is_set():
+            peak[0] = max(peak[0], process.memory_info().rss)
+            time.sleep(0.001)
+
+    looking = threading.Thread(target=look)
+    before = process.memory_info().rss
+    looking.start()
+    checkpoint.save(root, checkpoint.Progress(1, 0), recipe, models, optimizer, scheduler, shape, exported(recipe))
+    ended.set()
+    looking.join()
+    return own, peak[0] - before
+
+
+def test_memory_of_a_save_is_one_tensor_and_beside_the_training_one_copy_of_the_state(ranks, tmp_path):
+    small_llama(tmp_path / "hf", hidden_size=512, intermediate_size=1024, vocab_size=16000, tokenizer=False)
+    convert_hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    place = tmp_path, tmp_path / "hf", tmp_path / "megatron"
+    largest = 16000 * 512 * 4
+    for asynchronous, copies in (("false", 0), ("true", 1)):
+        recipe = recipe_for(*place, f"checkpoint.async={asynchronous}")
+        for own, grown in ranks.run(2, memory_of_a_save, recipe, tmp_path / asynchronous):
+            assert own > 5 * largest
+            assert grown < copies * own + 2 * largest, f"{grown / 2**20:.0f} MiB for {own / 2**20:.0f} MiB of state"
+            print(f"async={asynchronous}: {grown / 2**20:.0f} MiB for {own / 2**20:.0f} MiB of state")

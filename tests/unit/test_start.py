@@ -109,7 +109,7 @@ def test_run_goes_on_only_with_the_recipe_and_the_checkpoint_it_was_started_with
     changed = extend(place, *arguments[:1], "context.target=128")
     assert_one_line_error(changed, "context.target=128", "run/checkpoints/iter_0000001", "256", "checkpoint.dir")
     halve(next((place / "run/checkpoints/iter_0000001").glob("*.distcp")))
-    assert_one_line_error(extend(place, "recipe.yaml"), "run/checkpoints/iter_0000001", "cannot be read")
+    assert_one_line_error(extend(place, "recipe.yaml"), "run/checkpoints", "only damaged ones", "iter_0000001.damaged")
 
 
 @pytest.fixture

@@ -1,0 +1,112 @@
+"""What is said about slow ranks, and when a watchdog ends a process."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from small import ROOT
+
+from endprompt_megatron.watch import Watchdog, _ranges, place_of, slowest
+
+NAMES = [f"node{rank // 2}, local rank {rank % 2}" for rank in range(4)]
+
+
+def test_the_slowest_rank_is_named_with_its_ratio_to_the_median_and_what_it_was_slow_in():
+    times = [[0.1, 1.0, 0.002], [0.1, 1.0, 0.002], [0.1, 1.1, 0.003], [0.9, 1.0, 0.002]]
+    values, line = slowest(times, NAMES, 200)
+    found = values["stragglers"]
+    assert (found["rank"], found["host"], found["probe_rank"]) == (3, "node1, local rank 1", 2)
+    assert found["ratio"] == pytest.approx(1.9 / 1.1)
+    assert found["probe_ratio"] == pytest.approx(1.5)
+    assert (found["data_s"], found["compute_s"]) == (0.9, 1.0)
+    assert line.startswith("step 200  slowest rank 3 (node1, local rank 1): 1.900 s of its own, 1.73 x the median")
+    assert "slowest device rank 2 (node1, local rank 0): 1.50 x" in line
+
+
+def test_a_step_may_take_the_factor_times_the_median_and_at_least_the_floor(tmp_path):
+    watchdog = Watchdog(tmp_path, 0, NAMES, factor=10.0, floor=60.0)
+    assert watchdog._limit(between=False) == 60
+    watchdog.seconds.extend([9.0, 10.0, 11.0])
+    assert watchdog._limit(between=False) == 100
+    assert watchdog._limit(between=True) == 1800
+    watchdog.seconds.extend([400.0] * 9)
+    assert watchdog._limit(between=True) == 4000
+
+
+def test_a_place_is_the_line_of_this_package_and_the_innermost_function(tmp_path):
+    assert place_of(None) == "no Python code"
+    assert place_of(sys._getframe()) == sys._getframe().f_code.co_name
+    frames = []
+
+    class Recording:
+        def __sub__(self, _):
+            frames.append(sys._getframe())
+            return 0
+
+        __rsub__ = __sub__
+
+    watchdog = Watchdog(tmp_path, 0, NAMES, factor=0.0, floor=60.0)
+    watchdog.now = (Recording(), "step 1", 60.0)
+    watchdog.step_ends()
+    assert place_of(frames[0]).startswith("watch.py:")
+    assert place_of(frames[0]).endswith(" step_ends (__sub__)")
+
+
+def test_ranks_are_said_in_few_words():
+    assert _ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from endprompt_megatron.watch import Watchdog
+
+watchdog = Watchdog(Path(sys.argv[1]), 0, ["here, local rank 0"], factor=10.0, floor=0.5)
+watchdog.start()
+for step in range(1, 6):
+    watchdog.step_begins(step)
+    time.sleep(0.02)
+    watchdog.step_ends()
+watchdog.step_begins(6)
+if sys.argv[2] == "sleep":
+    time.sleep(60)
+elif sys.argv[2] == "hold":
+    import ctypes  # PyDLL keeps Python's lock while it calls: no other Python thread runs
+    ctypes.PyDLL(None).sleep(60)
+watchdog.end()
+print("ended well")
+"""
+
+
+def run(tmp_path, how):
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, str(tmp_path), how], capture_output=True, text=True, timeout=50, cwd=ROOT
+    )
+    return done, time.monotonic() - begun
+
+
+def test_a_hung_process_leaves_its_stacks_says_where_it_was_and_exits_1(tmp_path):
+    done, took = run(tmp_path, "sleep")
+    assert done.returncode == 1
+    assert took < 45
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("watchdog: step 6 has taken ")
+    assert "rank 0 in <module>" in line
+    stacks = (tmp_path / "rank_0.txt").read_text()
+    assert stacks.startswith("== rank 0 (here, local rank 0), ")
+    assert 'File "<string>", line 14 in <module>' in stacks
+
+
+def test_one_that_never_lets_go_of_pythons_lock_too(tmp_path):
+    done, took = run(tmp_path, "hold")
+    assert done.returncode == 1
+    assert took < 45
+    assert 'File "<string>", line 17 in <module>' in (tmp_path / "rank_0.txt").read_text()
+
+
+def test_one_that_ends_well_leaves_nothing(tmp_path):
+    done, _ = run(tmp_path, "not")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended well\n", "")
+    assert not list(tmp_path.iterdir())
