@@ -29,6 +29,7 @@ class Options:
     checkpoints: int | None = None
     world_size: int | None = None
     export: Path | None = None
+    gpu: str | None = None
     timeout: float = 120.0
 
 
@@ -99,21 +100,24 @@ def _silent(meeting: Meeting, facts: dict) -> list[Finding]:
     found = [Finding("nodes", f"no answer from {', '.join(lost)}", FAIL)] if lost else []
     digests = {name: fact["recipe"] for name, fact in facts.items()}
     if len(set(digests.values())) > 1:
-        found.append(Finding("recipe", f"nodes read different recipes: {by_node(digests)}", FAIL))
+        found.append(Finding("same recipe", f"nodes read different recipes: {by_node(digests)}", FAIL))
     return found
 
 
 def _machine(recipe: Recipe, where: str, options: Options, meeting: Meeting, facts: dict, parts: dict) -> list[Finding]:
     """Whether the recipe is legal here, and the machines as training wants them."""
+    from endprompt_megatron.hardware import here
+    from endprompt_megatron.rules_precision import attention_environment
+
     on_gpu = any(part["visible"] for part in parts.values())
     world, said = processes_of_the_run(recipe, meeting, options)
     per_node = None if options.world_size is None else -(-options.world_size // len(meeting.leaders))
-    findings = checked("recipe", _legal, recipe, where, world, said)
-    findings += checked("GPUs", cluster.gpus, recipe, meeting, parts, per_node)
+    findings = checked("recipe", _legal, recipe, where, world, said, options.gpu)
+    findings += checked("GPUs", cluster.gpus, recipe, meeting, parts, per_node, options.gpu)
     findings += cluster.gpu_errors(facts)
-    findings += cluster.library_versions(recipe, facts, on_gpu)
+    findings += cluster.library_versions(recipe, facts, on_gpu, elsewhere=options.gpu is not None and not on_gpu)
     findings += cluster.limits(meeting, facts, on_gpu)
-    findings += cluster.environment(recipe, facts, on_gpu)
+    findings += cluster.environment(recipe, facts, on_gpu, attention_environment(recipe, here()))
     findings += cluster.inputs(facts)
     return findings
 
@@ -132,10 +136,15 @@ def processes_of_the_run(recipe: Recipe, meeting: Meeting, options: Options) -> 
     return p.tensor * p.pipeline * p.context, "the fewest of this layout; --world-size N says another number"
 
 
-def _legal(recipe: Recipe, where: str, world: int, said: str) -> Finding:
-    from endprompt_megatron.rules import check
+def _legal(recipe: Recipe, where: str, world: int, said: str, gpu: str | None) -> Finding:
+    """Every rule, for this machine or for a kind of GPU that is not here, as on a login node."""
+    from endprompt_megatron.hardware import of_kind
+    from endprompt_megatron.rules import check, check_for
 
-    check(recipe, where, world_size=world)
+    if gpu is None:
+        check(recipe, where, world_size=world)
+    else:
+        check_for(recipe, where, read_shape(recipe.model.hf), world_size=world, hardware=of_kind(gpu))
     p = recipe.parallel
     layout = f"TP {p.tensor}, PP {p.pipeline}, CP {p.context}, DP {world // (p.tensor * p.pipeline * p.context)}"
     return Finding("recipe", f"{where}: legal on {world} process{'es' * (world > 1)} ({said}): {layout}")

@@ -39,8 +39,14 @@ def processes(meeting: Meeting) -> Finding:
     return Finding(check, found)
 
 
-def gpus(recipe: Recipe, meeting: Meeting, parts: dict[int, dict], per_node: int | None) -> list[Finding]:
-    """A GPU for each process of a node, all of one kind, and free.  `per_node` overrides how many it takes."""
+def gpus(
+    recipe: Recipe, meeting: Meeting, parts: dict[int, dict], per_node: int | None, elsewhere: str | None
+) -> list[Finding]:
+    """A GPU for each process of a node, all of one kind, and free.
+
+    `per_node` overrides how many it takes; `elsewhere` is the kind of GPU that the run will have, where this
+    is a machine without one.
+    """
     visible: dict[str, dict[str, list]] = {node: {} for node in meeting.leaders}
     wanted = dict.fromkeys(meeting.leaders, per_node or 0)
     shared: list[str] = []
@@ -52,6 +58,8 @@ def gpus(recipe: Recipe, meeting: Meeting, parts: dict[int, dict], per_node: int
         if part["own"] and (node, part["own"]) in taken:
             shared.append(node)
         taken.add((node, part["own"]))
+    if not any(visible.values()) and elsewhere:
+        return [Finding("GPUs", f"none here: the recipe is checked for --gpu {elsewhere}", WARN)]
     if not any(visible.values()):
         if recipe.precision.fp8:
             return [Finding("GPUs", f"no GPU, which precision.fp8={recipe.precision.fp8} needs", FAIL)]
@@ -90,8 +98,11 @@ def smallest_gpu_gib(parts: dict[int, dict]) -> float | None:
     return min((part["visible"][part["own"]][1] for part in parts.values() if part["own"]), default=None)
 
 
-def library_versions(recipe: Recipe, facts: Facts, on_gpu: bool) -> list[Finding]:
-    """Every version that training depends on: there, in the range, loadable, the same on all nodes."""
+def library_versions(recipe: Recipe, facts: Facts, on_gpu: bool, elsewhere: bool) -> list[Finding]:
+    """Every version that training depends on: there, in the range, loadable, the same on all nodes.
+
+    `elsewhere`: the run will be on GPUs that are not here, with the libraries that are there.
+    """
     findings = []
     names = dict.fromkeys(name for fact in facts.values() for name in fact["versions"])
     for name in names:
@@ -105,7 +116,7 @@ def library_versions(recipe: Recipe, facts: Facts, on_gpu: bool) -> list[Finding
             verdict = FAIL
             advice.append(said)
         if not present:
-            missing = _missing(name, recipe, on_gpu)
+            missing = None if elsewhere else _missing(name, recipe, on_gpu)
             if missing is None:
                 continue
             verdict = worst([verdict, missing[0]])
@@ -145,8 +156,8 @@ def _missing(name: str, recipe: Recipe, on_gpu: bool) -> tuple[str, str] | None:
         return FAIL, "install megatron-core 0.16 to 0.19"
     if name == "transformers":
         return FAIL, "install requirements.txt"
-    if name == "Transformer Engine" and (recipe.precision.fp8 or recipe.parallel.context > 1):
-        return FAIL, "precision.fp8 and parallel.context need Transformer Engine 2.9 or later"
+    if name == "Transformer Engine" and recipe.precision.fp8:
+        return FAIL, f"precision.fp8={recipe.precision.fp8} needs 2.9 or later"
     if name == "Transformer Engine" and on_gpu:
         return WARN, "attention and norms run without its fused kernels; NVIDIA's PyTorch container has it"
     return None
@@ -200,14 +211,18 @@ def _shm(facts: Facts, local: int, on_gpu: bool) -> Finding:
     return Finding("/dev/shm", shown)
 
 
-def environment(recipe: Recipe, facts: Facts, on_gpu: bool) -> list[Finding]:
-    """Variables that GPU training wants, and those that slow it down."""
+def environment(recipe: Recipe, facts: Facts, on_gpu: bool, needed: dict[str, str]) -> list[Finding]:
+    """Variables that GPU training wants, and those that slow it down or (`needed`) that it refuses to run with."""
     if not on_gpu:
         return []
     said: dict[str, list[str]] = {}
-    p = recipe.parallel
+    p, verdict = recipe.parallel, WARN
     for node, fact in facts.items():
         e = fact["environment"]
+        for name, value in needed.items():
+            if e.get(name, value) != value:
+                said.setdefault(f"{name}={e[name]} is set, and the recipe needs {name}={value}", []).append(node)
+                verdict = FAIL
         if (p.sequence or p.context > 1) and e.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
             key = "parallel.sequence" if p.sequence else "parallel.context"
             said.setdefault(f"CUDA_DEVICE_MAX_CONNECTIONS=1 is not set ({key})", []).append(node)
@@ -220,7 +235,7 @@ def environment(recipe: Recipe, facts: Facts, on_gpu: bool) -> list[Finding]:
     if not said:
         return [Finding("environment", "as training wants it")]
     lines = [text if len(nodes) == len(facts) else f"{text} on {some(nodes)}" for text, nodes in said.items()]
-    return [Finding("environment", "; ".join(lines), WARN)]
+    return [Finding("environment", "; ".join(lines), verdict)]
 
 
 def gpu_errors(facts: Facts) -> list[Finding]:

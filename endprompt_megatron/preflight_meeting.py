@@ -130,23 +130,37 @@ def connect(launch: Launch, seconds: float, *, serve: bool = True) -> Any:
     if port is None or not port.isdigit():
         said = "is not set" if port is None else f"={port} is not a number"
         raise InputError(f"MASTER_PORT {said}: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
-    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = serve and launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    who = f"rank {launch.rank} on {node_name()}: the rendezvous at {address}:{port} (MASTER_ADDR, MASTER_PORT)"
+    refusal = None if serves else _refusal(address, int(port), seconds)
+    if refusal:
+        raise InputError(
+            f"{who} cannot be reached within {seconds:g} s ({refusal}); is rank 0 there, and the port open between "
+            "nodes?"
+        )
     try:
         store = dist.TCPStore(
-            address,
-            int(port),
-            is_master=serve and launch.rank == 0 and not torchruns,
-            timeout=timedelta(seconds=seconds),
-            wait_for_workers=False,
+            address, int(port), is_master=serves, timeout=timedelta(seconds=seconds), wait_for_workers=False
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0][:150]
-        raise InputError(
-            f"rank {launch.rank} on {node_name()}: the rendezvous at {address}:{port} (MASTER_ADDR, MASTER_PORT) "
-            f"cannot be reached within {seconds:g} s ({reason}); is rank 0 there, and the port open between nodes?"
-        ) from None
+        raise InputError(f"{who} {'cannot be opened' if serves else 'does not answer'} ({reason})") from None
     # torchrun's store outlives a restart.
     return dist.PrefixStore(f"preflight-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _refusal(address: str, port: int, seconds: float) -> str | None:
+    """Why nothing could be connected to within `seconds`; None if it could."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(deadline - time.monotonic(), 0.1)).close()
+            return None
+        except OSError as error:
+            reason = (error.strerror or str(error) or type(error).__name__).lower()
+        if time.monotonic() > deadline - 0.1:
+            return reason
+        time.sleep(0.1)
 
 
 def _now() -> float:

@@ -20,7 +20,7 @@ from endprompt_megatron.runtime import Launch
 # What a GPU run wants from the environment beside what runtime.py sets, and what is left over from debugging.
 ENVIRONMENT = (
     *("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_LAUNCH_BLOCKING"),
-    *("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_DEBUG", "TORCH_DISTRIBUTED_DEBUG"),
+    *("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NVTE_DPA_FP8_RECIPE"),
 )
 
 

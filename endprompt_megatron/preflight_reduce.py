@@ -52,15 +52,15 @@ def _reduce(launch: Launch, seconds: float) -> dict[str, Any]:
     backend = "nccl" if has_cuda() else "gloo"
     # A connection of its own: one that waits for a lost rank would keep the messages of the checks waiting.
     store = dist.PrefixStore("reduce", connect(launch, seconds, serve=False))
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timedelta(seconds=seconds),
-        device_id=device() if has_cuda() else None,
-    )
     try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=seconds),
+            device_id=device() if has_cuda() else None,
+        )
         # Small whole numbers, which float32 adds exactly; a pattern, so that a part in another's place shows.
         pattern = torch.arange(_ELEMENTS[backend], device=device(), dtype=torch.int32).remainder_(7).float()
         total = pattern + (launch.rank + 1)
@@ -77,7 +77,8 @@ def _reduce(launch: Launch, seconds: float) -> dict[str, Any]:
             _wait()
             times.append(time.perf_counter() - started)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return {
         "backend": backend,
         "bytes": total.numel() * total.element_size(),

@@ -6,6 +6,7 @@ python tools/preflight.py recipes/llama3_8b_64k.yaml   (alone: what one process 
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -24,12 +25,15 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, dotted")
     parser.add_argument("--checkpoints", type=int, metavar="N", help="room for N checkpoints; default: what is kept")
     parser.add_argument("--world-size", type=int, metavar="N", help="processes of the run; default: as started")
+    parser.add_argument("--gpu", metavar="KIND", help="check the recipe for h100, h200, ...; default: what is here")
     parser.add_argument("--export", type=Path, metavar="DIR", help="where the export will go; default: beside RUN")
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait for other ranks; default: 120"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_intermixed_args()
+    # Before torch is loaded: what its sockets log, with C++ frames, is said in one line here.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     for name in ("checkpoints", "world_size", "timeout"):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -37,10 +41,14 @@ def main() -> int:
 
     import json
 
+    from endprompt_megatron.hardware import of_kind
     from endprompt_megatron.preflight import Options, leave, run
     from endprompt_megatron.preflight_table import as_json, as_table, verdict_line
 
-    outcome = run(args.recipe, args.overrides, Options(args.checkpoints, args.world_size, args.export, args.timeout))
+    if args.gpu is not None:
+        of_kind(args.gpu)  # said before anything waits
+    options = Options(args.checkpoints, args.world_size, args.export, args.gpu, args.timeout)
+    outcome = run(args.recipe, args.overrides, options)
     if outcome.findings:
         found = outcome.findings
         print(json.dumps(as_json(found), indent=2) if args.json else f"{as_table(found)}\n{verdict_line(found)}")
