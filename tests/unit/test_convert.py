@@ -205,7 +205,8 @@ def test_format_marker_is_megatrons():
 
     from endprompt_megatron.convert.torch_dist import FORMAT
 
-    assert asdict(CheckpointingConfig("torch_dist", 1)) == FORMAT
+    # 0.19 has fewer fields and ignores those it does not know.
+    assert asdict(CheckpointingConfig("torch_dist", 1)).items() <= FORMAT.items()
 
 
 def test_tools_say_what_they_wrote(tmp_path):
