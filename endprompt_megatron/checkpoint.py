@@ -256,7 +256,7 @@ def resume(root: Path, recipe: Recipe, where: str, models: list, optimizer: Any,
     if directory is None:
         return None
     manifest = read_manifest(directory)
-    _refuse_other_recipe(manifest["recipe"] or {}, recipe, where, directory)
+    refuse_other_recipe(manifest["recipe"] or {}, recipe, where, directory)
     checkpoint = Checkpoint(directory)
     weights = weights_of(models)
     read_weights(weights, checkpoint)
@@ -345,7 +345,8 @@ def initialise(source: Path, shape: ModelShape, models: list, optimizer: Any | N
         optimizer.reload_model_params()
 
 
-def _refuse_other_recipe(old: dict, recipe: Recipe, where: str, directory: Path) -> None:
+def refuse_other_recipe(old: dict, recipe: Recipe, where: str, directory: Path) -> None:
+    """Raise InputError if a key that decides steps is another one than in `old`, the checkpoint's recipe."""
     new = recipe.as_dict()
     for key in _FIXED:
         before, now = _get(old, key), _get(new, key)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron import preflight_cluster as cluster
+from endprompt_megatron import preflight_memory, preflight_reduce, preflight_shared
 from endprompt_megatron import preflight_node as node
-from endprompt_megatron import preflight_reduce, preflight_shared
 from endprompt_megatron.config import Recipe, load_recipe
 from endprompt_megatron.errors import EXIT_INPUT, InputError
 from endprompt_megatron.preflight_meeting import Meeting
@@ -86,7 +86,8 @@ def _run(recipe: Recipe, where: str, options: Options, meeting: Meeting, launch:
     reduced = meeting.gather("reduce", meeting.nodes, meeting.seconds + 15)
     findings = [cluster.processes(meeting), *_silent(meeting, facts)]
     findings += _machine(recipe, where, options, meeting, facts, parts)
-    findings += [*shared, cluster.clock(meeting, offsets)]
+    findings += [*shared, *checked(preflight_shared.HELD, preflight_shared.lock, recipe.run_dir)]
+    findings += [cluster.clock(meeting, offsets)]
     findings += checked(preflight_reduce.CHECK, preflight_reduce.judge, meeting, reduced, _link(meeting))
     findings += _files(recipe, options)
     code = exit_code(findings)
@@ -114,6 +115,7 @@ def _machine(recipe: Recipe, where: str, options: Options, meeting: Meeting, fac
     per_node = None if options.world_size is None else -(-options.world_size // len(meeting.leaders))
     findings = checked("recipe", _legal, recipe, where, world, said, options.gpu)
     findings += checked("GPUs", cluster.gpus, recipe, meeting, parts, per_node, options.gpu)
+    findings += checked(preflight_memory.CHECK, preflight_memory.fits, recipe, world, parts, options.gpu)
     findings += cluster.gpu_errors(facts)
     findings += cluster.library_versions(recipe, facts, on_gpu, elsewhere=options.gpu is not None and not on_gpu)
     findings += cluster.limits(meeting, facts, on_gpu)

@@ -93,11 +93,6 @@ def _free_memory(meeting: Meeting, parts: dict[int, dict], visible: dict) -> Fin
     return Finding("GPU memory", f"at least {least:.1f} GiB free on each")
 
 
-def smallest_gpu_gib(parts: dict[int, dict]) -> float | None:
-    """Memory of the smallest GPU that a rank would train on; None on CPUs."""
-    return min((part["visible"][part["own"]][1] for part in parts.values() if part["own"]), default=None)
-
-
 def library_versions(recipe: Recipe, facts: Facts, on_gpu: bool, elsewhere: bool) -> list[Finding]:
     """Every version that training depends on: there, in the range, loadable, the same on all nodes.
 

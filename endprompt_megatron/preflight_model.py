@@ -122,9 +122,19 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
     root = recipe.run_dir / "checkpoints"
     newest = layout.newest_iteration(root)
     if newest is not None:
+        from endprompt_megatron.checkpoint import refuse_other_recipe
+
         directory = layout.iteration_dir(root, newest)
-        held = _whole(directory)
-        return Finding(CONVERTED, f"{directory}: {in_words(held)}; the run goes on from step {newest}")
+        refuse_other_recipe(layout.read_manifest(directory)["recipe"] or {}, recipe, "recipe", directory)
+        try:
+            held = _whole(directory)
+        except InputError as error:
+            before = layout.complete_iterations(root)[-2:-1]
+            if not before:
+                raise
+            return Finding(CONVERTED, f"{error}: the run goes back to step {before[0]}", WARN)
+        goes_on = f"the run goes on from step {newest} of {recipe.train.steps}"
+        return Finding(CONVERTED, f"{directory}: {in_words(held)}; {goes_on}")
     if recipe.model.init_from is None:
         raise InputError("model.init_from is missing; give what tools/convert_hf_to_megatron.py wrote")
     directory = converted_at(recipe)
@@ -135,7 +145,6 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
             f"{recipe.model.hf} --out {recipe.model.init_from} makes it",
             WARN,
         )
-    layout.read_manifest(directory)
     own = read_shape(directory / layout.HF_DIRECTORY)
     for name in "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size tied_embeddings".split():
         if getattr(own, name) != getattr(shape, name):
@@ -151,6 +160,13 @@ def _whole(directory: Path) -> int:
     """Bytes of a torch_dist checkpoint.  Raises InputError if a file lacks bytes that its metadata counts on."""
     from torch.distributed.checkpoint import FileSystemReader
 
+    short = [
+        name
+        for name, file in (layout.read_manifest(directory).get("files") or {}).items()
+        if not (directory / name).is_file() or (directory / name).stat().st_size != file["bytes"]
+    ]
+    if short:
+        raise InputError(f"{directory}: {some(short)}: missing or cut short; the checkpoint is damaged")
     if not (directory / ".metadata").is_file():
         raise InputError(f"{directory}: .metadata is missing; the checkpoint is damaged, make it again")
     try:

@@ -1,4 +1,4 @@
-"""The run's directory: every node can write it, and every node sees what the others write.
+"""The run's directory: no other job uses it, every node can write it and sees what the others write.
 
 Each node's first rank writes and fsyncs a file of its own under RUN and then looks for everyone else's.
 Nothing stays behind: neither the files nor a directory that was made for them.
@@ -6,13 +6,14 @@ Nothing stays behind: neither the files nor a directory that was made for them.
 
 import contextlib
 import os
+import sys
 import time
 from pathlib import Path
 
 from endprompt_megatron.preflight_meeting import Meeting
 from endprompt_megatron.preflight_table import FAIL, NOT_RUN, OK, WARN, Finding, some
 
-WRITING, SHARED = "run directory", "shared file system"
+WRITING, SHARED, HELD = "run directory", "shared file system", "run lock"
 _SLOW = 5.0  # seconds of one small write with fsync
 _PATIENCE = 5.0  # seconds until a network file system may show what another node wrote
 
@@ -46,6 +47,22 @@ def share(meeting: Meeting, run_dir: Path, patience: float = _PATIENCE) -> list[
         with contextlib.suppress(OSError):
             directory.rmdir()
     return [_writing(meeting, run_dir, wrote), _sharing(meeting, wrote, unseen)] if meeting.rank == 0 else []
+
+
+def lock(run_dir: Path) -> Finding:
+    """Whether a job that starts now could have RUN: taken and given back where another has been.
+
+    Raises InputError, naming the holder.  It may watch a holder that went without a word for some seconds.
+    """
+    from endprompt_megatron.run_lock import RunLock
+
+    if not (run_dir / "lock").exists():
+        return Finding(HELD, "no other job uses it")
+    taken = RunLock(run_dir)
+    with contextlib.redirect_stdout(sys.stderr):  # what it says while it watches is not part of the table
+        taken.acquire()
+    taken.release()
+    return Finding(HELD, "no other job uses it any more")
 
 
 def _file(place: Path, rank: int) -> Path:

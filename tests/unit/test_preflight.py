@@ -3,23 +3,32 @@
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small import assert_one_line_error, edit_json, file_system_of, run_tool, small_llama
+from small import ROOT, assert_one_line_error, edit_json, file_system_of, run_tool, small_llama
 
 from endprompt_megatron import preflight
 from endprompt_megatron.config import load_recipe
-from endprompt_megatron.convert.layout import write_manifest
 from endprompt_megatron.preflight import Options
 from endprompt_megatron.preflight_disk import checkpoint_bytes, checkpoints_kept
+from endprompt_megatron.preflight_memory import fits
 from endprompt_megatron.preflight_table import FAIL, NOT_RUN, OK, WARN
 from endprompt_megatron.shape import read_shape
 
 EVERY_CHECK = {
     *("processes", "recipe", "GPUs", "torch", "Megatron-Core", "open files (ulimit -n)", "/dev/shm", "run directory"),
-    *("shared file system", "clock skew", "all-reduce", "HF checkpoint", "converted checkpoint", "tokenizer"),
+    *(
+        "run lock",
+        "shared file system",
+        "clock skew",
+        "all-reduce",
+        "HF checkpoint",
+        "converted checkpoint",
+        "tokenizer",
+    ),
     *("data.train", "free disk"),
 }
 
@@ -326,15 +335,62 @@ def test_the_predicted_size_of_a_checkpoint_is_the_size_of_one(place, extend, mo
     assert held == pytest.approx(predicted, rel=0.1)  # tensors of 64 numbers beside their headers
 
 
-def test_a_run_that_goes_on_is_said(place, at):
-    root = place / "run/checkpoints"
-    shutil.copytree(place / CONVERTED, root / "iter_0000007")
-    write_manifest(
-        root / "iter_0000007", step=7, consumed_samples=56, recipe={}, vocab_size=320, dtype="float32", source="hf"
-    )
+def test_a_run_that_goes_on_is_said_and_must_be_of_this_recipe(place, at, extend):
+    ran = extend(place, "recipe.yaml", "train.steps=3")
+    assert ran.returncode == 0, ran.stderr
     found, code = at(place)
     assert (code, found["converted checkpoint"].verdict) == (0, OK)
-    assert "goes on from step 7" in found["converted checkpoint"].found
+    assert "goes on from step 3 of 10" in found["converted checkpoint"].found
+    found, code = at(place, "context.method=pose")
+    assert (code, found["converted checkpoint"].verdict) == (2, FAIL)
+    assert "context.method=pose but run/checkpoints/iter_0000003 was trained with end_prompt" in (
+        found["converted checkpoint"].found
+    )
+
+
+def test_a_damaged_newest_checkpoint_goes_back_to_the_one_before(place, at, extend):
+    ran = extend(place, "recipe.yaml", "train.steps=4", "checkpoint.interval=2", "optim.warmup_steps=1")
+    assert ran.returncode == 0, ran.stderr
+    cut(place / "run/checkpoints/iter_0000004/__0_0.distcp", 10)
+    found, code = at(place)
+    assert (code, found["converted checkpoint"].verdict) == (0, WARN)
+    assert "iter_0000004: __0_0.distcp: missing or cut short" in found["converted checkpoint"].found
+    assert "goes back to step 2" in found["converted checkpoint"].found
+    shutil.rmtree(place / "run/checkpoints/iter_0000002")
+    found, code = at(place)
+    assert (code, found["converted checkpoint"].verdict) == (2, FAIL)
+
+
+def test_a_run_directory_in_use_is_refused_and_one_that_was_left_is_not(place, at):
+    holder = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import time\n"
+    holder += "from endprompt_megatron.run_lock import RunLock\n"
+    holder += "RunLock(Path('run')).acquire(); print('held', flush=True); time.sleep(120)"
+    other = subprocess.Popen([sys.executable, "-c", holder, str(ROOT)], cwd=place, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        found, code = at(place)
+        assert (code, found["run lock"].verdict) == (2, FAIL)
+        assert f"in use by process {other.pid}" in found["run lock"].found
+    finally:
+        other.kill()
+        other.wait()
+    found, code = at(place)
+    assert (code, found["run lock"].verdict) == (0, OK)
+
+
+@pytest.mark.parametrize(
+    ("gib", "verdict", "words"),
+    [(79.6, OK, "79.6 GiB on the smallest GPU"), (3.0, WARN, "closer than"), (0.5, FAIL, "tools/plan.py")],
+)
+def test_the_plan_must_fit_the_smallest_gpu(place, monkeypatch, gib, verdict, words):
+    monkeypatch.chdir(place)
+    parts = {rank: {"visible": {"a": ["big", 90.0], "b": ["H100", gib]}, "own": "ab"[rank]} for rank in (0, 1)}
+    (finding,) = fits(load_recipe("recipe.yaml"), 2, parts, None)
+    assert finding.verdict == verdict, finding
+    assert words in finding.found
+    (finding,) = fits(load_recipe("recipe.yaml"), 2, {0: {"visible": {}, "own": None}}, "h100")
+    assert (finding.verdict, "on --gpu h100" in finding.found) == (OK, True)
+    assert fits(load_recipe("recipe.yaml"), 2, {0: {"visible": {}, "own": None}}, None) == []
 
 
 def test_a_large_dataset_is_sampled(place, at, monkeypatch):
