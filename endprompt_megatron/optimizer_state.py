@@ -67,8 +67,7 @@ def read_state(optimizer: ChainedOptimizer, weights: list[Weight], checkpoint: C
             loaded[name] = value.to(current.device)
         if isinstance(part.optimizer, torch.optim.AdamW):
             loaded["step"] = torch.tensor(float(updates))
-        with torch.no_grad():
-            part._set_main_param_and_optimizer_states(parameter, loaded)
+        _set_states(part, parameter, loaded)
     for part in _parts(optimizer):
         if not isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:  # where fused AdamWs count
@@ -107,7 +106,33 @@ def _states(part: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]
     Moments of lower precision come without their scales, in float32 or bfloat16, as fused AdamW hands them out.
     """
     states = part._get_main_param_and_optimizer_states(parameter)
+    if _scaled_by_inner(part):
+        inner, main = part.optimizer, states["param"]
+        states = {
+            "param": main,
+            **{name: inner.get_unscaled_state(main, name) for name in inner.state[main] if name != "step"},
+        }
     return {name: value for name, value in states.items() if name != "step" and isinstance(value, torch.Tensor)}
+
+
+@torch.no_grad()
+def _set_states(part: Any, parameter: torch.nn.Parameter, states: dict[str, torch.Tensor]) -> None:
+    if not _scaled_by_inner(part):
+        part._set_main_param_and_optimizer_states(parameter, states)
+        return
+    main = part._get_main_param_and_optimizer_states(parameter)["param"]
+    main.copy_(states.pop("param"))
+    for name, value in states.items():
+        part.optimizer.set_scaled_state(main, name, value)
+
+
+def _scaled_by_inner(part: Any) -> bool:
+    """Whether Megatron keeps the master weights and fused AdamW moments with scales (FP8 but for delayed scaling).
+
+    Megatron then hands the moments out as they lie in memory, which without their scales means nothing.
+    """
+    config = part.config
+    return config.use_precision_aware_optimizer and not config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
 
 
 def _flat_state(part: Any, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
