@@ -73,4 +73,4 @@ def test_weighted_loss_is_the_sum_of_the_shares(size):
         weighted_loss(zigzag_slice(losses, rank, size, 1), zigzag_slice(weights, rank, size, 1), total)
         for rank in range(size)
     ]
-    assert float(sum(parts)) == pytest.approx(float((losses * weights).sum() / total), rel=1e-12)
+    assert float(sum(parts)) == pytest.approx(float((losses * weights).sum() / total), rel=1e-6)
