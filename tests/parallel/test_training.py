@@ -92,7 +92,16 @@ def logits_of(recipe, tokens, positions):
     return kept[0].numpy() if last else None
 
 
-@pytest.mark.parametrize("layout", [(1, []), (4, TP2_PP2), (2, [])], ids=["tp1-pp1", "tp2-pp2-sp", "dp2"])
+LAYOUTS = {
+    "tp1-pp1": (1, []),
+    "tp2-pp2-sp": (4, TP2_PP2),
+    "dp2": (2, []),
+    "dp2-overlap": (2, ["parallel.overlap_grad_reduce=true"]),
+    "cp2-dp2": (4, ["parallel.context=2"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_ten_steps_equal_torch_adamw_on_huggingface(ranks, model, layout):
     import torch
 
