@@ -65,7 +65,7 @@ def ours(directory: Path, overrides: list[str]):
     from endprompt_megatron import runtime, te
     from endprompt_megatron.config import load_recipe
     from endprompt_megatron.hardware import here
-    from endprompt_megatron.rules import check
+    from endprompt_megatron.rules.check import check
 
     path = directory / "recipe.yaml"
     path.write_text(
@@ -80,7 +80,7 @@ def ours(directory: Path, overrides: list[str]):
 
     from endprompt_megatron.model import build_model
     from endprompt_megatron.optimizer import build_optimizer, update, wrap_models, zero_grad
-    from endprompt_megatron.plan import flops_per_token
+    from endprompt_megatron.plan.estimate import flops_per_token
     from endprompt_megatron.rope import scaled_config
     from endprompt_megatron.step import run_batch
 
@@ -106,7 +106,7 @@ def transformers_step(directory: Path):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from endprompt_megatron.config import load_recipe
-    from endprompt_megatron.plan import flops_per_token
+    from endprompt_megatron.plan.estimate import flops_per_token
     from endprompt_megatron.shape import read_shape
 
     values = json.loads((directory / "config.json").read_text())

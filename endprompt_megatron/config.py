@@ -1,7 +1,7 @@
 """The recipe: what a run is, as typed dataclasses, read from YAML with dotted overrides.
 
 Unknown keys, wrong types and values that can never be right end in one line that names the key, the value
-and what would be legal; rules.py does the same for what depends on the model and the number of processes.
+and what would be legal; rules/ does the same for what depends on the model and the number of processes.
 A recipe may say `inherit: other.yaml` and then holds only what differs.  Read by all; imports
 positions.py and shape.py alone.
 """

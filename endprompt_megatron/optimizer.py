@@ -16,8 +16,8 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from endprompt_megatron.checkpoint.optimizer import torch_adamw
 from endprompt_megatron.config import Recipe
-from endprompt_megatron.optimizer_state import torch_adamw
 from endprompt_megatron.runtime import has_cuda
 
 

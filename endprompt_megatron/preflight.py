@@ -108,7 +108,7 @@ def _silent(meeting: Meeting, facts: dict) -> list[Finding]:
 def _machine(recipe: Recipe, where: str, options: Options, meeting: Meeting, facts: dict, parts: dict) -> list[Finding]:
     """Whether the recipe is legal here, and the machines as training wants them."""
     from endprompt_megatron.hardware import here
-    from endprompt_megatron.rules_precision import attention_environment
+    from endprompt_megatron.rules.precision import attention_environment
 
     on_gpu = any(part["visible"] for part in parts.values())
     world, said = processes_of_the_run(recipe, meeting, options)
@@ -141,7 +141,7 @@ def processes_of_the_run(recipe: Recipe, meeting: Meeting, options: Options) -> 
 def _legal(recipe: Recipe, where: str, world: int, said: str, gpu: str | None) -> Finding:
     """Every rule, for this machine or for a kind of GPU that is not here, as on a login node."""
     from endprompt_megatron.hardware import of_kind
-    from endprompt_megatron.rules import check, check_for
+    from endprompt_megatron.rules.check import check, check_for
 
     if gpu is None:
         check(recipe, where, world_size=world)

@@ -3,7 +3,7 @@
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import engine_version, of_kind
-from endprompt_megatron.plan_memory import GIB, memory
+from endprompt_megatron.plan.memory import GIB, memory
 from endprompt_megatron.preflight_table import FAIL, NOT_RUN, OK, WARN, Finding
 from endprompt_megatron.shape import read_shape
 

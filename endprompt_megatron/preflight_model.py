@@ -122,7 +122,7 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
     root = recipe.run_dir / "checkpoints"
     newest = layout.newest_iteration(root)
     if newest is not None:
-        from endprompt_megatron.checkpoint import refuse_other_recipe
+        from endprompt_megatron.checkpoint.resume import refuse_other_recipe
 
         directory = layout.iteration_dir(root, newest)
         refuse_other_recipe(layout.read_manifest(directory)["recipe"] or {}, recipe, "recipe", directory)

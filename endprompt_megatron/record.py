@@ -13,7 +13,7 @@ from endprompt_megatron.checkpoint import Progress
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import write_text
-from endprompt_megatron.plan import flops_per_token
+from endprompt_megatron.plan.estimate import flops_per_token
 from endprompt_megatron.runtime import is_first, peak_flops, peak_memory_gib, world_size
 from endprompt_megatron.shape import ModelShape
 from endprompt_megatron.step import Losses

@@ -1,6 +1,6 @@
 """What Transformer Engine must be told outside its layers: environment variables and shared buffers.
 
-The layers themselves are Megatron-Core's (model.py), and what is legal is in rules_precision.py.
+The layers themselves are Megatron-Core's (model.py), and what is legal is in rules/precision.py.
 """
 
 import os
@@ -8,7 +8,7 @@ import os
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
-from endprompt_megatron.rules_precision import attention_environment
+from endprompt_megatron.rules.precision import attention_environment
 from endprompt_megatron.shape import ModelShape
 
 

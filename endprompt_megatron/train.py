@@ -13,7 +13,7 @@ from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
 from endprompt_megatron.files import read_json
 from endprompt_megatron.hardware import here
-from endprompt_megatron.rules import check
+from endprompt_megatron.rules.check import check
 from endprompt_megatron.run_lock import RunLock
 from endprompt_megatron.shape import ModelShape
 from endprompt_megatron.signals import StopSignal

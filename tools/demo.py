@@ -7,7 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron import demo, demo_assets, demo_summary
+from endprompt_megatron.demo import assets as demo_assets
+from endprompt_megatron.demo import run as demo
+from endprompt_megatron.demo import summary as demo_summary
 from endprompt_megatron.errors import run_cli
 
 

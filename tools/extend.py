@@ -24,7 +24,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()  # overrides may stand on both sides of --processes
 
     from endprompt_megatron.config import load_recipe
-    from endprompt_megatron.rules import check
+    from endprompt_megatron.rules.check import check
 
     if args.processes < 1:
         raise InputError(f"--processes {args.processes}: should be at least 1")

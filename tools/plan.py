@@ -41,10 +41,10 @@ def main() -> None:
 
     from endprompt_megatron.config import load_recipe
     from endprompt_megatron.hardware import of_kind
-    from endprompt_megatron.plan import make_plan
-    from endprompt_megatron.plan_page import page, search_table
-    from endprompt_megatron.plan_search import search
-    from endprompt_megatron.published import shape_for
+    from endprompt_megatron.plan.estimate import make_plan
+    from endprompt_megatron.plan.page import page, search_table
+    from endprompt_megatron.plan.published import shape_for
+    from endprompt_megatron.plan.search import search
 
     hardware = of_kind(args.gpu)
     recipe = load_recipe(args.recipe, args.overrides)

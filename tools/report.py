@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the directory that extend.py wrote")
     parser.add_argument("--control", type=Path, metavar="RUN2", help="a run to stand beside it, method `short`")
     options = parser.parse_args()
-    from endprompt_megatron.report import write_report
+    from endprompt_megatron.report.page import write_report
 
     print(write_report(options.run, options.control))
 

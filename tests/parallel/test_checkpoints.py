@@ -7,7 +7,7 @@ import pytest
 from parallel.cases import build, exported, make_samples, micro_batches, recipe_for
 from small import small_llama
 
-from endprompt_megatron.checkpoint_state import boxes
+from endprompt_megatron.checkpoint.weights import boxes
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.convert.torch_dist import Checkpoint
 from endprompt_megatron.shape import read_shape
@@ -119,7 +119,7 @@ def load_with_megatron(recipe, directory):
     from megatron.core import dist_checkpointing
     from megatron.core.utils import unwrap_model
 
-    from endprompt_megatron.checkpoint_state import read_weights, weights_of
+    from endprompt_megatron.checkpoint.weights import read_weights, weights_of
 
     _, models, _, _ = build(recipe)
     (chunk,) = unwrap_model(models)
@@ -167,8 +167,8 @@ def memory_of_a_save(recipe, root):
     import psutil
 
     from endprompt_megatron import checkpoint
-    from endprompt_megatron.checkpoint_state import stored_weights, weights_of
-    from endprompt_megatron.optimizer_state import stored_state
+    from endprompt_megatron.checkpoint.optimizer import stored_state
+    from endprompt_megatron.checkpoint.weights import stored_weights, weights_of
 
     shape, models, optimizer, scheduler = build(recipe)
     weights = weights_of(models)

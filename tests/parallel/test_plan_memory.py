@@ -6,8 +6,8 @@ from small import small_llama
 
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.plan_memory import chunk_activations, layer_activations, layer_input, memory, optimizer_bytes
-from endprompt_megatron.published import CONFIGS
+from endprompt_megatron.plan.memory import chunk_activations, layer_activations, layer_input, memory, optimizer_bytes
+from endprompt_megatron.plan.published import CONFIGS
 from endprompt_megatron.shape import read_shape, shape_of
 
 LAYOUTS = {

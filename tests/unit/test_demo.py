@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from small import assert_one_line_error, run_tool
 
-from endprompt_megatron import demo, demo_assets, demo_summary
 from endprompt_megatron.config import load_recipe
+from endprompt_megatron.demo import assets as demo_assets
+from endprompt_megatron.demo import run as demo
+from endprompt_megatron.demo import summary as demo_summary
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.rules import check
+from endprompt_megatron.rules.check import check
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -195,7 +197,7 @@ def test_control_c_lets_the_training_write_its_checkpoint(tmp_path):
         "time.sleep(60)\n"
     )
     driver = (
-        "import sys; from pathlib import Path; from endprompt_megatron import demo\n"
+        "import sys; from pathlib import Path; from endprompt_megatron.demo import run as demo\n"
         f"directory = Path({str(tmp_path)!r})\n"
         f"step = demo.Step('train', 't', ['python', {str(training)!r}], [directory / 'run'], resumes=True)\n"
         "demo.steps = lambda *_: [step]\nsys.exit(demo.run(demo.Knobs(directory=directory)))\n"

@@ -114,11 +114,11 @@ LAYOUT = {
     ".": "Makefile README.md benchmarks constraints.txt docs pyproject.toml recipes requirements.txt "
     "requirements-dev.txt requirements-gpu.txt .ci/run",
     "endprompt_megatron": "positions.py prompts.py rope.py config.py model.py attention.py data train.py loss.py "
-    "checkpoint.py convert evaluate runtime.py cpu.py report.py demo.py plan.py published.py",
+    "checkpoint convert evaluate runtime.py cpu.py report demo plan rules watch.py run_lock.py te.py hardware.py",
     "recipes": "llama3_8b_64k.yaml smollm2_135m_demo.yaml",
     "tests": "unit parallel",
     "tools": "convert_hf_to_megatron.py convert_megatron_to_hf.py prepare_data.py extend.py evaluate.py report.py "
-    "coverage.py demo.py plan.py",
+    "coverage.py demo.py plan.py preflight.py",
 }
 
 

@@ -9,9 +9,9 @@ from unit.test_shape import MODELS, config
 from benchmarks.plan import PUBLISHED, predicted, published_tokens
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.hardware import of_kind
-from endprompt_megatron.plan import estimate, flops_per_token
-from endprompt_megatron.plan_memory import layer_activations, memory, peak_in_flight
-from endprompt_megatron.published import CONFIGS, published_config
+from endprompt_megatron.plan.estimate import estimate, flops_per_token
+from endprompt_megatron.plan.memory import layer_activations, memory, peak_in_flight
+from endprompt_megatron.plan.published import CONFIGS, published_config
 from endprompt_megatron.shape import shape_of
 
 

@@ -9,10 +9,10 @@ import subprocess
 import pytest
 import small
 
-from endprompt_megatron import report_run
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.evaluate import perplexity
-from endprompt_megatron.report import write_report
+from endprompt_megatron.report import run as report_run
+from endprompt_megatron.report.page import write_report
 
 RECIPE = """
 model: {hf: /nowhere/<b>model</b>}

@@ -9,10 +9,10 @@ from endprompt_megatron.config import load_recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import GPUS, Hardware, of_kind
 from endprompt_megatron.pipeline import chunk_layers
-from endprompt_megatron.plan import estimate
-from endprompt_megatron.published import published_config
-from endprompt_megatron.rules import check_for
-from endprompt_megatron.rules_precision import attention_environment
+from endprompt_megatron.plan.estimate import estimate
+from endprompt_megatron.plan.published import published_config
+from endprompt_megatron.rules.check import check_for
+from endprompt_megatron.rules.precision import attention_environment
 from endprompt_megatron.shape import ModelShape, shape_of
 
 BASE = """

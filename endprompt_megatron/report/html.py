@@ -12,7 +12,7 @@ class Figures:
 
     def figure(self, draw: Callable, title: str, caption: str = "", size: tuple[float, float] = (5.2, 3.1)) -> str:
         """A <figure> of what `draw(axes)` draws."""
-        from endprompt_megatron.report_plots import svg
+        from endprompt_megatron.report.plots import svg
 
         self.count += 1
         below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""

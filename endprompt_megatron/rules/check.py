@@ -2,7 +2,7 @@
 
 `check` ends in one line that names the key, the value and what would be legal.  What can be said without
 the model's shape and the number of processes, config.py says when it reads the recipe; the rules of
-parallel layouts are in rules_layout.py, those of FP8 and Transformer Engine in rules_precision.py.
+parallel layouts are in layout.py, those of FP8 and Transformer Engine in precision.py.
 """
 
 import os
@@ -13,8 +13,8 @@ from endprompt_megatron.config import Recipe, one_of
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
 from endprompt_megatron.positions import WITH_PROMPT
-from endprompt_megatron.rules_layout import check_layout
-from endprompt_megatron.rules_precision import check_precision
+from endprompt_megatron.rules.layout import check_layout
+from endprompt_megatron.rules.precision import check_precision
 from endprompt_megatron.shape import ModelShape, read_shape
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from endprompt_megatron.config import Parallel, Recipe
-from endprompt_megatron.plan import Estimate, Plan
-from endprompt_megatron.plan_memory import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL_GIB
-from endprompt_megatron.plan_time import EFFICIENCY, NODE
+from endprompt_megatron.plan.estimate import Estimate, Plan
+from endprompt_megatron.plan.memory import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL_GIB
+from endprompt_megatron.plan.time import EFFICIENCY, NODE
 
 WIDTH = 120
 _METHODS = {"end_prompt": "EndPrompt", "end_prompt_random": "EndPrompt, random place", "pose": "PoSE"} | {

@@ -10,7 +10,7 @@ from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Gpu
 from endprompt_megatron.pipeline import chunk_layers
-from endprompt_megatron.plan_memory import fp8_share, layer_input, layer_parameters, stage_parameters
+from endprompt_megatron.plan.memory import fp8_share, layer_input, layer_parameters, stage_parameters
 from endprompt_megatron.shape import ModelShape
 
 NODE = 8  # GPUs that NVLink joins

@@ -4,13 +4,13 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
-from endprompt_megatron import rules
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
-from endprompt_megatron.plan import Estimate, estimate
-from endprompt_megatron.plan_memory import GIB, memory, optimizer_bytes, stage_parameters
-from endprompt_megatron.plan_time import NODE
+from endprompt_megatron.plan.estimate import Estimate, estimate
+from endprompt_megatron.plan.memory import GIB, memory, optimizer_bytes, stage_parameters
+from endprompt_megatron.plan.time import NODE
+from endprompt_megatron.rules import check as rules
 from endprompt_megatron.shape import ModelShape
 
 MOST_GPUS = 16384

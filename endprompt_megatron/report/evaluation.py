@@ -5,8 +5,8 @@ from html import escape
 from endprompt_megatron.evaluate import plots
 from endprompt_megatron.evaluate.plots import of_suite
 from endprompt_megatron.evaluate.tables import loss_text, perplexity_text
-from endprompt_megatron.report_html import Figures, group, missing
-from endprompt_megatron.report_run import Run
+from endprompt_megatron.report.html import Figures, group, missing
+from endprompt_megatron.report.run import Run
 
 ORDER = ("baseline", "untrained", "control", "extended")
 EVALUATE = "python tools/evaluate.py --hf RUN/hf --baseline DIR --lengths 4096,8192 --text FILE --out RUN/evaluation"
@@ -79,7 +79,7 @@ def text_quality(run: Run, figures: Figures) -> str:
     title = "<h2>Held-out text</h2>"
     if run.evaluation is None or not of_suite(run.evaluation, "perplexity"):
         return title + missing("Perplexity was not measured.")
-    from endprompt_megatron.report_plots import PAGE
+    from endprompt_megatron.report.plots import PAGE
 
     evaluation = run.evaluation
     drawn = [
@@ -136,7 +136,7 @@ def heat(cells: list[dict]) -> str:
 
 def virtual(run: Run, figures: Figures) -> str:
     """The virtual-distance probe, after and during training."""
-    from endprompt_megatron.report_plots import PAGE, virtual_over_training
+    from endprompt_megatron.report.plots import PAGE, virtual_over_training
 
     title, drawn = "<h2>Virtual distance</h2>", []
     evaluation = run.evaluation

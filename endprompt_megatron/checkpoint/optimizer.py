@@ -1,7 +1,7 @@
 """The optimizer's state in a checkpoint: master weights and moments, by their parameters' global shapes.
 
 The distributed optimizer gives each data-parallel rank ranges of the flattened parameters.  Each rank
-stores, and reads, the boxes that make up its own ranges (checkpoint_state.boxes): no rank gathers another's
+stores, and reads, the boxes that make up its own ranges (weights.boxes): no rank gathers another's
 state, all of them write at once, and any layout finds its ranges among the stored boxes.  Names and shapes
 are those of Megatron's `fully_reshardable` form; that form itself gathers everything into buffers first.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
-from endprompt_megatron.checkpoint_state import Weight, boxes
+from endprompt_megatron.checkpoint.weights import Weight, boxes
 from endprompt_megatron.convert.torch_dist import Checkpoint, Stored
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.runtime import device

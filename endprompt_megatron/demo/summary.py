@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt_megatron.demo import LONGEST_READ, ROOT, WINDOW, Knobs
+from endprompt_megatron.demo.run import LONGEST_READ, ROOT, WINDOW, Knobs
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json
 

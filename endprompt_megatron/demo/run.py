@@ -3,7 +3,7 @@
 `steps` lists the commands in order (pure: it only builds them); `run` carries out those that are not done
 yet and prints each before it runs it, so that whoever watches learns the path.  A step leaves a record of
 its command when it succeeded; the same command with the same steps before it is not run twice, and a
-training that was interrupted goes on from its newest checkpoint.  demo_summary.py says what came out.
+training that was interrupted goes on from its newest checkpoint.  summary.py says what came out.
 """
 
 import hashlib

@@ -1,17 +1,17 @@
 """What a recipe costs before it runs: FLOPs, memory a GPU, time, GPU-hours, and what full length would cost.
 
-`make_plan` puts together plan_memory.py and plan_time.py for a shape, a recipe and a number of GPUs;
-plan_search.py looks for layouts, plan_page.py prints.  Arithmetic; no torch, no Megatron.
+`make_plan` puts together memory.py and time.py for a shape, a recipe and a number of GPUs;
+search.py looks for layouts, page.py prints.  Arithmetic; no torch, no Megatron.
 """
 
 from dataclasses import asdict, dataclass
 
-from endprompt_megatron import rules
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Gpu, Hardware
-from endprompt_megatron.plan_memory import GIB, StageMemory, memory
-from endprompt_megatron.plan_time import EFFICIENCY, NODE, Clock, Work
+from endprompt_megatron.plan.memory import GIB, StageMemory, memory
+from endprompt_megatron.plan.time import EFFICIENCY, NODE, Clock, Work
+from endprompt_megatron.rules import check as rules
 from endprompt_megatron.shape import ModelShape
 
 
@@ -179,7 +179,7 @@ def make_plan(
 
     Raises InputError where the recipe is not legal on them.
     """
-    from endprompt_megatron.plan_search import full_length, remedies
+    from endprompt_megatron.plan.search import full_length, remedies
 
     if hardware.gpu is None:
         raise InputError(f"{where}: a plan is for GPUs; choose a kind with --gpu")

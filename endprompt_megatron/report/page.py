@@ -11,10 +11,10 @@ from pathlib import Path
 from endprompt_megatron import __version__
 from endprompt_megatron.evaluate.plots import of_suite
 from endprompt_megatron.files import disk_errors, write_text
-from endprompt_megatron.report_evaluation import passkey, results, text_quality, virtual
-from endprompt_megatron.report_html import Figures, group, missing
-from endprompt_megatron.report_run import Run, distance_coverage, read_run
-from endprompt_megatron.report_style import CSS
+from endprompt_megatron.report.evaluation import passkey, results, text_quality, virtual
+from endprompt_megatron.report.html import Figures, group, missing
+from endprompt_megatron.report.run import Run, distance_coverage, read_run
+from endprompt_megatron.report.style import CSS
 
 
 def write_report(directory: Path, control: Path | None = None) -> Path:
@@ -93,7 +93,7 @@ def header(run: Run) -> str:
 
 def training(run: Run, figures: Figures) -> str:
     """Losses large; learning rate, gradient norm, speed and memory small."""
-    from endprompt_megatron.report_plots import PAGE, losses, small
+    from endprompt_megatron.report.plots import PAGE, losses, small
 
     title = "<h2>Training</h2>"
     if not run.steps:
@@ -135,7 +135,7 @@ def training(run: Run, figures: Figures) -> str:
 
 def distances(run: Run, figures: Figures) -> str:
     """Which relative distances the training saw."""
-    from endprompt_megatron.report_plots import PAGE, coverage
+    from endprompt_megatron.report.plots import PAGE, coverage
 
     title = "<h2>Distances trained</h2>"
     found = distance_coverage(run)

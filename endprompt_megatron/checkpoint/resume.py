@@ -1,0 +1,149 @@
+"""Find the newest checkpoint that is whole and go on from it; or begin from converted weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from endprompt_megatron import runtime
+from endprompt_megatron.checkpoint import files as on_disk
+from endprompt_megatron.checkpoint.optimizer import read_state
+from endprompt_megatron.checkpoint.progress import Progress
+from endprompt_megatron.checkpoint.weights import read_objects, read_weights, weights_of
+from endprompt_megatron.config import Recipe
+from endprompt_megatron.convert.layout import (
+    MANIFEST,
+    complete_iterations,
+    find_checkpoint,
+    iteration_dir,
+    read_manifest,
+)
+from endprompt_megatron.convert.torch_dist import Checkpoint
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.shape import ModelShape, read_shape
+
+# Keys that decide what a step does.  A run that goes on with others would be neither one nor the other.
+_FIXED = (
+    "context.method context.target context.physical context.prompts context.prompt_loss_weight context.chunks "
+    "context.rope.type context.rope.factor data.train data.packing train.global_batch_size train.seed precision.dtype"
+).split()
+
+
+def resume(root: Path, recipe: Recipe, where: str, models: list, optimizer: Any, scheduler: Any) -> Progress | None:
+    """Load the newest checkpoint of this run that is whole; None if there is none yet.  All ranks must call.
+
+    A damaged one is renamed and the one before is taken; what that loses is said, and stands in the progress.
+    Raises InputError if all are damaged, and if the checkpoint was trained by a recipe that differs in a key
+    that decides steps.
+    """
+    directory, lost = _newest_whole(root)
+    if directory is None:
+        return None
+    manifest = read_manifest(directory)
+    refuse_other_recipe(manifest["recipe"] or {}, recipe, where, directory)
+    checkpoint = Checkpoint(directory)
+    weights = weights_of(models)
+    read_weights(weights, checkpoint)
+    with runtime.together():
+        read_objects(models, checkpoint)
+        common = torch.load(directory / "common.pt", map_location="cpu", weights_only=True)
+        read_state(optimizer, weights, checkpoint, common["optimizer"]["updates"])
+    scheduler.load_state_dict(common["scheduler"])
+    return Progress(manifest["step"], manifest["consumed_samples"], lost)
+
+
+def _newest_whole(root: Path) -> tuple[Path | None, list[dict]]:
+    """The newest checkpoint without damage, and a record of each damaged one that was set aside for it."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    # One look at the directory, the first rank's: another's might see another moment.
+    iterations, complete, set_aside = _from_first(_held(root) if rank == 0 else None)
+    lost: list[dict] = []
+    for iteration in iterations:
+        directory = iteration_dir(root, iteration)
+        # A checkpoint gets its name when its manifest is in it: one without was tampered with.
+        mine = f"{MANIFEST} is missing" if iteration not in complete else on_disk.damage(directory, rank, ranks)
+        reasons: list = [None] * ranks
+        dist.all_gather_object(reasons, mine)
+        reason = next(filter(None, reasons), None)
+        if reason is None:
+            if rank == 0:
+                on_disk.clear_leftovers(root)
+            lost = [{"step": iteration, "lost_from": iteration + 1, **record} for record in lost]
+            if lost:
+                runtime.announce(_fallback(lost, directory))
+            return directory, lost
+        aside = _from_first(str(on_disk.set_aside(directory)) if rank == 0 else None)
+        lost.append({"lost_to": iteration, "damaged": aside, "reason": reason})
+    if lost or set_aside:
+        said = "; ".join(f"{Path(record['damaged']).name}: {record['reason']}" for record in lost)
+        raise InputError(
+            f"{root}: holds no checkpoint that is whole, only damaged ones ({said or 'found before'}): remove them to "
+            "start from model.init_from again, or choose another checkpoint.dir"
+        )
+    if rank == 0:
+        on_disk.clear_leftovers(root)
+    return None, []
+
+
+def _held(root: Path) -> tuple[list[int], list[int], bool]:
+    """Iterations under `root`, newest first; those that are complete; whether damaged ones were set aside."""
+    names = {entry.name for entry in root.glob("iter_*")} if root.is_dir() else set()
+    numbers = [int(name[5:]) for name in names if name[5:].isdigit()]
+    found = sorted((number for number in numbers if iteration_dir(root, number).name in names), reverse=True)
+    return found, complete_iterations(root), any(on_disk.DAMAGED in name for name in names)
+
+
+def _fallback(lost: list[dict], directory: Path) -> str:
+    newest = lost[0]
+    which = "; ".join(f"{Path(record['damaged']).name}: {record['reason']}" for record in lost)
+    return (
+        f"{directory.parent}: damaged and set aside ({which}); falling back to {directory.name}: "
+        f"steps {newest['lost_from']} to {newest['lost_to']} are lost and trained again"
+    )
+
+
+def _from_first(value: Any) -> Any:
+    """The first rank's value, on all ranks."""
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
+def initialise(source: Path, shape: ModelShape, models: list, optimizer: Any | None, where: str) -> None:
+    """Weights from a converted checkpoint (`model.init_from`); the optimizer's master weights follow.
+
+    Raises InputError if it is not a checkpoint, not complete, or of another model.
+    """
+    directory = find_checkpoint(source, flag=f"{where}: model.init_from")
+    held = read_shape(directory / "hf")
+    for name in "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size tied_embeddings".split():
+        if getattr(held, name) != getattr(shape, name):
+            raise InputError(
+                f"{where}: model.init_from={source} holds another model: {name}={getattr(held, name)}, "
+                f"model.hf has {getattr(shape, name)}"
+            )
+    checkpoint = Checkpoint(directory)
+    read_weights(weights_of(models), checkpoint)
+    read_objects(models, checkpoint)
+    if optimizer is not None:
+        optimizer.reload_model_params()
+
+
+def refuse_other_recipe(old: dict, recipe: Recipe, where: str, directory: Path) -> None:
+    """Raise InputError if a key that decides steps is another one than in `old`, the checkpoint's recipe."""
+    new = recipe.as_dict()
+    for key in _FIXED:
+        before, now = _get(old, key), _get(new, key)
+        if before != now:
+            raise InputError(
+                f"{where}: {key}={now} but {directory} was trained with {before}: "
+                "go on with that value, or choose another checkpoint.dir"
+            )
+
+
+def _get(tree: dict, dotted: str) -> Any:
+    node: Any = tree
+    for name in dotted.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node

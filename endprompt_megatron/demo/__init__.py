@@ -1,0 +1,1 @@
+"""`make demo`: a real model through the whole path on two CPU cores."""
