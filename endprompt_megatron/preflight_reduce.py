@@ -58,7 +58,8 @@ def _reduce(launch: Launch, seconds: float) -> dict[str, Any]:
             store=store,
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=timedelta(seconds=seconds),
+            # Gloo raises when it is over.  NCCL's watchdog ends the process: the thread is given up before that.
+            timeout=timedelta(seconds=seconds if backend == "gloo" else 2 * seconds + 60),
             device_id=device() if has_cuda() else None,
         )
         # Small whole numbers, which float32 adds exactly; a pattern, so that a part in another's place shows.
