@@ -29,7 +29,8 @@ demo: $(VENV)/.installed ## Extend SmolLM2-135M on this machine: convert, train,
 demo-control: $(VENV)/.installed ## The same training without a terminal prompt, side by side with the demo
 	@$(PY) tools/demo.py --control --target $(TARGET) --steps $(STEPS) $(ARGS)
 
-test: $(VENV)/.installed-dev ## Run the tests (unit and several processes; GPU tests are skipped without one)
+test: $(VENV)/.installed-dev ## Run the tests (installs Slurm where it can; GPU tests are skipped without one)
+	@tests/slurm/install.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider --durations=15 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and shell scripts

@@ -41,7 +41,19 @@ def run_cli(main: Callable[[], int | None]) -> None:
         code = EXIT_DONE
     sys.stdout.flush()
     sys.stderr.flush()
+    _leave_code(code)
     sys.exit(code)
+
+
+def _leave_code(code: int) -> None:
+    """Write the exit code where a launcher asked for it: torchrun replaces those of its ranks by its own.
+
+    A rank that is killed, or dies with a traceback, leaves none: slurm/node.sh tells it apart by that.
+    """
+    directory = os.environ.get("ENDPROMPT_EXIT_CODES")
+    if directory:
+        with open(os.path.join(directory, os.environ.get("LOCAL_RANK", "0")), "w", encoding="ascii") as file:
+            file.write(f"{code}\n")
 
 
 def _complain(error: Exception) -> None:

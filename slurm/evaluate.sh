@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Evaluate an extended model beside its base and write the report.  extend_*.sh submit it; by hand:
+#
+#     export HF_MODEL=... RUN=...
+#     sbatch slurm/evaluate.sh
+#
+#   HF_MODEL           the base model, measured beside the extended one
+#   RUN                the run's directory; results go to RUN/evaluation
+#   EXPORT             the extended model [RUN/hf]
+#   EVALUATE_SUITE     [perplexity,needle,virtual]
+#   EVALUATE_LENGTHS   tokens [8192,16384,32768,65536]
+#   EVALUATE_TEXT      held-out text: a file, or PREFIX of prepared data [DATA]
+#   EVALUATE_OPTIONS   further options of tools/evaluate.py, separated by blanks
+#SBATCH --job-name=evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --time=06:00:00
+#SBATCH --requeue
+#SBATCH --output=slurm-%x-%j.log
+set -euo pipefail
+HOME_OF_PROJECT="${ENDPROMPT_HOME:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}"
+if [ ! -f "$HOME_OF_PROJECT/slurm/common.sh" ]; then
+    echo "error: $HOME_OF_PROJECT is not the repository: submit from there, or export ENDPROMPT_HOME" >&2
+    exit 2
+fi
+# shellcheck source=slurm/common.sh
+source "$HOME_OF_PROJECT/slurm/common.sh"
+begin "${BASH_SOURCE[0]}" "$@"
+need_path HF_MODEL "the base model, a Hugging Face directory"
+need_path RUN "the run's directory"
+EXPORT="${EXPORT:-$RUN/hf}"
+need_path EXPORT "the extended model, a Hugging Face directory"
+EVALUATE_TEXT="${EVALUATE_TEXT:-${DATA:-}}"
+need EVALUATE_TEXT "held-out text: a file, or PREFIX of prepared data"
+read -r -a options <<<"${EVALUATE_OPTIONS:-}"
+container_options "$HF_MODEL" "$(dirname "$EXPORT")" "$(dirname "$RUN")" "$(dirname "$EVALUATE_TEXT")"
+logs "$RUN"
+alone evaluate "$PYTHON" tools/evaluate.py --hf "$EXPORT" --baseline "$HF_MODEL" \
+    --suite "${EVALUATE_SUITE:-perplexity,needle,virtual}" --lengths "${EVALUATE_LENGTHS:-8192,16384,32768,65536}" \
+    --text "$EVALUATE_TEXT" --out "$RUN/evaluation" ${options[@]+"${options[@]}"}
+alone report "$PYTHON" tools/report.py "$RUN"
