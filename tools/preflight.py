@@ -42,8 +42,8 @@ def main() -> int:
     import json
 
     from endprompt_megatron.hardware import of_kind
-    from endprompt_megatron.preflight import Options, leave, run
-    from endprompt_megatron.preflight_table import as_json, as_table, verdict_line
+    from endprompt_megatron.preflight.run import Options, leave, run
+    from endprompt_megatron.preflight.table import as_json, as_table, verdict_line
 
     if args.gpu is not None:
         of_kind(args.gpu)  # said before anything waits

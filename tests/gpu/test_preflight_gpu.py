@@ -8,8 +8,8 @@ from parallel.preflighting import check
 from parallel.ranks import Ranks
 from unit.starting import RECIPE, write_tokens
 
-from endprompt_megatron import preflight_node, preflight_reduce
-from endprompt_megatron.preflight_meeting import connect
+from endprompt_megatron.preflight import node, reduce
+from endprompt_megatron.preflight.meeting import connect
 from endprompt_megatron.runtime import launched_as
 
 
@@ -17,9 +17,9 @@ def looked_at() -> tuple[dict, dict, dict]:
     """Facts and versions of this rank, and an all-reduce over it alone, NCCL's communicator included."""
     launch = launched_as()
     store = connect(launch, 30.0)
-    part = preflight_reduce.measure(launch, 60.0)
+    part = reduce.measure(launch, 60.0)
     del store
-    return preflight_node.process_facts(launch), preflight_node.versions()[0], part
+    return node.process_facts(launch), node.versions()[0], part
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""preflight.run in a rank of a pool, on a node of its own name, with what is wrong there made wrong."""
+"""Preflight in a rank of a pool, on a node of its own name, with what is wrong there made wrong."""
 
 import contextlib
 import os
@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from endprompt_megatron import preflight, preflight_meeting, preflight_node, preflight_reduce
-from endprompt_megatron.preflight import Options
+from endprompt_megatron.preflight import meeting, node, reduce
+from endprompt_megatron.preflight.run import Options, run
 
 
 def check(directory: str, per_node: int, faults: dict[int, list], timeout: float, overrides: list[str]) -> tuple:
@@ -22,7 +22,7 @@ def check(directory: str, per_node: int, faults: dict[int, list], timeout: float
         if rank in faults:
             what, value = faults[rank]
             FAULTS[what](stack, value)
-        outcome = preflight.run("recipe.yaml", overrides, Options(timeout=timeout))
+        outcome = run("recipe.yaml", overrides, Options(timeout=timeout))
     found = {finding.check: (finding.verdict, finding.found) for finding in outcome.findings}
     return outcome.code, found, time.monotonic() - started
 
@@ -33,12 +33,12 @@ def _directory(stack: contextlib.ExitStack, value: str) -> None:
 
 
 def _clock(stack: contextlib.ExitStack, value: float) -> None:
-    stack.enter_context(mock.patch.object(preflight_meeting, "_now", side_effect=lambda: time.time() + value))
+    stack.enter_context(mock.patch.object(meeting, "_now", side_effect=lambda: time.time() + value))
 
 
 def _version(stack: contextlib.ExitStack, value: dict) -> None:
-    found, broken = preflight_node.versions()
-    stack.enter_context(mock.patch.object(preflight_node, "versions", return_value=(found | value, broken)))
+    found, broken = node.versions()
+    stack.enter_context(mock.patch.object(node, "versions", return_value=(found | value, broken)))
 
 
 def _silent(stack: contextlib.ExitStack, value: float) -> None:
@@ -48,7 +48,7 @@ def _silent(stack: contextlib.ExitStack, value: float) -> None:
         time.sleep(value)
         raise RuntimeError("connection lost")
 
-    stack.enter_context(mock.patch.object(preflight_reduce, "_reduce", lost))
+    stack.enter_context(mock.patch.object(reduce, "_reduce", lost))
 
 
 def _sum(stack: contextlib.ExitStack, value: float) -> None:
@@ -65,7 +65,7 @@ def _sum(stack: contextlib.ExitStack, value: float) -> None:
 
 
 def _gpus(stack: contextlib.ExitStack, value: dict) -> None:
-    stack.enter_context(mock.patch.object(preflight_node, "process_facts", return_value=value))
+    stack.enter_context(mock.patch.object(node, "process_facts", return_value=value))
 
 
 FAULTS = {

@@ -61,3 +61,19 @@ def extend(process):
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
     return run
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """Run preflight in a directory, as one process: findings by check, and the exit code."""
+    from endprompt_megatron.preflight.run import Options
+    from endprompt_megatron.preflight.run import run as preflight
+
+    def run(directory: Path, *overrides: str, **options) -> tuple[dict, int]:
+        monkeypatch.chdir(directory)
+        for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+            monkeypatch.delenv(name, raising=False)
+        outcome = preflight("recipe.yaml", list(overrides), Options(**options))
+        return {finding.check: finding for finding in outcome.findings}, outcome.code
+
+    return run

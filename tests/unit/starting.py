@@ -25,6 +25,14 @@ log: {tensorboard: false}
 """
 
 
+# Names that a preflight of this recipe has in its table, whatever is wrong (data.train: or data).
+PREFLIGHT_CHECKS = {
+    *("processes", "recipe", "GPUs", "torch", "Megatron-Core", "open files (ulimit -n)", "/dev/shm", "run directory"),
+    *("run lock", "shared file system", "clock skew", "all-reduce", "HF checkpoint", "converted checkpoint"),
+    *("tokenizer", "data.train", "free disk"),
+}
+
+
 def write_tokens(prefix: Path, count: int, below: int = 300, seed: int = 0) -> None:
     """An indexed dataset of one document of random tokens, as tools/prepare_data.py would write it."""
     dtype = token_dtype(below)

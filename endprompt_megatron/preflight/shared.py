@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from endprompt_megatron.preflight_meeting import Meeting
-from endprompt_megatron.preflight_table import FAIL, NOT_RUN, OK, WARN, Finding, some
+from endprompt_megatron.preflight.meeting import Meeting
+from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN, Finding, some
 
 WRITING, SHARED, HELD = "run directory", "shared file system", "run lock"
 _SLOW = 5.0  # seconds of one small write with fsync

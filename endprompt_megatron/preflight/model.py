@@ -16,7 +16,7 @@ from endprompt_megatron.convert.progress import in_words
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json
 from endprompt_megatron.positions import WITH_PROMPT, segment_lengths
-from endprompt_megatron.preflight_table import FAIL, OK, WARN, Finding, many, some
+from endprompt_megatron.preflight.table import FAIL, OK, WARN, Finding, many, some
 from endprompt_megatron.prompts import tokenise_prompts
 from endprompt_megatron.shape import ModelShape, read_shape
 

@@ -1,6 +1,6 @@
 """What a process sees of its node: GPUs, versions, limits, files.  Facts only, as JSON can hold them.
 
-preflight_cluster.py judges the facts of all nodes.  Nothing here raises: what cannot be found out is None.
+cluster.py judges the facts of all nodes.  Nothing here raises: what cannot be found out is None.
 """
 
 import hashlib
@@ -132,9 +132,9 @@ def _ecc_errors() -> int:
 
 
 def code_digest() -> str:
-    """A short digest of this package's sources: nodes with different checkouts differ in it."""
+    """A short digest of endprompt_megatron's sources: nodes with different checkouts differ in it."""
     digest = hashlib.sha256()
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:10]

@@ -8,8 +8,8 @@ import numpy as np
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.preflight_model import context_lengths
-from endprompt_megatron.preflight_table import OK, WARN, Finding, many
+from endprompt_megatron.preflight.model import context_lengths
+from endprompt_megatron.preflight.table import OK, WARN, Finding, many
 from endprompt_megatron.shape import ModelShape
 from endprompt_megatron.tokenizer import fingerprint
 

@@ -1,7 +1,7 @@
 """What can be known to go wrong is known before the first GPU-hour is spent: every check, one table, one verdict.
 
 Runs on every rank (srun, torchrun, mpirun), or as one process that checks what one process can.  `run` is
-the story; a check is a function of one of the preflight_ modules.  Rank 0 alone judges and speaks.
+the story; a check is a function of one of this package's other modules.  Rank 0 alone judges and speaks.
 """
 
 import hashlib
@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron import preflight_cluster as cluster
-from endprompt_megatron import preflight_memory, preflight_reduce, preflight_shared
-from endprompt_megatron import preflight_node as node
 from endprompt_megatron.config import Recipe, load_recipe
 from endprompt_megatron.errors import EXIT_INPUT, InputError
-from endprompt_megatron.preflight_meeting import Meeting
-from endprompt_megatron.preflight_table import FAIL, NOT_RUN, Finding, by_node, checked, exit_code
+from endprompt_megatron.preflight import cluster, memory, node, reduce, shared
+from endprompt_megatron.preflight.meeting import Meeting
+from endprompt_megatron.preflight.table import FAIL, NOT_RUN, Finding, by_node, checked, exit_code
 from endprompt_megatron.runtime import launched_as, quiet_libraries
 from endprompt_megatron.shape import ModelShape, read_shape
 
@@ -69,13 +67,13 @@ def run(where: str, overrides: list[str], options: Options) -> Outcome:
 
 def _run(recipe: Recipe, where: str, options: Options, meeting: Meeting, launch: Any) -> Outcome:
     meeting.post("gpu", node.process_facts(launch))
-    shared, offsets = [], {}
+    written, offsets = [], {}
     if meeting.leads:
         digest = hashlib.sha256(recipe.as_yaml().encode()).hexdigest()[:10]
         meeting.post("facts", node.node_facts(_inputs(recipe)) | {"recipe": digest})
-        shared = preflight_shared.share(meeting, recipe.run_dir)
+        written = shared.share(meeting, recipe.run_dir)
         offsets = meeting.clock_offsets()
-    part = preflight_reduce.measure(launch, meeting.seconds) if meeting.whole and meeting.world_size > 1 else {}
+    part = reduce.measure(launch, meeting.seconds) if meeting.whole and meeting.world_size > 1 else {}
     meeting.post("reduce", part)
     if meeting.rank:
         # Rank 0 reads the model's and the data's headers meanwhile, on file systems that may be slow.
@@ -86,9 +84,9 @@ def _run(recipe: Recipe, where: str, options: Options, meeting: Meeting, launch:
     reduced = meeting.gather("reduce", meeting.nodes, meeting.seconds + 15)
     findings = [cluster.processes(meeting), *_silent(meeting, facts)]
     findings += _machine(recipe, where, options, meeting, facts, parts)
-    findings += [*shared, *checked(preflight_shared.HELD, preflight_shared.lock, recipe.run_dir)]
+    findings += [*written, *checked(shared.HELD, shared.lock, recipe.run_dir)]
     findings += [cluster.clock(meeting, offsets)]
-    findings += checked(preflight_reduce.CHECK, preflight_reduce.judge, meeting, reduced, _link(meeting))
+    findings += checked(reduce.CHECK, reduce.judge, meeting, reduced, _link(meeting))
     findings += _files(recipe, options)
     code = exit_code(findings)
     meeting.tell("verdict", code)
@@ -115,7 +113,7 @@ def _machine(recipe: Recipe, where: str, options: Options, meeting: Meeting, fac
     per_node = None if options.world_size is None else -(-options.world_size // len(meeting.leaders))
     findings = checked("recipe", _legal, recipe, where, world, said, options.gpu)
     findings += checked("GPUs", cluster.gpus, recipe, meeting, parts, per_node, options.gpu)
-    findings += checked(preflight_memory.CHECK, preflight_memory.fits, recipe, world, parts, options.gpu)
+    findings += checked(memory.CHECK, memory.fits, recipe, world, parts, options.gpu)
     findings += cluster.gpu_errors(facts)
     findings += cluster.library_versions(recipe, facts, on_gpu, elsewhere=options.gpu is not None and not on_gpu)
     findings += cluster.limits(meeting, facts, on_gpu)
@@ -165,14 +163,14 @@ def _link(meeting: Meeting) -> float | None:
 
 def _files(recipe: Recipe, options: Options) -> list[Finding]:
     """The model's files, the data, and room for what is written.  All of it needs the model's shape."""
-    from endprompt_megatron import preflight_data, preflight_disk, preflight_model
+    from endprompt_megatron.preflight import data, disk, model
 
     checks = (
-        (preflight_model.HF, preflight_model.hf_checkpoint, ()),
-        (preflight_model.CONVERTED, preflight_model.converted_checkpoint, ()),
-        (preflight_model.TOKENIZER, preflight_model.tokenizer, ()),
-        ("data", preflight_data.datasets, ()),
-        (preflight_disk.CHECK, preflight_disk.free_disk, (options.checkpoints, options.export)),
+        (model.HF, model.hf_checkpoint, ()),
+        (model.CONVERTED, model.converted_checkpoint, ()),
+        (model.TOKENIZER, model.tokenizer, ()),
+        ("data", data.datasets, ()),
+        (disk.CHECK, disk.free_disk, (options.checkpoints, options.export)),
     )
     shape = _shape(recipe)
     if isinstance(shape, str):

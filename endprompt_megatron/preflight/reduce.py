@@ -9,8 +9,8 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from endprompt_megatron.preflight_meeting import Meeting, connect
-from endprompt_megatron.preflight_table import FAIL, NOT_RUN, OK, WARN, Finding, some
+from endprompt_megatron.preflight.meeting import Meeting, connect
+from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN, Finding, some
 from endprompt_megatron.runtime import Launch
 
 CHECK = "all-reduce"

@@ -1,13 +1,13 @@
 """Judges what all nodes say of themselves: processes, GPUs, versions, limits, environment, inputs, clocks.
 
-Pure functions of the facts that preflight_node.py collects, for rank 0; nodes that differ are named.
+Pure functions of the facts that node.py collects, for rank 0; nodes that differ are named.
 """
 
 from typing import Any
 
 from endprompt_megatron.config import Recipe
-from endprompt_megatron.preflight_meeting import Meeting
-from endprompt_megatron.preflight_table import FAIL, NOT_RUN, OK, WARN, Finding, by_node, some, worst
+from endprompt_megatron.preflight.meeting import Meeting
+from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN, Finding, by_node, some, worst
 
 Facts = dict[str, dict[str, Any]]  # by node, of its first rank
 

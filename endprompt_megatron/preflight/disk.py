@@ -11,7 +11,7 @@ from pathlib import Path
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.convert.layout import complete_iterations
 from endprompt_megatron.convert.progress import in_words
-from endprompt_megatron.preflight_table import FAIL, OK, WARN, Finding
+from endprompt_megatron.preflight.table import FAIL, OK, WARN, Finding
 from endprompt_megatron.shape import ModelShape
 
 CHECK = "free disk"

@@ -4,7 +4,7 @@ from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import engine_version, of_kind
 from endprompt_megatron.plan.memory import GIB, memory
-from endprompt_megatron.preflight_table import FAIL, NOT_RUN, OK, WARN, Finding
+from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN, Finding
 from endprompt_megatron.shape import read_shape
 
 CHECK = "memory by the plan"
@@ -12,7 +12,7 @@ _SURE = 4.0  # GiB that the estimate may be off by, as tools/plan.py says
 
 
 def fits(recipe: Recipe, world_size: int, parts: dict[int, dict], kind: str | None) -> list[Finding]:
-    """The finding; none where there is no GPU and none (`kind`) was named.  `parts`: preflight_node.process_facts."""
+    """The finding; none where there is no GPU and none (`kind`) was named.  `parts`: node.process_facts."""
     held = [part["visible"][part["own"]][1] for part in parts.values() if part["own"]]
     if not held and kind is None:
         return []
