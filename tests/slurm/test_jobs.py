@@ -57,9 +57,8 @@ class Ground:
         }
         script = ROOT / "slurm" / "extend_70b.sh"
         output = f"--output={self.log(run)}"
-        return self.cluster.submit(
-            "--nodes=2", output, *options, script, cwd=self.place, **{**variables, **environment}
-        )
+        variables.update(environment)
+        return self.cluster.submit("--nodes=2", output, *options, script, cwd=self.place, **variables)
 
     def log(self, run: str) -> Path:
         return self.place / f"{run}.log"
@@ -178,8 +177,8 @@ def test_job_goes_on_after_a_node_is_lost_and_comes_back(ground, reference):
 
 
 def test_time_limit_requeues_until_the_run_is_done(ground, reference):
-    """A limit of a minute, and a signal so long before it that the run cannot end in the first one."""
-    job = ground.submit("limited", "--time=00:01:00", "--signal=B:USR2@25", RECIPE=slower(ground))
+    """A limit of two minutes, and a signal so long before it that the run cannot end in the first two."""
+    job = ground.submit("limited", "--time=00:02:00", "--signal=B:USR2@80", RECIPE=slower(ground))
     found = ground.cluster.wait(job, 300)
     assert found["JobState"] == "COMPLETED", ground.said("limited")
     assert int(found["Restarts"]) >= 1
