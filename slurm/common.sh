@@ -295,7 +295,7 @@ extend() {
     container_options "$HF_MODEL" "$(dirname "$MEGATRON_MODEL")" "$(dirname "$DATA")" "$(dirname "$RUN")"
     logs "$RUN"
     if [ "${SKIP_PREFLIGHT:-0}" != 1 ]; then
-        on_ranks preflight tools/preflight.py "$RECIPE" "${RECIPE_KEYS[@]}"
+        on_ranks preflight tools/preflight.py "$RECIPE" "${RECIPE_KEYS[@]}" --export "$EXPORT"
         if [ -n "$ASKED" ]; then again "stopped in preflight"; fi
         if [ "$DRY_RUN" = 0 ] && { [ "$CODE" != 0 ] || left 2 || left 1 || left 70; }; then
             complain preflight

@@ -139,8 +139,8 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> float:
         """A checkpoint with its optimizer: the weights, float32 master weights and two moments."""
-        size = 2 + 4 if self.estimate.recipe.precision.dtype == "bfloat16" else 4
-        return self.shape.parameters * (size + 8.0)
+        weight = 2 if self.estimate.recipe.precision.dtype == "bfloat16" else 4
+        return self.shape.parameters * (weight + 4 + 8.0)
 
     @property
     def full_same_samples(self) -> float:
