@@ -5,6 +5,7 @@ started here are ended.
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -166,7 +167,12 @@ class Cluster:
     def _run(self, program: str, *options: str, name: str | None = None) -> None:
         log = open(self.place / "log" / f"{name or program}.out", "ab")  # noqa: SIM115
         self.processes[name or program] = subprocess.Popen(
-            [program, *options], env=self.environment, stdout=log, stderr=log, start_new_session=True
+            [program, *options],
+            env=self.environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_end_with_the_tests,
         )
         log.close()
 
@@ -181,6 +187,11 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{what}: not there after {seconds} s\n{self.logs()}")
             time.sleep(0.2)
+
+
+def _end_with_the_tests() -> None:
+    """Let the kernel end a daemon if the tests are killed: prctl(PR_SET_PDEATHSIG, SIGTERM)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def free_ports(count: int) -> list[int]:
