@@ -116,7 +116,7 @@ environment() {
     export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 }
 
-# directories PATH...: the container's mounts, each directory once.
+# container_options PATH...: the container and its mounts, each directory once.
 container_options() {
     CONTAINER=()
     if [ -z "${CONTAINER_IMAGE:-}" ]; then return; fi
@@ -124,6 +124,7 @@ container_options() {
     if [ -z "$mounts" ]; then
         for path in "$HOME_OF_PROJECT" "$@"; do
             path="$(dirname "$path/.")"
+            if [[ "$path" != [/\$]* ]]; then path="$HOME_OF_PROJECT/$path"; fi
             if [[ ",$mounts," != *",$path:$path,"* ]]; then mounts+="${mounts:+,}$path:$path"; fi
         done
     fi
