@@ -7,7 +7,7 @@
 #   CONTAINER_IMAGE    an image for pyxis/enroot, such as nvcr.io#nvidia/pytorch:25.12-py3
 #   CONTAINER_MOUNTS   what the container sees, from:to,... [the repository and the directories of all paths]
 #   PROCESSES_PER_NODE ranks of a node [its GPUs, 8]
-#   MAX_FAILURES       failures without a new checkpoint in between after which a job gives up [3]
+#   MAX_FAILURES       starts in a row without a new checkpoint after which a job gives up [3]
 #   SKIP_PREFLIGHT     1: do not check the machines first
 # Options of every script: --help, --dry-run (print every command instead of running it).
 
@@ -237,6 +237,8 @@ again() {
 
 # train: outcomes of the training step.  Returns when training is done.
 train() {
+    local before
+    before="$(newest_checkpoint)"
     on_ranks train tools/extend.py "$RECIPE" ${RECIPE_KEYS[@]+"${RECIPE_KEYS[@]}"}
     if [ "$DRY_RUN" = 1 ]; then return; fi
     if left 2; then
@@ -247,22 +249,26 @@ train() {
         exit 1
     elif left 70 || [ "$CODE" != 0 ]; then
         complain train
-        failed_again
+        no_further_than "$before"
         again "ranks were lost"
     elif left 75; then
+        no_further_than "$before"
         again "stopped with a checkpoint"
     fi
-    rm -f -- "$LOGS/failures"
 }
 
-# A failure is tried again, but not for ever: the same newest checkpoint MAX_FAILURES times ends the job.
-failed_again() {
-    local newest count
-    newest="$(cat "$RUN/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0)"
-    printf '%s\n' "$newest" >>"$LOGS/failures"
-    count="$(grep -cx -- "$newest" "$LOGS/failures")"
-    if [ "$count" -ge "$MAX_FAILURES" ]; then
-        printf 'error: failed %s times since the checkpoint of step %s: see %s\n' "$count" "$newest" "$LOGS" >&2
+newest_checkpoint() { cat "$RUN/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
+
+# no_further_than STEP: a start is tried again, but not for ever.  MAX_FAILURES starts in a row that made no new
+# checkpoint end the job: a node that always fails, or a time limit in which nothing gets done.
+no_further_than() {
+    if [ "$(newest_checkpoint)" != "$1" ]; then
+        rm -f -- "$LOGS/failures"
+        return
+    fi
+    echo "$RESTART" >>"$LOGS/failures"
+    if [ "$(wc -l <"$LOGS/failures")" -ge "$MAX_FAILURES" ]; then
+        printf 'error: %s starts in a row made no checkpoint after step %s: see %s\n' "$MAX_FAILURES" "$1" "$LOGS" >&2
         exit 1
     fi
 }
@@ -270,7 +276,7 @@ failed_again() {
 # export_run: the newest checkpoint to EXPORT, unless it is there already.
 export_run() {
     local newest held="$RUN/slurm/exported"
-    newest="$EXPORT $(cat "$RUN/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true)"
+    newest="$EXPORT $(newest_checkpoint)"
     if [ "$DRY_RUN" = 0 ] && [ -e "$EXPORT" ]; then
         if [ "$(cat "$held" 2>/dev/null || true)" = "$newest" ]; then return; fi
         fail "EXPORT=$EXPORT is there and not this run's newest checkpoint: remove it, or export another EXPORT"

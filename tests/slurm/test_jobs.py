@@ -75,10 +75,13 @@ class Ground:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
-    def until_step(self, run: str, step: int, seconds: float = 120) -> None:
+    def until_step(self, run: str, step: int) -> None:
+        self.until(f"step {step}", lambda: self.losses_so_far(run) >= step, run)
+
+    def until(self, what: str, condition, run: str, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
-        while not (losses := self.losses_so_far(run)) or losses < step:
-            assert time.monotonic() < deadline, f"no step {step}\n{self.said(run)}"
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what}\n{self.said(run)}"
             time.sleep(0.05)
 
     def losses_so_far(self, run: str) -> int:
@@ -161,7 +164,7 @@ def test_signal_before_the_limit_checkpoints_and_requeues_bit_exact(ground, refe
 def test_job_goes_on_after_kill_9_of_a_rank(ground, reference):
     job = ground.submit("killed")
     ground.until_step("killed", 14)
-    (rank,) = set(with_environment(f"SLURM_JOB_ID={job}")) & set(with_environment("RANK=3"))
+    (rank,) = ranks(job, 0)
     kill(rank)
     ground.finish("killed", job, reference)
     assert "ranks were lost; requeueing" in ground.log("killed").read_text()
@@ -176,19 +179,43 @@ def test_job_goes_on_after_a_node_is_lost_and_comes_back(ground, reference):
     ground.finish("nodeless", job, reference)
 
 
-def test_time_limit_requeues_until_the_run_is_done(ground, reference):
-    """A limit of two minutes, and a signal so long before it that the run cannot end in the first two."""
-    job = ground.submit("limited", "--time=00:02:00", "--signal=B:USR2@80", RECIPE=slower(ground))
-    found = ground.cluster.wait(job, 300)
-    assert found["JobState"] == "COMPLETED", ground.said("limited")
-    assert int(found["Restarts"]) >= 1
-    assert [step for step, _, _ in ground.losses("limited")] == list(range(1, 2 * STEPS + 1))
+def test_time_limit_checkpoints_and_requeues(ground, reference):
+    """Slurm's own warning, 45 to 75 s after a start; a run of any length is stopped by it, and then asked to finish."""
+    recipe = ground.place / "endless.yaml"
+    recipe.write_text("inherit: recipe.yaml\ntrain: {steps: 5000}\n")
+    job = ground.submit("limited", "--time=00:02:00", "--signal=B:USR2@60", RECIPE=recipe)
+    ground.until("requeued", lambda: ground.cluster.job(job)["Restarts"] == "1", "limited")
+    done = ground.losses_so_far("limited")
+    assert done
+    ground.until_step("limited", done + 3)
+    ground.cluster.call("scancel", "--signal=USR1", "--batch", job)
+    found = ground.cluster.wait(job)
+    assert found["ExitCode"] == "75:0", ground.said("limited")
+    steps = [step for step, _, _ in ground.losses("limited")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= done + 3
+    newest = ground.place / "limited" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert int(newest.read_text()) == len(steps)
+    said = ground.log("limited").read_text()
+    assert "stopped with a checkpoint; requeueing" in said
+    assert "asked to finish: not requeued" in said
 
 
-def slower(ground: Ground) -> Path:
-    path = ground.place / "longer.yaml"
-    path.write_text(f"inherit: recipe.yaml\ntrain: {{steps: {2 * STEPS}}}\n")
-    return path
+def test_job_that_gets_nowhere_gives_up(ground, reference):
+    """Ranks that are lost before the first checkpoint, each time: not for ever."""
+    job = ground.submit("nowhere", MAX_FAILURES=2)
+    for start in range(2):
+        ground.until("rank", lambda: ranks(job, start), "nowhere")
+        kill(ranks(job, start)[0])
+    found = ground.cluster.wait(job)
+    assert (found["ExitCode"], found["Restarts"]) == ("1:0", "1"), ground.said("nowhere")
+    assert "2 starts in a row made no checkpoint after step 0" in ground.log("nowhere").read_text()
+
+
+def ranks(job: int, start: int, rank: int = 3) -> list[int]:
+    """The process of a rank of a job's first start (0), second, ..."""
+    named = [f"SLURM_JOB_ID={job}", f"RANK={rank}", *([f"SLURM_RESTART_COUNT={start}"] if start else [])]
+    return list(set.intersection(*(set(with_environment(name)) for name in named)))
 
 
 def test_second_job_on_the_same_run_directory_is_refused(ground, reference):
