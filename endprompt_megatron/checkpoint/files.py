@@ -74,6 +74,7 @@ def write_rank(staging: Path, rank: int, tensors: Iterable[Stored], objects: dic
             stream.save(tensor)
             dtype = str(part.dtype).removeprefix("torch.")
             rows.append([part.key, begin, stream.count - begin, part.offset, part.shape, part.global_shape, dtype])
+            del tensor  # before the next is made
         for key, value in objects.items():
             begin = stream.count
             stream.save([value])  # Megatron stores the list of a key's local objects

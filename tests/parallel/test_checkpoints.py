@@ -176,13 +176,17 @@ def memory_of_a_save(recipe, root):
     own = sum(part.load().add_(0).nbytes for part in parts)  # written to once: zeros take no memory before
     process, peak, ended = psutil.Process(), [0], threading.Event()
 
+    def anonymous():
+        memory = process.memory_info()
+        return memory.rss - memory.shared  # without the pages of libraries and files
+
     def look():
         while not ended.is_set():
-            peak[0] = max(peak[0], process.memory_info().rss)
+            peak[0] = max(peak[0], anonymous())
             time.sleep(0.001)
 
     looking = threading.Thread(target=look)
-    before = process.memory_info().rss
+    before = anonymous()
     looking.start()
     checkpoint.save(root, checkpoint.Progress(1, 0), recipe, models, optimizer, scheduler, shape, exported(recipe))
     ended.set()
