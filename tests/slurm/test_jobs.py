@@ -7,6 +7,7 @@ that differs from the real job is in the environment, the recipe among it.
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -205,8 +206,8 @@ def test_job_that_gets_nowhere_gives_up(ground, reference):
     """Ranks that are lost before the first checkpoint, each time: not for ever."""
     job = ground.submit("nowhere", MAX_FAILURES=2)
     for start in range(2):
-        ground.until("rank", lambda: ranks(job, start), "nowhere")
-        kill(ranks(job, start)[0])
+        ground.until("rank", partial(ranks, job, start), "nowhere")
+        kill(min(ranks(job, start)))
     found = ground.cluster.wait(job)
     assert (found["ExitCode"], found["Restarts"]) == ("1:0", "1"), ground.said("nowhere")
     assert "2 starts in a row made no checkpoint after step 0" in ground.log("nowhere").read_text()
