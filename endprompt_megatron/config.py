@@ -24,7 +24,7 @@ ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "none")
 @dataclass
 class Model:
     hf: str = "???"  # Hugging Face directory: the shape, the tokenizer, the config to export
-    init_from: str | None = None  # Megatron checkpoint directory that training starts from
+    init_from: str | None = None  # what training starts from: a Megatron checkpoint, or a Hugging Face directory
 
 
 @dataclass

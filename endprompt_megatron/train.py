@@ -59,7 +59,10 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     progress = checkpoint.resume(checkpoints, recipe, where, models, optimizer, scheduler)
     if progress is None:
         if recipe.model.init_from is None:
-            raise InputError(f"{where}: model.init_from is missing; give what tools/convert_hf_to_megatron.py wrote")
+            raise InputError(
+                f"{where}: model.init_from is missing; give what tools/convert_hf_to_megatron.py wrote, or the "
+                "directory of model.hf"
+            )
         checkpoint.initialise(Path(recipe.model.init_from), shape, models, optimizer, where)
         progress = Progress()
     if progress.step >= t.steps:

@@ -309,7 +309,9 @@ extend() {
             exit 2
         fi
     fi
-    if [ "$DRY_RUN" = 1 ] || [ ! -f "$MEGATRON_MODEL/latest_checkpointed_iteration.txt" ]; then
+    # With the Hugging Face directory itself every rank reads its own slices of it: nothing to convert.
+    if [ "$MEGATRON_MODEL" != "$HF_MODEL" ] &&
+        { [ "$DRY_RUN" = 1 ] || [ ! -f "$MEGATRON_MODEL/latest_checkpointed_iteration.txt" ]; }; then
         alone convert "$PYTHON" tools/convert_hf_to_megatron.py --hf "$HF_MODEL" --out "$MEGATRON_MODEL"
     fi
     train

@@ -10,7 +10,7 @@
 #   HF_MODEL           the model to extend, a Hugging Face directory
 #   DATA               PREFIX of the prepared training data
 #   RUN                the run's directory, on a file system that all nodes see
-#   MEGATRON_MODEL     the converted weights [HF_MODEL-megatron]
+#   MEGATRON_MODEL     the converted weights [HF_MODEL-megatron]; HF_MODEL: start without converting
 #   EXPORT             the extended model [RUN/hf]
 #   SKIP_EVALUATION    1: no evaluation; its own variables are in slurm/evaluate.sh
 #SBATCH --job-name=extend_70b

@@ -12,16 +12,16 @@ from endprompt_megatron.checkpoint.optimizer import read_state
 from endprompt_megatron.checkpoint.progress import Progress
 from endprompt_megatron.checkpoint.weights import read_objects, read_weights, weights_of
 from endprompt_megatron.config import Recipe
+from endprompt_megatron.convert.direct import weights_at
 from endprompt_megatron.convert.layout import (
     MANIFEST,
     complete_iterations,
-    find_checkpoint,
     iteration_dir,
     read_manifest,
 )
 from endprompt_megatron.convert.torch_dist import Checkpoint
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.shape import ModelShape, read_shape
+from endprompt_megatron.shape import ModelShape
 
 # Keys that decide what a step does.  A run that goes on with others would be neither one nor the other.
 _FIXED = (
@@ -111,21 +111,13 @@ def _from_first(value: Any) -> Any:
 
 
 def initialise(source: Path, shape: ModelShape, models: list, optimizer: Any | None, where: str) -> None:
-    """Weights from a converted checkpoint (`model.init_from`); the optimizer's master weights follow.
+    """Weights from `model.init_from`, a converted checkpoint or Hugging Face's own; the master weights follow.
 
-    Raises InputError if it is not a checkpoint, not complete, or of another model.
+    Raises InputError if it is neither, not complete, or of another model.
     """
-    directory = find_checkpoint(source, flag=f"{where}: model.init_from")
-    held = read_shape(directory / "hf")
-    for name in "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size tied_embeddings".split():
-        if getattr(held, name) != getattr(shape, name):
-            raise InputError(
-                f"{where}: model.init_from={source} holds another model: {name}={getattr(held, name)}, "
-                f"model.hf has {getattr(shape, name)}"
-            )
-    checkpoint = Checkpoint(directory)
-    read_weights(weights_of(models), checkpoint)
-    read_objects(models, checkpoint)
+    held = weights_at(source, shape, f"{where}: model.init_from")
+    read_weights(weights_of(models), held)
+    read_objects(models, held)
     if optimizer is not None:
         optimizer.reload_model_params()
 

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
+from endprompt_megatron.convert.direct import HfSource
 from endprompt_megatron.convert.torch_dist import Checkpoint, Stored
 from endprompt_megatron.runtime import together
 
@@ -89,7 +90,7 @@ def stored_weights(weights: list[Weight]) -> list[Stored]:
     ]
 
 
-def read_weights(weights: list[Weight], checkpoint: Checkpoint) -> None:
+def read_weights(weights: list[Weight], checkpoint: Checkpoint | HfSource) -> None:
     """Fill the weights: each data-parallel rank reads its part from the files, the others get it from there.
 
     Raises InputError where the files do not hold a tensor.
@@ -132,7 +133,7 @@ def _replica(replica_id: int | tuple[int, ...]) -> tuple[int, ...]:
     return (replica_id,) if isinstance(replica_id, int) else tuple(replica_id)
 
 
-def read_objects(models: list, checkpoint: Checkpoint) -> None:
+def read_objects(models: list, checkpoint: Checkpoint | HfSource) -> None:
     """Give modules back what `stored_objects` stored; where a checkpoint has nothing, they keep what they have."""
     for chunk in unwrap_model(models):
         found = {}

@@ -59,6 +59,10 @@ class HfWeights:
         try:
             file = safe_open(path, framework="pt")
             for tensor in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
+                if tensor in self.entries:
+                    raise InputError(
+                        f"{path}: {tensor} is in {self.entries[tensor][0]} as well; remove one of the files"
+                    )
                 part = file.get_slice(tensor)
                 self.files[tensor] = file
                 self.entries[tensor] = (name, str(part.get_dtype()), tuple(part.get_shape()))
@@ -97,6 +101,10 @@ class HfWeights:
     def get(self, tensor: str) -> torch.Tensor:
         """One tensor, read now."""
         return self.files[tensor].get_tensor(tensor)
+
+    def part(self, tensor: str, box: tuple[slice, ...]) -> torch.Tensor:
+        """A part of one tensor, a slice an axis; no more than that is read."""
+        return self.files[tensor].get_slice(tensor)[box]
 
 
 def write_weights(

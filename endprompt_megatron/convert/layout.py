@@ -17,6 +17,7 @@ from pathlib import Path
 from endprompt_megatron.convert.progress import in_words
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json, write_json, write_text
+from endprompt_megatron.shape import ModelShape
 
 MANIFEST = "endprompt.json"
 HF_DIRECTORY = "hf"
@@ -155,6 +156,20 @@ def copy_hf_files(source: Path, target: Path) -> list[str]:
             shutil.copyfile(source / name, target / name)
             copied.append(name)
     return copied
+
+
+def is_hugging_face(directory: Path) -> bool:
+    """Whether a directory to start from holds Hugging Face's files and not a Megatron checkpoint."""
+    return (directory / "config.json").is_file()
+
+
+def refuse_other_model(held: ModelShape, shape: ModelShape, source: str) -> None:
+    """Raise InputError if what `source` holds are weights of another model than `shape`, that of model.hf."""
+    for name in "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size tied_embeddings".split():
+        if getattr(held, name) != getattr(shape, name):
+            raise InputError(
+                f"{source} holds another model: {name}={getattr(held, name)}, model.hf has {getattr(shape, name)}"
+            )
 
 
 def check_tokenizer(directory: Path, vocab_size: int) -> None:

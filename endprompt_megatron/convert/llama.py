@@ -102,6 +102,15 @@ class Piece:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def per_layer(self) -> bool:
+        return self.key.startswith(LAYERS)
+
+    @property
+    def rows(self) -> int:
+        """Length of the axis along which the Hugging Face weights follow each other."""
+        return self.shape[1] if self.per_layer else self.shape[0]
+
 
 def pieces(shape: ModelShape) -> Iterator[Piece]:
     """All pieces of the model, layer by layer.  The vocabulary is not padded."""
@@ -158,3 +167,19 @@ def split(piece: Piece, tensor: Tensor) -> list[Tensor]:
     grouped = tensor.reshape(piece.groups, sum(rows), *piece.hf[0][1][1:])
     blocks = grouped.split(rows, dim=1)
     return [block.reshape(sizes) for block, (_, sizes) in zip(blocks, piece.hf, strict=True)]
+
+
+def spans(piece: Piece, first: int, last: int) -> Iterator[tuple[str, int, int, int]]:
+    """Of which rows the piece's rows first..last-1 are made: (weight, its first row, how many, where in the piece).
+
+    The same map as `join`, for those who want a few rows without reading the rest.
+    """
+    groups = max(piece.groups, 1)
+    blocks = [sizes[0] // groups for _, sizes in piece.hf]
+    row = 0
+    for group in range(groups):
+        for (name, _), count in zip(piece.hf, blocks, strict=True):
+            begin, end = max(row, first), min(row + count, last)
+            if begin < end:
+                yield name, group * count + begin - row, end - begin, begin
+            row += count

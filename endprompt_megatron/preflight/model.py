@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 from endprompt_megatron.config import Recipe
@@ -34,6 +35,10 @@ def hf_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
     files = _shards(directory)
     if not files and converted_at(recipe) is not None:
         return Finding(HF, f"{directory}: config and tokenizer alone; its weights are converted already", WARN)
+    return _of_files(HF, directory, files, shape)
+
+
+def _of_files(check: str, directory: Path, files: list[str], shape: ModelShape) -> Finding:
     if not files:
         raise InputError(f"{directory}: no {_SINGLE} and no {_INDEX}; is the download complete?")
     missing = [name for name in files if not (directory / name).is_file()]
@@ -48,11 +53,11 @@ def hf_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
     if missing or damaged:
         said = [f"{len(missing)} of {len(files)} shards missing: {some(missing)}"] if missing else []
         said += [f"{len(damaged)} damaged: {some(damaged)}"] if damaged else []
-        return Finding(HF, f"{directory}: {'; '.join(said)}; download them again", FAIL)
+        return Finding(check, f"{directory}: {'; '.join(said)}; download them again", FAIL)
     _compare(directory, tensors, files, shape)
     total = sum((directory / name).stat().st_size for name in files)
     found = f"{directory}: {len(files)} file{'s' * (len(files) > 1)}, {len(tensors)} tensors, {in_words(total)}"
-    return Finding(HF, f"{found}, {many(shape.parameters)} parameters")
+    return Finding(check, f"{found}, {many(shape.parameters)} parameters")
 
 
 def _shards(directory: Path) -> list[str]:
@@ -111,8 +116,10 @@ def _compare(directory: Path, tensors: dict, files: list[str], shape: ModelShape
 
 
 def converted_at(recipe: Recipe) -> Path | None:
-    """The checkpoint that model.init_from names; None if there is none yet.  Raises InputError if it is broken."""
+    """The Megatron checkpoint that model.init_from names; None if there is none.  Raises InputError if it is broken."""
     if recipe.model.init_from is None or not Path(recipe.model.init_from).exists():
+        return None
+    if layout.is_hugging_face(Path(recipe.model.init_from)):
         return None
     return layout.find_checkpoint(Path(recipe.model.init_from), flag="model.init_from")
 
@@ -136,22 +143,23 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
         goes_on = f"the run goes on from step {newest} of {recipe.train.steps}"
         return Finding(CONVERTED, f"{directory}: {in_words(held)}; {goes_on}")
     if recipe.model.init_from is None:
-        raise InputError("model.init_from is missing; give what tools/convert_hf_to_megatron.py wrote")
+        raise InputError(
+            "model.init_from is missing; give what tools/convert_hf_to_megatron.py wrote, or model.hf's directory"
+        )
+    source = Path(recipe.model.init_from)
+    if layout.is_hugging_face(source):
+        layout.refuse_other_model(read_shape(source), shape, f"model.init_from={source}")
+        found = _of_files(CONVERTED, source, _shards(source), shape)
+        return found if found.verdict == FAIL else replace(found, found=f"none: every rank reads its own of {source}")
     directory = converted_at(recipe)
     if directory is None:
         return Finding(
             CONVERTED,
-            f"model.init_from={recipe.model.init_from} is not there yet: tools/convert_hf_to_megatron.py --hf "
-            f"{recipe.model.hf} --out {recipe.model.init_from} makes it",
+            f"model.init_from={source} is not there yet: tools/convert_hf_to_megatron.py --hf {recipe.model.hf} "
+            f"--out {source} makes it; or give {recipe.model.hf} itself",
             WARN,
         )
-    own = read_shape(directory / layout.HF_DIRECTORY)
-    for name in "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size tied_embeddings".split():
-        if getattr(own, name) != getattr(shape, name):
-            raise InputError(
-                f"model.init_from={recipe.model.init_from} holds another model: {name}={getattr(own, name)}, "
-                f"model.hf has {getattr(shape, name)}"
-            )
+    layout.refuse_other_model(read_shape(directory / layout.HF_DIRECTORY), shape, f"model.init_from={source}")
     held = _whole(directory)
     return Finding(CONVERTED, f"{directory}: {in_words(held)}, {shape.num_layers} layers, as model.hf")
 

@@ -114,6 +114,20 @@ WRONG = {
         WARN,
         ["nowhere is not there yet", "convert_hf_to_megatron.py --hf hf --out nowhere"],
     ),
+    "not-to-be-converted": (
+        ["model.init_from=hf"],
+        lambda p: None,
+        "converted checkpoint",
+        OK,
+        ["reads its own of hf"],
+    ),
+    "not-to-be-converted-and-cut": (
+        ["model.init_from=hf"],
+        with_a_cut_shard,
+        "converted checkpoint",
+        FAIL,
+        ["1 damaged: model-00003"],
+    ),
     "nothing-to-start-from": (
         ["model.init_from=null"],
         lambda p: None,

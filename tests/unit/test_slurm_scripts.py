@@ -52,6 +52,13 @@ def test_dry_run_prints_every_command_on_a_laptop(script):
     assert commands[2].endswith("checkpoint.dir=$RUN optim.lr=1e-5")
 
 
+def test_a_run_that_starts_from_the_huggingface_directory_converts_nothing():
+    said = bash(ROOT / "slurm" / "extend_70b.sh", "--dry-run", HF_MODEL="/models/llama", MEGATRON_MODEL="/models/llama")
+    assert said.returncode == 0
+    assert "convert_hf_to_megatron" not in said.stdout
+    assert "model.init_from=/models/llama " in said.stdout
+
+
 def test_dry_run_shows_the_container_and_its_mounts(tmp_path):
     said = bash(
         ROOT / "slurm" / "extend_8b.sh",

@@ -31,7 +31,7 @@ MODEL = {
     ),
     "no-init": (["model.init_from=null"], lambda p: None, ["model.init_from is missing", "convert_hf_to_megatron.py"]),
     "init-nowhere": (["model.init_from=nowhere"], lambda p: None, ["model.init_from nowhere", "no such directory"]),
-    "init-not-one": (["model.init_from=hf"], lambda p: None, ["model.init_from hf", "no complete checkpoint"]),
+    "init-not-one": (["model.init_from=."], lambda p: None, ["model.init_from .", "no complete checkpoint"]),
     "init-incomplete": (
         [],
         lambda p: (checkpoint(p) / "endprompt.json").unlink(),

@@ -1,0 +1,84 @@
+"""Start from Hugging Face weights as they are: a rank reads its own slices, and no converted checkpoint is made.
+
+The same reading interface as torch_dist.Checkpoint, so that loading does not know which of the two it reads.
+"""
+
+from pathlib import Path
+
+import torch
+
+from endprompt_megatron.convert import layout, llama
+from endprompt_megatron.convert.hf_files import HfWeights
+from endprompt_megatron.convert.torch_dist import Checkpoint
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.shape import ModelShape, read_shape
+
+
+class HfSource:
+    """Megatron's tensors of a Hugging Face directory.  Only headers are read until a part is asked for."""
+
+    def __init__(self, directory: Path):
+        """Raises InputError unless the directory holds all weights of the model in its config.json, and no others."""
+        self.directory = directory
+        shape = read_shape(directory)
+        pieces = list(llama.pieces(shape))
+        self.weights = HfWeights(directory)
+        self.weights.check(pieces, shape.tied_embeddings)
+        self.pieces: dict[tuple[str, int], list[llama.Piece]] = {}  # by Megatron's name and the layer
+        for piece in pieces:
+            layer = piece.offset[0] if piece.per_layer else 0
+            self.pieces.setdefault((piece.key, layer), []).append(piece)
+
+    def read(
+        self,
+        key: str,
+        offset: tuple[int, ...],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        zero_outside: bool = False,
+    ) -> torch.Tensor:
+        """The part of Megatron's tensor `key` that starts at `offset` and has `shape`, cast to `dtype`, on the CPU.
+
+        With `zero_outside`, rows beyond the vocabulary are zero.  Raises InputError where there is no such part.
+        """
+        target = (torch.zeros if zero_outside else torch.empty)(shape, dtype=dtype)
+        per_layer = key.startswith(llama.LAYERS)
+        filled = 0
+        for index in range(shape[0] if per_layer else 1):
+            part = target[index] if per_layer else target
+            at = offset[1:] if per_layer else offset
+            for piece in self.pieces.get((key, offset[0] + index if per_layer else 0), []):
+                filled += self._fill(part, at, piece)
+        if filled != target.numel() and not zero_outside:
+            raise InputError(f"{self.directory}: has nothing for {filled} of {target.numel()} elements of {key}")
+        return target
+
+    def read_object(self, key: str) -> None:
+        """None: Hugging Face weights have no state of Transformer Engine beside them."""
+        return None
+
+    def _fill(self, target: torch.Tensor, offset: tuple[int, ...], piece: llama.Piece) -> int:
+        """Put what lies in both `piece` and `target`, which starts at `offset`, into it; returns how much that is."""
+        piece_row = piece.offset[1] if piece.per_layer else piece.offset[0]
+        first, last = offset[0] - piece_row, offset[0] - piece_row + target.shape[0]
+        columns = [slice(begin, begin + size) for begin, size in zip(offset[1:], target.shape[1:], strict=True)]
+        filled = 0
+        for name, begin, count, row in llama.spans(piece, max(first, 0), min(last, piece.rows)):
+            value = self.weights.part(name, (slice(begin, begin + count), *columns))
+            target[row - first : row - first + count] = value
+            filled += value.numel()
+        return filled
+
+
+def weights_at(source: Path, shape: ModelShape, flag: str) -> HfSource | Checkpoint:
+    """What training starts from: a Hugging Face directory, or a Megatron checkpoint.  `flag` opens messages.
+
+    Raises InputError if `source` is neither, not complete, or of another model than `shape`.
+    """
+    if layout.is_hugging_face(source):
+        layout.refuse_other_model(read_shape(source), shape, f"{flag}={source}")
+        return HfSource(source)
+    directory = layout.find_checkpoint(source, flag=flag)
+    layout.refuse_other_model(read_shape(directory / layout.HF_DIRECTORY), shape, f"{flag}={source}")
+    return Checkpoint(directory)

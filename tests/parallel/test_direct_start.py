@@ -1,0 +1,65 @@
+"""A rank that reads Hugging Face's files itself holds what it holds after a conversion, in every layout."""
+
+import numpy as np
+import pytest
+from parallel.cases import build, recipe_for
+from small import small_llama
+
+from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
+
+LAYOUTS = {
+    "one-rank": (1, ()),
+    "tp2-sp": (2, ("parallel.tensor=2",)),
+    "tp2-pp2": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+    "pp2-virtual": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    "pp4": (4, ("parallel.pipeline=4",)),
+    "dp2-cp2": (4, ("parallel.context=2",)),
+}
+MODELS = {
+    "untied-sharded": {"vocab_size": 321, "head_dim": 24},
+    "tied-mha-bf16": {
+        "vocab_size": 321,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "dtype": "bfloat16",
+    },
+}
+
+
+def weights_held(recipe) -> dict[str, np.ndarray]:
+    """On a rank: every parameter, and the optimizer's master copy of its share."""
+    _, models, optimizer, _ = build(recipe)
+    held = {
+        f"{chunk}.{name}": parameter.detach().float().numpy().copy()
+        for chunk, model in enumerate(models)
+        for name, parameter in model.named_parameters()
+    }
+    masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return held | {f"master.{index}": each.detach().numpy().copy() for index, each in enumerate(masters)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_are_those_of_a_converted_checkpoint(tmp_path, ranks, model, layout):
+    hf = small_llama(tmp_path / "hf", **MODELS[model])
+    convert_hf_to_megatron(hf, tmp_path / "megatron")
+    if "sharded" in model:
+        reshard(hf)
+    count, keys = LAYOUTS[layout]
+    keys = ("precision.dtype=bfloat16", *keys)
+    converted = ranks.run(count, weights_held, recipe_for(tmp_path, hf, tmp_path / "megatron", *keys))
+    direct = ranks.run(count, weights_held, recipe_for(tmp_path, hf, hf, f"model.init_from={hf}", *keys))
+    for rank, (expected, found) in enumerate(zip(converted, direct, strict=True)):
+        assert expected.keys() == found.keys()
+        assert any(np.abs(value).max() > 0 for value in found.values())
+        for name, value in expected.items():
+            np.testing.assert_array_equal(value, found[name], err_msg=f"rank {rank}: {name}")
+
+
+def reshard(hf) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf)
+    (hf / "model.safetensors").unlink()
+    model.save_pretrained(hf, max_shard_size="100KB")
+    assert len(list(hf.glob("model-*.safetensors"))) > 3
