@@ -83,7 +83,9 @@ def test_signal_reaches_every_rank(tmp_path, number):
 def test_ranks_find_each_other_by_torchruns_names(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
-        "import os; print(*(os.environ[n] for n in 'RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT'.split()))"
+        "import os\n"
+        "found = ' '.join(os.environ[n] for n in 'RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT'.split())\n"
+        "os.write(1, f'{found}\\n'.encode())  # at once: print may write word by word, and three ranks share a pipe\n"
     )
     out, _ = launch(script, processes=3).communicate(timeout=30)
     ranks = sorted(line.split() for line in out.splitlines())
