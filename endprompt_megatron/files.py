@@ -2,13 +2,17 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from endprompt_megatron.errors import InputError
+
+_BLOCK = 16 << 20
 
 
 def refuse_existing(out: Path, flag: str) -> None:
@@ -83,3 +87,68 @@ def read_json(path: Path, what: str) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected {what}, a JSON object, found {type(value).__name__}")
     return value
+
+
+def crc32(path: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+@contextlib.contextmanager
+def resumable_directory(out: Path, job: dict, flag: str = "--out") -> Iterator[Path]:
+    """Yield `.OUT.partial` beside `out`; rename it to `out` if the block succeeds.
+
+    What a run of the same `job` (JSON) left there when it was killed or interrupted is still there; anything else
+    is removed first, and so is everything if the block raises an error.  Hidden files do not outlive the block.
+    Raises InputError as staged_directory does, and if another process is writing `out`.
+    """
+    refuse_existing(out, flag)
+    staging = out.with_name(f".{out.name}.partial")
+    with disk_errors(out, flag):
+        staging.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(staging / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(descriptor, out, flag)
+        try:
+            with disk_errors(out, flag):
+                refuse_existing(out, flag)  # it may have been finished a moment ago
+                _keep_only(staging, job)
+                yield staging
+                for hidden in staging.glob(".*"):
+                    hidden.unlink()
+                if out.is_dir():
+                    out.rmdir()
+                staging.rename(out)
+        except Exception:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, out: Path, flag: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{flag} {out}: another process is writing it; wait for it, or choose another name") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _keep_only(staging: Path, job: dict) -> None:
+    """Empty the directory unless it belongs to `job`."""
+    job = json.loads(json.dumps(job))
+    record = staging / ".job.json"
+    with contextlib.suppress(InputError):
+        if read_json(record, "what is being written") == job:
+            return
+    for entry in staging.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != ".lock":
+            entry.unlink()
+    write_json(record, job)

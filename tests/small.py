@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,3 +125,21 @@ def edit_json(path: Path, **changes: object) -> None:
         else:
             value[key] = change
     path.write_text(json.dumps(value))
+
+
+def mpirun(ranks: int) -> list[str] | None:
+    """The command that starts MPI ranks of Python here, None where there is no MPI that works."""
+    launcher = Path(sys.executable).parent / "mpirun"
+    launcher = str(launcher) if launcher.exists() else shutil.which("mpirun")
+    if launcher is None:
+        return None
+    flags = []
+    version = subprocess.run([launcher, "--version"], capture_output=True, text=True).stdout
+    if "Open MPI" in version or "OpenRTE" in version:
+        # Waiting ranks would spin, and take the core from the one that works.
+        flags = ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1"] + (
+            ["--allow-run-as-root"] if os.geteuid() == 0 else []
+        )
+    command = [launcher, *flags, "-n", str(ranks), sys.executable]
+    probe = [*command, "-c", f"from mpi4py import MPI; assert MPI.COMM_WORLD.size == {ranks}"]
+    return command if subprocess.run(probe, capture_output=True).returncode == 0 else None

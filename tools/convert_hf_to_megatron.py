@@ -20,11 +20,14 @@ def main() -> None:
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="directory with config.json and weights")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to make")
     parser.add_argument("--dtype", help="cast to bfloat16, float16 or float32 (default: as they are)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that write (default: one a CPU, at most 8)")
     options = parser.parse_args()
 
     from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
-    print(convert_hf_to_megatron(options.hf, options.out, options.dtype))
+    written = convert_hf_to_megatron(options.hf, options.out, options.dtype, options.workers)
+    if written is not None:
+        print(written)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--iteration", type=int, metavar="N", help="iteration to export (default: the newest)")
     parser.add_argument("--dtype", help="cast to bfloat16, float16 or float32 (default: what the training wrote)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that write (default: one a CPU, at most 8)")
     options = parser.parse_args()
 
     from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
@@ -32,8 +33,10 @@ def main() -> None:
         options.iteration,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
+        workers=options.workers,
     )
-    print(written)
+    if written is not None:
+        print(written)
 
 
 if __name__ == "__main__":

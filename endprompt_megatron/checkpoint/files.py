@@ -10,37 +10,20 @@ Ranks tell the first what they wrote through small files beside theirs (`.rank_R
 collectives: an asynchronous save runs beside the training, whose collectives it must not mix with.
 """
 
-import io
 import json
-import math
 import os
 import shutil
 import threading
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.storage import WriteResult
-
 from endprompt_megatron.convert import layout
-from endprompt_megatron.convert.torch_dist import FORMAT, Stored
+from endprompt_megatron.convert.torch_dist import Stored, describe, write_file
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import write_json
+from endprompt_megatron.files import crc32, write_json
 
 DAMAGED = ".damaged"
 _POLL_SECONDS = 0.02, 1.0  # between looks for the other ranks' files: at first, and at most
-_BLOCK = 16 << 20
 
 
 class Abandoned(Exception):
@@ -60,60 +43,8 @@ def write_rank(staging: Path, rank: int, tensors: Iterable[Stored], objects: dic
 
     Raises OSError if the disk refuses.
     """
-    name = f"__{rank}_0.distcp"
-    rows: list[list] = []
-    with open(staging / name, "wb") as file:
-        stream = _Summed(file)
-        for part in tensors:
-            tensor = part.load().detach().cpu().contiguous()
-            if tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
-                raise ValueError(f"{part.key} at {part.offset}: {tuple(tensor.shape)} {tensor.dtype}, not {part}")
-            if tensor.untyped_storage().size() != tensor.nbytes:
-                tensor = tensor.clone()  # torch.save writes the whole storage that a view looks at
-            begin = stream.count
-            stream.save(tensor)
-            dtype = str(part.dtype).removeprefix("torch.")
-            rows.append([part.key, begin, stream.count - begin, part.offset, part.shape, part.global_shape, dtype])
-            del tensor  # before the next is made
-        for key, value in objects.items():
-            begin = stream.count
-            stream.save([value])  # Megatron stores the list of a key's local objects
-            rows.append([key, begin, stream.count - begin])
-        file.flush()
-        os.fsync(file.fileno())
-    report = {"file": name, "bytes": stream.count, "crc32": stream.crc, "rows": rows}
+    report = write_file(staging, f"__{rank}_0.distcp", tensors, objects)
     write_json(staging / f".rank_{rank}.json", report)
-
-
-class _Summed(io.RawIOBase):
-    """A file that counts what is written and sums it up on the way; zlib and the write leave Python's lock free."""
-
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self.file, self.count, self.crc = file, 0, 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        length = memoryview(data).nbytes
-        self.count += length
-        self.crc = zlib.crc32(data, self.crc)
-        return length
-
-    def writable(self) -> bool:
-        return True
-
-    def save(self, value: object) -> None:
-        """torch.save, which hides the operating system's error behind one of its own."""
-        try:
-            torch.save(value, self)
-        except (RuntimeError, OSError):
-            if self.error is not None:
-                raise self.error from None
-            raise
 
 
 def join(staging: Path, ranks: int, common: dict, abandoned: threading.Event) -> dict[str, dict]:
@@ -122,29 +53,7 @@ def join(staging: Path, ranks: int, common: dict, abandoned: threading.Event) ->
     Raises Abandoned if the event is set while it waits.
     """
     reports = [_report(staging / f".rank_{rank}.json", abandoned) for rank in range(ranks)]
-    tensors: dict[str, TensorStorageMetadata] = {}
-    objects: dict[str, BytesStorageMetadata] = {}
-    results = []
-    for report in reports:
-        for key, begin, length, *rest in report["rows"]:
-            if rest:
-                offset, shape, global_shape, dtype = rest
-                if key not in tensors:
-                    properties = TensorProperties(dtype=getattr(torch, dtype))
-                    tensors[key] = TensorStorageMetadata(properties, torch.Size(global_shape), [])
-                tensors[key].chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)))
-                index = MetadataIndex(key, torch.Size(offset))
-            else:
-                objects[key] = BytesStorageMetadata()
-                index = MetadataIndex(key)
-            results.append(WriteResult(index, length, _StorageInfo(report["file"], begin, length)))
-    for key, tensor in tensors.items():
-        written = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
-        if written != math.prod(tensor.size):
-            raise RuntimeError(f"{key}: {written} elements of {list(tensor.size)} were to be stored")
-    FileSystemWriter(staging).finish(Metadata({**tensors, **objects}), [results])
-    torch.save(common, staging / "common.pt")
-    write_json(staging / "metadata.json", FORMAT)
+    describe(staging, reports, common)
     for rank in range(ranks):
         (staging / f".rank_{rank}.json").unlink()
     files = {report["file"]: {"bytes": report["bytes"], "crc32": report["crc32"]} for report in reports}
@@ -214,14 +123,6 @@ def clear_leftovers(root: Path) -> None:
     """Remove what a killed save or a killed removal left behind."""
     for leftover in root.glob(".iter_*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def crc32(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def damage(directory: Path, rank: int, ranks: int) -> str | None:

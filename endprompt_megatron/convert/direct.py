@@ -23,7 +23,7 @@ class HfSource:
         shape = read_shape(directory)
         pieces = list(llama.pieces(shape))
         self.weights = HfWeights(directory)
-        self.weights.check(pieces, shape.tied_embeddings)
+        self.dtypes = self.weights.check(pieces, shape.tied_embeddings)  # names, each with a tensor that has it
         self.pieces: dict[tuple[str, int], list[llama.Piece]] = {}  # by Megatron's name and the layer
         for piece in pieces:
             layer = piece.offset[0] if piece.per_layer else 0

@@ -4,14 +4,15 @@ Both the single model.safetensors and shards with an index.  Writing does not go
 library, which wants all tensors of a file in memory: the format is a length, a JSON header and raw bytes.
 """
 
-import contextlib
+import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -107,44 +108,62 @@ class HfWeights:
         return self.files[tensor].get_slice(tensor)[box]
 
 
-def write_weights(
-    directory: Path,
-    pieces: list[Piece],
-    read: Callable[[Piece], list[torch.Tensor]],
-    dtype: str,
-    max_shard_bytes: int,
-    advance: Callable[[int], None],
-) -> None:
-    """Write all tensors of `pieces` as transformers' save_pretrained does: one file, or shards with an index.
+@dataclass(frozen=True)
+class Shard:
+    """A weight file: its name, and the tensors in it with shapes and bytes, in the order in which they lie there."""
 
-    `read` gives the tensors of a piece, in the order of `piece.hf`; one piece is held at a time.  `advance` is
-    called with the bytes written.
-    """
+    name: str
+    tensors: tuple[tuple[str, tuple[int, ...], int], ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(count for _, _, count in self.tensors)
+
+
+def shards_of(pieces: list[Piece], dtype: str, max_shard_bytes: int) -> list[Shard]:
+    """The files that transformers' save_pretrained makes of the tensors of `pieces`: one, or several."""
     size = getattr(torch, dtype).itemsize
     tensors = [(name, sizes, size * math.prod(sizes)) for piece in pieces for name, sizes in piece.hf]
-    shards = _shards(sorted(tensors, key=_natural), max_shard_bytes)
+    parts = _shards(sorted(tensors, key=_natural), max_shard_bytes)
     names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(directory / name, "wb")) for name in names]
-        places = {}  # tensors come in the model's order and go each to its place
-        for file, shard in zip(files, shards, strict=True):
-            places |= {name: (file, position) for name, position in _write_header(file, shard, dtype).items()}
-        for piece in pieces:
-            for (name, _), tensor in zip(piece.hf, read(piece), strict=True):
-                file, position = places[name]
-                file.seek(position)
-                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
-                advance(tensor.nbytes)
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-    if len(shards) > 1:
-        total = sum(count for _, _, count in tensors)
-        placed = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor, _, _ in shard}
-        metadata = {"total_parameters": total // size, "total_size": total}
-        write_json(directory / INDEX, {"metadata": metadata, "weight_map": dict(sorted(placed.items()))})
+    if len(parts) > 1:
+        names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    # The safetensors library lays tensors of one dtype out by name.
+    return [Shard(name, tuple(sorted(part))) for name, part in zip(names, parts, strict=True)]
+
+
+def write_shard(directory: Path, shard: Shard, dtype: str, read: Callable[[str], Iterator[torch.Tensor]]) -> dict:
+    """Write one file; returns its name, bytes and CRC-32.  `read` gives a tensor's rows, a few at a time, in order.
+
+    Raises OSError if the disk refuses.
+    """
+    crc = written = 0
+    with open(directory / shard.name, "wb") as file:
+        for data in itertools.chain([_header(shard, dtype)], _bytes_of(shard, read)):
+            file.write(data)
+            crc = zlib.crc32(data, crc)
+            written += len(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"path": shard.name, "bytes": written, "crc32": crc}
+
+
+def _bytes_of(shard: Shard, read: Callable[[str], Iterator[torch.Tensor]]) -> Iterator[memoryview]:
+    for name, _, count in shard.tensors:
+        for rows in read(name):
+            data = rows.contiguous().view(torch.uint8).numpy().reshape(-1).data
+            count -= len(data)
+            yield data
+        if count:
+            raise ValueError(f"{name}: {count} bytes were not given")
+
+
+def write_index(directory: Path, shards: list[Shard], dtype: str) -> None:
+    """The index of several files, as transformers writes it."""
+    total = sum(shard.bytes for shard in shards)
+    placed = {name: shard.name for shard in shards for name, _, _ in shard.tensors}
+    metadata = {"total_parameters": total // getattr(torch, dtype).itemsize, "total_size": total}
+    write_json(directory / INDEX, {"metadata": metadata, "weight_map": dict(sorted(placed.items()))})
 
 
 def _natural(tensor: tuple) -> list[tuple[int, object]]:
@@ -168,17 +187,15 @@ def _shards(tensors: list[tuple], max_bytes: int) -> list[list[tuple]]:
     return [*shards, current] if current else shards
 
 
-def _write_header(file: BinaryIO, shard: list[tuple], dtype: str) -> dict[str, int]:
-    """Write length and header of a safetensors file; returns where in the file each tensor's bytes begin."""
-    header, places, position = {"__metadata__": {"format": "pt"}}, {}, 0
-    for name, sizes, count in sorted(shard):  # the safetensors library lays tensors of one dtype out by name
+def _header(shard: Shard, dtype: str) -> bytes:
+    """Length and header of a safetensors file."""
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for name, sizes, count in shard.tensors:
         header[name] = {"dtype": _CODE_OF[dtype], "shape": list(sizes), "data_offsets": [position, position + count]}
-        places[name] = position
         position += count
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    file.write(struct.pack("<Q", len(text)) + text)
-    return {name: 8 + len(text) + place for name, place in places.items()}
+    return struct.pack("<Q", len(text)) + text
 
 
 def _first_line(error: Exception) -> str:

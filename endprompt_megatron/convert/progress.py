@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def byte_progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
+def byte_progress(total: int, title: str, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Yield a function that advances the bar by a number of bytes."""
     from tqdm import tqdm
 
     with tqdm(
-        total=total, desc=title, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), dynamic_ncols=True
+        total=total,
+        desc=title,
+        unit="B",
+        unit_scale=True,
+        disable=not (shown and sys.stderr.isatty()),
+        dynamic_ncols=True,
     ) as bar:
         yield lambda count: bar.update(count) and None
 

@@ -1,20 +1,24 @@
 """Megatron-Core checkpoint, of any parallel layout -> Hugging Face directory that transformers and vLLM load."""
 
+import functools
+import itertools
 import re
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from endprompt_megatron.convert import layout, llama
 from endprompt_megatron.convert.card import model_card
-from endprompt_megatron.convert.hf_files import write_weights
-from endprompt_megatron.convert.progress import byte_progress
+from endprompt_megatron.convert.hf_files import Shard, shards_of, write_index, write_shard
 from endprompt_megatron.convert.to_megatron import Written
 from endprompt_megatron.convert.torch_dist import Checkpoint
+from endprompt_megatron.convert.units import identity, write_units
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import read_json, refuse_existing, staged_directory, write_json, write_text
-from endprompt_megatron.shape import ModelShape, shape_of
+from endprompt_megatron.files import read_json, refuse_existing, write_json, write_text
+from endprompt_megatron.shape import ModelShape, read_shape, shape_of
+from endprompt_megatron.workers import mpi, ranks_agree
 
 DEFAULT_SHARD = "5GB"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -27,40 +31,88 @@ def convert_megatron_to_hf(
     *,
     dtype: str | None = None,
     max_shard_size: str = DEFAULT_SHARD,
-) -> Written:
+    workers: int | None = 1,
+) -> Written | None:
     """Export a checkpoint: weights, config, generation config, tokenizer files and a model card.
 
     `megatron` is a checkpoint directory (its newest complete iteration, or `iteration`) or one iter_ directory.
     `dtype` None writes what the manifest says.  The padding of the vocabulary is cut, optimizer state is not read.
-    Everything is checked before anything is written, and `out` appears when it is whole.  Raises InputError.
+    `workers` processes write a file each (None: one a CPU, at most 8); under mpirun or srun every rank is one, and
+    all must call: None comes back on those past the first.  Everything is checked before anything is written, and
+    `out` appears when it is whole.  Killed and called again, it goes on.  Raises InputError.
     """
     started = time.monotonic()
-    source, out = layout.find_checkpoint(Path(megatron), iteration), Path(out)
-    manifest = layout.read_manifest(source)
-    hf = source / layout.HF_DIRECTORY
-    config = read_json(hf / "config.json", "a Hugging Face config")
-    shape = shape_of(config, str(hf / "config.json"))
-    limit = parse_size(max_shard_size)
-    refuse_existing(out, "--out")
-    layout.check_tokenizer(hf, shape.vocab_size)
-    pieces = list(llama.pieces(shape))
-    checkpoint = Checkpoint(source)
-    _check(checkpoint, manifest, shape, pieces)
-    dtype = layout.parse_dtype(dtype) or manifest["dtype"]
-    torch_dtype = getattr(torch, dtype)
-    total = sum(piece.elements for piece in pieces) * torch_dtype.itemsize
-    layout.require_space(out, total, "--out")
+    out, comm = Path(out), mpi()
+    with ranks_agree(comm):
+        source = layout.find_checkpoint(Path(megatron), iteration)
+        manifest = layout.read_manifest(source)
+        hf = source / layout.HF_DIRECTORY
+        config = read_json(hf / "config.json", "a Hugging Face config")
+        shape = shape_of(config, str(hf / "config.json"))
+        limit = parse_size(max_shard_size)
+        refuse_existing(out, "--out")
+        layout.check_tokenizer(hf, shape.vocab_size)
+        pieces = list(llama.pieces(shape))
+        _check(Checkpoint(source), manifest, shape, pieces)
+        dtype = layout.parse_dtype(dtype) or manifest["dtype"]
+        shards = shards_of(pieces, dtype, limit)
+        total = sum(shard.bytes for shard in shards)
+        layout.require_space(out, total, "--out")
 
-    def read(piece: llama.Piece) -> list[torch.Tensor]:
-        return llama.split(piece, checkpoint.read(piece.key, piece.offset, piece.shape, torch_dtype))
-
-    with byte_progress(total, "converting") as advance, staged_directory(out) as staging:
-        write_weights(staging, pieces, read, dtype, limit, advance)
+    def finish(staging: Path, _: list[dict]) -> None:
+        if len(shards) > 1:
+            write_index(staging, shards, dtype)
         layout.copy_hf_files(hf, staging)
         # transformers 5 reads dtype; transformers 4 and vLLM read torch_dtype.
         write_json(staging / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
         write_text(staging / "README.md", model_card(manifest, shape, dtype))
+
+    job = {
+        "to": "hf",
+        "dtype": dtype,
+        "shard": limit,
+        "from": str(source.resolve()),
+        "files": [*identity(source), *identity(hf)],
+    }
+    start = functools.partial(_start, source, dtype, shards)
+    write_units(out, job, [shard.bytes for shard in shards], start, finish, workers, comm)
+    if comm and comm.rank:
+        return None
     return Written(out, sum(len(piece.hf) for piece in pieces), total, dtype, time.monotonic() - started)
+
+
+def _start(source: Path, dtype: str, shards: list[Shard], staging: Path) -> Callable[[int], dict]:
+    """What a worker needs to write a file, made once in each."""
+    weights = MegatronWeights(source, getattr(torch, dtype))
+    return lambda number: write_shard(staging, shards[number], dtype, weights.rows)
+
+
+class MegatronWeights:
+    """Hugging Face's tensors of a Megatron checkpoint, a few rows at a time."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype):
+        self.checkpoint, self.dtype = Checkpoint(directory), dtype
+        shape = read_shape(directory / layout.HF_DIRECTORY)
+        self.places = {name: (piece, n) for piece in llama.pieces(shape) for n, (name, _) in enumerate(piece.hf)}
+        self._joined: tuple[llama.Piece, list[torch.Tensor]] | None = None
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor `name` in parts along its first axis, as large as they are stored.  Raises InputError."""
+        piece, index = self.places[name]
+        if piece.groups:
+            # Queries, keys and values lie in between each other, and follow each other where they are written.
+            if self._joined is None or self._joined[0] != piece:
+                self._joined = None  # before the next is read
+                value = self.checkpoint.read(piece.key, piece.offset, piece.shape, self.dtype)
+                self._joined = piece, llama.split(piece, value)
+            yield self._joined[1][index]
+            return
+        axis = 1 if piece.per_layer else 0
+        cuts = self.checkpoint.row_cuts(piece.key, piece.offset, piece.shape, axis)
+        for begin, end in itertools.pairwise(cuts):
+            offset = (*piece.offset[:axis], begin, *piece.offset[axis + 1 :])
+            shape = (*piece.shape[:axis], end - begin, *piece.shape[axis + 1 :])
+            yield self.checkpoint.read(piece.key, offset, shape, self.dtype)
 
 
 def _check(checkpoint: Checkpoint, manifest: dict, shape: ModelShape, pieces: list[llama.Piece]) -> None:

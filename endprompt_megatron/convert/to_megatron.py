@@ -1,18 +1,25 @@
 """Hugging Face directory -> Megatron-Core checkpoint that a model of any parallel layout can load."""
 
 import functools
+import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from endprompt_megatron.convert import layout, llama, torch_dist
-from endprompt_megatron.convert.hf_files import HfWeights
-from endprompt_megatron.convert.progress import byte_progress, in_words
+from endprompt_megatron.convert.direct import HfSource
+from endprompt_megatron.convert.progress import in_words
+from endprompt_megatron.convert.units import identity, write_units
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import refuse_existing, staged_directory
+from endprompt_megatron.files import refuse_existing
 from endprompt_megatron.shape import ModelShape, read_shape
+from endprompt_megatron.workers import mpi, ranks_agree
+
+_BOX_BYTES = 64 << 20
+_FILE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -29,45 +36,35 @@ class Written:
         return f"wrote {self.path}: {self.tensors} tensors, {in_words(self.bytes)}, {self.dtype}, {self.seconds:.1f} s"
 
 
-def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None) -> Written:
+def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, workers: int | None = 1) -> Written | None:
     """Convert the weights in `hf` and write iteration 0 of a new checkpoint directory `out`.
 
-    `dtype` ("bfloat16", "float16", "float32") casts; None keeps the weights to the bit.  Everything is checked
-    before anything is written, and `out` appears when it is whole.  Raises InputError.
+    `dtype` ("bfloat16", "float16", "float32") casts; None keeps the weights to the bit.  `workers` processes write
+    (None: one a CPU, at most 8); under mpirun or srun every rank is one, and all must call: None comes back on those
+    past the first.  Everything is checked before anything is written, and `out` appears when it is whole.  Killed
+    and called again, it goes on.  Raises InputError.
     """
     started = time.monotonic()
     hf, out = Path(hf), Path(out)
-    shape = read_shape(hf)
-    refuse_existing(out, "--out")
-    layout.check_tokenizer(hf, shape.vocab_size)
-    pieces = list(llama.pieces(shape))
-    dtype = layout.parse_dtype(dtype)
-    weights = HfWeights(hf)
-    found = weights.check(pieces, shape.tied_embeddings)
-    if dtype is None and len(found) > 1:
-        examples = ", ".join(f"{tensor} {name}" for name, tensor in sorted(found.items()))
-        raise InputError(f"{hf}: tensors of several dtypes ({examples}); choose one with --dtype")
-    dtype = dtype or next(iter(found))
-    torch_dtype = getattr(torch, dtype)
-    total = sum(piece.elements for piece in pieces) * torch_dtype.itemsize
-    layout.require_space(out, total, "--out")
+    comm = mpi()
+    with ranks_agree(comm):
+        shape = read_shape(hf)
+        refuse_existing(out, "--out")
+        layout.check_tokenizer(hf, shape.vocab_size)
+        dtype = layout.parse_dtype(dtype)
+        found = HfSource(hf).dtypes
+        if dtype is None and len(found) > 1:
+            examples = ", ".join(f"{tensor} {name}" for name, tensor in sorted(found.items()))
+            raise InputError(f"{hf}: tensors of several dtypes ({examples}); choose one with --dtype")
+        dtype = dtype or next(iter(found))
+        boxes = list(_boxes(shape, getattr(torch, dtype).itemsize))
+        total = sum(box.bytes for box in boxes)
+        layout.require_space(out, total, "--out")
+    files = _in_files(boxes)
 
-    with byte_progress(total, "converting") as advance, staged_directory(out) as staging:
-
-        def load(piece: llama.Piece) -> torch.Tensor:
-            tensor = llama.join(piece, [weights.get(name).to(torch_dtype) for name, _ in piece.hf])
-            advance(tensor.nbytes)
-            return tensor
-
-        stored = [
-            torch_dist.Stored(
-                piece.key, piece.global_shape, piece.offset, piece.shape, torch_dtype, functools.partial(load, piece)
-            )
-            for piece in pieces
-        ]
+    def finish(staging: Path, reports: list[dict]) -> None:
         directory = layout.iteration_dir(staging, 0)
-        directory.mkdir()
-        torch_dist.write(directory, stored, dict.fromkeys(_extra_states(shape)))
+        torch_dist.describe(directory, reports, {})
         layout.copy_hf_files(hf, directory / layout.HF_DIRECTORY)
         layout.write_manifest(
             directory,
@@ -79,7 +76,75 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None) -> Wri
             source=hf.resolve().name,
         )
         layout.write_latest(staging, 0)
-    return Written(out, sum(len(piece.hf) for piece in pieces), total, dtype, time.monotonic() - started)
+
+    job = {"to": "megatron", "dtype": dtype, "from": str(hf.resolve()), "files": identity(hf)}
+    start = functools.partial(_start, hf, dtype, files)
+    write_units(out, job, [sum(box.bytes for box in boxes) for boxes in files], start, finish, workers, comm)
+    if comm and comm.rank:
+        return None
+    tensors = sum(len(piece.hf) for piece in llama.pieces(shape))
+    return Written(out, tensors, total, dtype, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A part of a Megatron tensor that is read, joined and written at once."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def _boxes(shape: ModelShape, size: int) -> Iterator[_Box]:
+    """The model in parts of at most _BOX_BYTES (of rows of `size` bytes an element): memory does not grow with it."""
+    for piece in llama.pieces(shape):
+        axis = 1 if piece.per_layer else 0
+        row_bytes = math.prod(piece.shape[axis + 1 :]) * size
+        step = max(1, _BOX_BYTES // row_bytes)
+        for begin in range(0, piece.rows, step):
+            count = min(step, piece.rows - begin)
+            offset = (*piece.offset[:axis], piece.offset[axis] + begin, *piece.offset[axis + 1 :])
+            sizes = (*piece.shape[:axis], count, *piece.shape[axis + 1 :])
+            yield _Box(piece.key, piece.global_shape, offset, sizes, count * row_bytes)
+
+
+def _in_files(boxes: list[_Box]) -> list[list[_Box]]:
+    """Boxes that follow each other, in files of about _FILE_BYTES."""
+    files, held = [[]], 0
+    for box in boxes:
+        if held + box.bytes > _FILE_BYTES and files[-1]:
+            files.append([])
+            held = 0
+        files[-1].append(box)
+        held += box.bytes
+    return files
+
+
+def _start(hf: Path, dtype: str, files: list[list[_Box]], staging: Path) -> Callable[[int], dict]:
+    """What a worker needs to write a file, made once in each."""
+    source, torch_dtype = HfSource(hf), getattr(torch, dtype)
+    directory = layout.iteration_dir(staging, 0)
+    directory.mkdir(exist_ok=True)
+
+    def write(number: int) -> dict:
+        stored = (
+            torch_dist.Stored(
+                box.key,
+                box.global_shape,
+                box.offset,
+                box.shape,
+                torch_dtype,
+                functools.partial(source.read, box.key, box.offset, box.shape, torch_dtype),
+            )
+            for box in files[number]
+        )
+        objects = dict.fromkeys(_extra_states(read_shape(hf))) if number == 0 else {}
+        name = f"__{number}_0.distcp"
+        return {**torch_dist.write_file(directory, name, stored, objects), "path": f"{directory.name}/{name}"}
+
+    return write
 
 
 def _extra_states(shape: ModelShape) -> list[str]:

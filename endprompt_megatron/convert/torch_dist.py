@@ -9,31 +9,30 @@ import bisect
 import contextlib
 import io
 import math
+import os
 import pickle
-from collections.abc import Callable, Iterator
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
 
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import write_json
@@ -59,57 +58,119 @@ class Stored:
     load: Callable[[], torch.Tensor]
 
 
-def write(directory: Path, tensors: list[Stored], objects: dict[str, object]) -> None:
-    """Write a checkpoint into the empty `directory`.  `objects` are Megatron's ShardedObjects by their unique keys.
+def write_file(directory: Path, name: str, tensors: Iterable[Stored], objects: dict[str, object]) -> dict:
+    """Write a checkpoint's data file `name`; returns a report, for JSON and for `describe`.
 
-    Raises OSError if the disk refuses.
+    `objects` are Megatron's ShardedObjects by their unique keys.  The report has `file`, `bytes`, `crc32` and `rows`.
+    Memory: one tensor's, beyond what is given.  Raises OSError if the disk refuses.
     """
-    writer = FileSystemWriter(directory, single_file_per_rank=True, thread_count=1)
-    planner = _SavePlanner(tensors, objects)
-    writer.set_up_storage_writer(is_coordinator=True)
-    plan = writer.prepare_local_plan(planner.create_local_plan())
-    plans, metadata = planner.create_global_plan([plan])
-    (plan,) = writer.prepare_global_plan(plans)
-    with _as_os_error():
-        results = writer.write_data(planner.finish_plan(plan), planner).wait()
-        writer.finish(metadata, [results])
-        torch.save({}, directory / "common.pt")
-        write_json(directory / "metadata.json", FORMAT)
+    rows: list[list] = []
+    with open(directory / name, "wb") as file:
+        stream = _Summed(file)
+        for part in tensors:
+            tensor = part.load().detach().cpu().contiguous()
+            if tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
+                raise ValueError(f"{part.key} at {part.offset}: {tuple(tensor.shape)} {tensor.dtype}, not {part}")
+            if tensor.untyped_storage().size() != tensor.nbytes:
+                tensor = tensor.clone()  # torch.save writes the whole storage that a view looks at
+            begin = stream.count
+            stream.save(tensor)
+            dtype = str(part.dtype).removeprefix("torch.")
+            rows.append([part.key, begin, stream.count - begin, part.offset, part.shape, part.global_shape, dtype])
+            del tensor  # before the next is made
+        for key, value in objects.items():
+            begin = stream.count
+            stream.save([value])  # Megatron stores the list of a key's local objects
+            rows.append([key, begin, stream.count - begin])
+        file.flush()
+        os.fsync(file.fileno())
+    return {"file": name, "bytes": stream.count, "crc32": stream.crc, "rows": rows}
 
 
-class _SavePlanner(DefaultSavePlanner):
-    """A plan made from a list of parts instead of a state dict; data is fetched when it is written."""
+class _Summed(io.RawIOBase):
+    """A file that counts what is written and sums it up on the way; zlib and the write leave Python's lock free."""
 
-    def __init__(self, tensors: list[Stored], objects: dict[str, object]):
-        super().__init__(flatten_state_dict=False)
-        self.tensors = {(part.key, torch.Size(part.offset)): part for part in tensors}
-        self.objects = objects
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.file, self.count, self.crc = file, 0, 0
+        self.error: OSError | None = None
 
-    def create_local_plan(self) -> SavePlan:
-        items = []
-        for part in self.tensors.values():
-            offset = torch.Size(part.offset)
-            data = TensorWriteData(
-                chunk=ChunkStorageMetadata(offsets=offset, sizes=torch.Size(part.shape)),
-                properties=TensorProperties(dtype=part.dtype),
-                size=torch.Size(part.global_shape),
-            )
-            items.append(WriteItem(MetadataIndex(part.key, offset), WriteItemType.SHARD, tensor_data=data))
-        items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.objects]
-        self.plan = SavePlan(items)
-        return self.plan
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        length = memoryview(data).nbytes
+        self.count += length
+        self.crc = zlib.crc32(data, self.crc)
+        return length
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        index = write_item.index
-        if write_item.type == WriteItemType.BYTE_IO:
-            buffer = io.BytesIO()
-            torch.save([self.objects[index.fqn]], buffer)  # Megatron stores the list of a key's local objects
-            return buffer
-        part = self.tensors[index.fqn, index.offset]
-        tensor = part.load()
-        if tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
-            raise ValueError(f"{part.key} at {part.offset}: {tuple(tensor.shape)} {tensor.dtype}, not {part}")
-        return tensor
+    def writable(self) -> bool:
+        return True
+
+    def save(self, value: object) -> None:
+        """torch.save, which hides the operating system's error behind one of its own."""
+        try:
+            with _without_sums_of_its_own():
+                torch.save(value, self)
+        except (RuntimeError, OSError):
+            if self.error is not None:
+                raise self.error from None
+            raise
+
+
+@contextlib.contextmanager
+def _without_sums_of_its_own() -> Iterator[None]:
+    """torch.save computes a CRC-32 that torch.load does not look at, at a third of a disk's speed."""
+    options = torch.serialization
+    if not hasattr(options, "set_crc32_options"):  # torch before 2.6
+        yield
+        return
+    before = options.get_crc32_options()
+    options.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        options.set_crc32_options(before)
+
+
+def describe(directory: Path, reports: list[dict], common: dict) -> None:
+    """Make a checkpoint of the data files that the reports of `write_file` tell of.
+
+    Raises RuntimeError if together they do not hold every element of every tensor once.
+    """
+    tensors: dict[str, TensorStorageMetadata] = {}
+    objects: dict[str, BytesStorageMetadata] = {}
+    results = []
+    for report in reports:
+        file = sys.intern(report["file"])
+        for key, begin, length, *rest in report["rows"]:
+            key = sys.intern(key)
+            if rest:
+                offset, shape, global_shape, dtype = rest
+                if key not in tensors:
+                    properties = TensorProperties(dtype=getattr(torch, dtype))
+                    tensors[key] = TensorStorageMetadata(properties, torch.Size(global_shape), [])
+                tensors[key].chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)))
+                index = MetadataIndex(key, torch.Size(offset))
+            else:
+                objects[key] = BytesStorageMetadata()
+                index = MetadataIndex(key)
+            results.append(WriteResult(index, length, _StorageInfo(file, begin, length)))
+    for key, tensor in tensors.items():
+        written = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+        if written != math.prod(tensor.size):
+            raise RuntimeError(f"{key}: {written} elements of {list(tensor.size)} were to be stored")
+    _Describer(directory).finish(Metadata({**tensors, **objects}), [results])
+    torch.save(common, directory / "common.pt")
+    write_json(directory / "metadata.json", FORMAT)
+
+
+class _Describer(FileSystemWriter):
+    """Leaves out a random number and the directory's name at the time, so that the same is written as the same."""
+
+    def storage_meta(self) -> None:
+        return None
 
 
 class Checkpoint:
@@ -168,6 +229,18 @@ class Checkpoint:
                 raise ValueError("parts of it were never written")
             self.reader.read_data(LoadPlan(items), _LoadPlanner(target)).wait()
         return target
+
+    def row_cuts(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], axis: int) -> list[int]:
+        """Where, along `axis` of a box, stored parts begin and end: offset[axis] first, the box's end last.
+
+        To read between two of them takes whole parts, which torch.load reads in any case.
+        """
+        first, last = offset[axis], offset[axis] + shape[axis]
+        cuts = {first, last}
+        for chunk in self._near(key, offset[0], offset[0] + shape[0]).chunks:
+            begin = chunk.offsets[axis]
+            cuts |= {cut for cut in (begin, begin + chunk.sizes[axis]) if first < cut < last}
+        return sorted(cuts)
 
     def _near(self, key: str, first: int, last: int) -> TensorStorageMetadata:
         """The tensor's metadata with the chunks alone that reach into first..last-1 of its first axis.
@@ -236,17 +309,3 @@ class _ObjectPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.value = torch.load(value, map_location="cpu", weights_only=False)
-
-
-@contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
-    """torch.save turns a full disk into a RuntimeError of its own; give back the operating system's error."""
-    try:
-        yield
-    except RuntimeError as error:
-        cause = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise cause from error

@@ -10,9 +10,9 @@ where the tokenizer has one, so that a stream of documents shows where one ends.
 """
 
 import contextlib
+import functools
 import os
 import shutil
-import signal
 import sys
 import traceback
 from collections.abc import Iterable
@@ -27,6 +27,7 @@ from endprompt_megatron.data.sources import Piece, Reading, documents, pieces_of
 from endprompt_megatron.errors import EXIT_INPUT, InputError
 from endprompt_megatron.files import disk_errors, refuse_existing, write_json
 from endprompt_megatron.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from endprompt_megatron.workers import for_each, mpi, number_of
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20
@@ -71,29 +72,16 @@ def prepare(
     the special tokens of the module docstring.  Raises InputError for everything that the inputs, the
     tokenizer or the place of the output can be wrong with; then nothing is left behind.
     """
-    comm = _mpi()
+    comm = mpi()
+    workers = number_of(workers, comm)
     if comm is not None:
-        if workers is not None and workers > 1:
-            raise InputError(f"--workers {workers}: under mpirun every rank is one worker; give -n to mpirun instead")
         return _prepare_by_ranks(comm, inputs, tokenizer, out, Reading(text_field, split_blank_lines), bos, eos)
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers {workers}: should be at least 1")
-    workers = workers or _cpus()
     with _plan(inputs, tokenizer, out, Reading(text_field, split_blank_lines), bos, eos) as (job, pieces, loaded):
         with Progress("tokenising", sum(piece.work for piece in pieces)) as progress:
-            if min(workers, len(pieces)) <= 1:
-                parts = {}
-                for number, piece in enumerate(pieces):
-                    parts[number] = tokenise_piece(job, number, piece, loaded)
-                    progress.add(piece.work)
-            else:
-                parts = _tokenise_in_pool(job, pieces, min(workers, len(pieces)), progress)
+            own = loaded if min(workers, len(pieces)) <= 1 else None
+            start = functools.partial(_tokenising, job, pieces, own)
+            parts = dict(enumerate(for_each(start, [piece.work for piece in pieces], workers, progress.add)))
         return _join(job, inputs, pieces, parts, loaded, out)
-
-
-def _cpus() -> int:
-    # What Slurm or a container leaves to this process, where the system tells.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -163,66 +151,13 @@ def _encode(piece: Piece, batch: list[tuple[int, str]], tokenizer: Tokenizer) ->
         raise InputError(f"{place(piece, number)}: lone surrogate at character {error.start}; not valid text") from None
 
 
-# One machine: a pool of processes
-
-
-_worker: tuple[Job, Tokenizer] | None = None
-
-
-def _start_worker(job: Job) -> None:
-    global _worker  # the one thing a pool's process keeps between pieces
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    _worker = (job, load_tokenizer(job.tokenizer))
-
-
-def _work(number: int, piece: Piece) -> Part:
-    job, tokenizer = _worker
-    return tokenise_piece(job, number, piece, tokenizer)
-
-
-def _tokenise_in_pool(job: Job, pieces: list[Piece], workers: int, progress: Progress) -> dict[int, Part]:
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from concurrent.futures.process import BrokenProcessPool
-
-    # Spawned, not forked: the parent has loaded a tokenizer and may hold threads.
-    context = multiprocessing.get_context("spawn")
-    parts = {}
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,)) as pool:
-        # The largest first: a whole .txt must not start last.
-        order = sorted(range(len(pieces)), key=lambda number: -pieces[number].work)
-        futures = {pool.submit(_work, number, pieces[number]): number for number in order}
-        try:
-            for future in as_completed(futures):
-                number = futures[future]
-                parts[number] = future.result()
-                progress.add(pieces[number].work)
-        except BrokenProcessPool:
-            raise InputError(f"--workers {workers}: a worker was killed, most likely for memory; use fewer") from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return parts
+def _tokenising(job: Job, pieces: list[Piece], tokenizer: Tokenizer | None = None):
+    """What tokenises the piece of a number: made once in every process, with a tokenizer of its own."""
+    tokenizer = tokenizer or load_tokenizer(job.tokenizer)
+    return lambda number: tokenise_piece(job, number, pieces[number], tokenizer)
 
 
 # Several machines: the ranks of mpirun
-
-
-def _mpi():
-    """The MPI communicator if this process is one of several that mpirun or srun started, otherwise None."""
-    sizes = {
-        name: int(os.environ.get(name, 1)) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-    }
-    name, size = max(sizes.items(), key=lambda item: item[1])
-    if size == 1:
-        return None
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, the MPI library is not
-        raise InputError(f"{name}={size}: running under MPI needs mpi4py and an MPI library ({error})") from None
-    if MPI.COMM_WORLD.size != size:
-        raise InputError(f"{name}={size}, but MPI sees {MPI.COMM_WORLD.size} process; use mpirun or srun --mpi=pmix")
-    return MPI.COMM_WORLD
 
 
 def _prepare_by_ranks(

@@ -175,7 +175,7 @@ def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_pat
         add(f"optimizer.state.exp_avg.{key}", torch.randn(tensor.shape))
     target = tmp_path / "run/iter_0000030"
     target.mkdir(parents=True)
-    torch_dist.write(target, stored, {})
+    torch_dist.describe(target, [torch_dist.write_file(target, "__0_0.distcp", stored, {})], {})
     layout.copy_hf_files(first.directory / "hf", target / "hf")
     recipe = {
         "model": {"hf": "/data/Some-Model"},

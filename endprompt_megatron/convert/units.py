@@ -1,0 +1,80 @@
+"""The files that a conversion writes: each by one worker, on one host or over many, and each only once.
+
+A unit is a file.  What is in which file depends on the model alone, so the result is the same for any number of
+workers, and a conversion that was killed goes on with another number.  A file is done when its report
+(`.unit_NUMBER.json`: size and CRC-32) is there, written after the file is on the disk.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from endprompt_megatron.convert.progress import byte_progress
+from endprompt_megatron.files import crc32, resumable_directory, write_json
+from endprompt_megatron.workers import for_each, number_of, ranks_agree
+
+_MOST = 8  # workers of a host unless told: more wait for the disk
+
+
+def write_units(
+    out: Path,
+    job: dict,
+    sizes: list[int],
+    start: Callable[[Path], Callable[[int], dict]],
+    finish: Callable[[Path, list[dict]], None],
+    workers: int | None,
+    comm: Any | None,
+) -> None:
+    """Write `out` from units of `sizes` (bytes), then `finish` it; it appears when it is whole.
+
+    `start`, importable by name, gets the directory to write in and returns what writes a unit and reports it.
+    `job` tells one conversion from another.  With `comm`, of MPI, all ranks call.  Raises InputError.
+    """
+    workers = min(number_of(None, comm), _MOST) if workers is None else number_of(workers, comm)
+    rank, ranks = (comm.rank, comm.size) if comm else (0, 1)
+    staging = out.with_name(f".{out.name}.partial")
+    with contextlib.ExitStack() as stack:
+        with ranks_agree(comm):
+            if rank == 0:
+                stack.enter_context(resumable_directory(out, job))
+        mine = list(range(rank, len(sizes), ranks))
+        with ranks_agree(comm), byte_progress(sum(sizes[n] for n in mine), "converting", shown=rank == 0) as advance:
+            ready = functools.partial(_ready, start, staging, mine)
+            done = for_each(ready, [sizes[number] for number in mine], workers, advance)
+        reports = dict(zip(mine, done, strict=True))
+        if comm:
+            reports = {number: report for part in comm.allgather(reports) for number, report in part.items()}
+        with ranks_agree(comm):
+            if rank == 0:
+                finish(staging, [reports[number] for number in range(len(sizes))])
+
+
+def _ready(start: Callable[[Path], Callable[[int], dict]], staging: Path, mine: list[int]) -> Callable[[int], dict]:
+    write = start(staging)
+    return lambda index: _once(staging, mine[index], write)
+
+
+def _once(staging: Path, number: int, write: Callable[[int], dict]) -> dict:
+    """The report of a unit: the one of an earlier start, if the file still is what it says, or of writing it now."""
+    record = staging / f".unit_{number:05d}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        report = json.loads(record.read_text(encoding="utf-8"))
+        path = staging / report["path"]
+        if path.stat().st_size == report["bytes"] and crc32(path) == report["crc32"]:
+            return report
+    report = write(number)
+    write_json(record, report)
+    return report
+
+
+def identity(directory: Path) -> list:
+    """What tells one state of a directory's files from another, for `job`: names, sizes, times of change."""
+    found = []
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            state = path.stat()
+            found.append([path.name, state.st_size, state.st_mtime_ns])
+    return found

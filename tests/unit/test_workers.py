@@ -1,0 +1,58 @@
+"""Tasks over processes: all results in order, or one error; never a process that stays."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.workers import for_each, number_of
+
+
+def start(what: str):
+    """Made in every process."""
+    if what == "unready":
+        raise InputError("not ready")
+    return functools.partial(task, what)
+
+
+def task(what: str, number: int):
+    if what == "killed" and number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "wrong" and number == 3:
+        raise InputError("task 3 is wrong")
+    time.sleep(0.02)
+    return number, os.getpid()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 9])
+def test_results_are_in_order_whatever_was_done_first(workers):
+    done = []
+    results = for_each(functools.partial(start, "well"), [5, 1, 9, 9, 2, 3, 4, 8], workers, done.append)
+    assert [number for number, _ in results] == list(range(8))
+    assert sorted(done) == [1, 2, 3, 4, 5, 8, 9, 9]
+    processes = {pid for _, pid in results}
+    assert processes == {os.getpid()} if workers == 1 else os.getpid() not in processes
+
+
+@pytest.mark.parametrize(
+    ("what", "needle"), [("killed", "a worker was killed"), ("wrong", "task 3 is wrong"), ("unready", "not ready")]
+)
+def test_an_error_ends_it_and_leaves_no_process(what, needle):
+    before = set(multiprocessing.active_children())
+    with pytest.raises(InputError, match=needle):
+        for_each(functools.partial(start, what), [1] * 40, 2, lambda _: None)
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_numbers_that_cannot_be_are_refused():
+    assert number_of(3, None) == 3
+    assert number_of(None, None) >= 1
+    with pytest.raises(InputError, match="--workers 0: should be at least 1"):
+        number_of(0, None)
+    with pytest.raises(InputError, match="every rank is one worker"):
+        number_of(2, object())
+    assert number_of(None, object()) == 1
