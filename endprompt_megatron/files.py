@@ -98,6 +98,16 @@ def crc32(path: Path) -> int:
     return value
 
 
+def sums_of(directory: Path, known: list[dict]) -> dict[str, dict]:
+    """Bytes and CRC-32 of every file below `directory`; those of `known` (file, bytes, crc32) are not read again."""
+    files = {report["file"]: {"bytes": report["bytes"], "crc32": report["crc32"]} for report in known}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in files:
+            files[name] = {"bytes": path.stat().st_size, "crc32": crc32(path)}
+    return files
+
+
 @contextlib.contextmanager
 def resumable_directory(out: Path, job: dict, flag: str = "--out") -> Iterator[Path]:
     """Yield `.OUT.partial` beside `out`; rename it to `out` if the block succeeds.

@@ -1,6 +1,8 @@
 """Convert a Hugging Face LLaMA checkpoint to a Megatron-Core distributed checkpoint.
 
-    python tools/convert_hf_to_megatron.py --hf DIR --out DIR [--dtype bfloat16]
+    python tools/convert_hf_to_megatron.py --hf DIR --out DIR [--dtype bfloat16] [--workers 8] [--verify]
+
+The same under mpirun or srun: every rank writes its share.  Killed, the same command goes on.
 
 Weights keep their dtype unless --dtype says otherwise.  Any tensor, pipeline and context parallel layout can load
 the result.
@@ -21,13 +23,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to make")
     parser.add_argument("--dtype", help="cast to bfloat16, float16 or float32 (default: as they are)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that write (default: one a CPU, at most 8)")
+    parser.add_argument("--verify", action="store_true", help="compare every tensor; convert only if OUT is not there")
     options = parser.parse_args()
 
     from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
-    written = convert_hf_to_megatron(options.hf, options.out, options.dtype, options.workers)
-    if written is not None:
-        print(written)
+    first = True
+    if not (options.verify and options.out.exists()):
+        written = convert_hf_to_megatron(options.hf, options.out, options.dtype, options.workers)
+        first = written is not None
+        if first:
+            print(written, flush=True)
+    if options.verify and first:
+        from endprompt_megatron.convert.verify import verify
+
+        print(verify(options.hf, options.out, to_hf=False, workers=options.workers))
 
 
 if __name__ == "__main__":

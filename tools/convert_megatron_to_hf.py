@@ -1,6 +1,6 @@
 """Convert a Megatron-Core distributed checkpoint to a Hugging Face directory.
 
-    python tools/convert_megatron_to_hf.py --megatron RUN/checkpoints --out DIR [--iteration N]
+    python tools/convert_megatron_to_hf.py --megatron RUN/checkpoints --out DIR [--iteration N] [--workers 8] [--verify]
 
 The newest complete iteration is exported unless --iteration names one; --megatron may also be an iter_ directory.
 The result holds weights, config, tokenizer and a model card, and loads in transformers and vLLM as it is.
@@ -23,20 +23,28 @@ def main() -> None:
     parser.add_argument("--dtype", help="cast to bfloat16, float16 or float32 (default: what the training wrote)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that write (default: one a CPU, at most 8)")
+    parser.add_argument("--verify", action="store_true", help="compare every tensor; convert only if OUT is not there")
     options = parser.parse_args()
 
     from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 
-    written = convert_megatron_to_hf(
-        options.megatron,
-        options.out,
-        options.iteration,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-        workers=options.workers,
-    )
-    if written is not None:
-        print(written)
+    first = True
+    if not (options.verify and options.out.exists()):
+        written = convert_megatron_to_hf(
+            options.megatron,
+            options.out,
+            options.iteration,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            workers=options.workers,
+        )
+        first = written is not None
+        if first:
+            print(written, flush=True)
+    if options.verify and first:
+        from endprompt_megatron.convert.verify import verify
+
+        print(verify(options.out, options.megatron, options.iteration, to_hf=True, workers=options.workers))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from endprompt_megatron.convert import layout
 from endprompt_megatron.convert.torch_dist import Stored, describe, write_file
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import crc32, write_json
+from endprompt_megatron.files import crc32, sums_of, write_json
 
 DAMAGED = ".damaged"
 _POLL_SECONDS = 0.02, 1.0  # between looks for the other ranks' files: at first, and at most
@@ -56,12 +56,7 @@ def join(staging: Path, ranks: int, common: dict, abandoned: threading.Event) ->
     describe(staging, reports, common)
     for rank in range(ranks):
         (staging / f".rank_{rank}.json").unlink()
-    files = {report["file"]: {"bytes": report["bytes"], "crc32": report["crc32"]} for report in reports}
-    for path in sorted(staging.rglob("*")):
-        name = path.relative_to(staging).as_posix()
-        if path.is_file() and name not in files:
-            files[name] = {"bytes": path.stat().st_size, "crc32": crc32(path)}
-    return files
+    return sums_of(staging, reports)
 
 
 def _report(path: Path, abandoned: threading.Event) -> dict:
@@ -129,7 +124,7 @@ def damage(directory: Path, rank: int, ranks: int) -> str | None:
     """What is wrong with a checkpoint, as far as this rank's share of its files tells; None if nothing is.
 
     Reading every byte takes about as long as loading does, shared among the ranks in the same way.  A checkpoint
-    without sizes and sums, as a conversion writes it, has none that fail.
+    without sizes and sums, as earlier conversions wrote it, has none that fail.
     """
     try:
         files = layout.read_manifest(directory).get("files") or {}

@@ -23,6 +23,7 @@ from endprompt_megatron.files import read_json, write_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _CODE_OF = {name: code for code, name in _CODES.items()}
 
 
@@ -102,6 +103,11 @@ class HfWeights:
     def get(self, tensor: str) -> torch.Tensor:
         """One tensor, read now."""
         return self.files[tensor].get_tensor(tensor)
+
+    def bytes_of(self, tensor: str) -> int:
+        """Bytes of a tensor in its file."""
+        _, code, sizes = self.entries[tensor]
+        return math.prod(sizes) * _BYTES.get(code, 0)
 
     def part(self, tensor: str, box: tuple[slice, ...]) -> torch.Tensor:
         """A part of one tensor, a slice an axis; no more than that is read."""

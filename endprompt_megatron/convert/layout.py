@@ -98,7 +98,7 @@ def write_manifest(
 ) -> None:
     """Declare the checkpoint in `directory` complete.  `dtype` ("bfloat16") is what an export is written in.
 
-    `files`: bytes and CRC-32 of every other file, by name; None where nobody resumes from it.
+    `files`: bytes and CRC-32 of every other file, by name; None if they were not taken.
     """
     manifest = {
         "format": FORMAT,

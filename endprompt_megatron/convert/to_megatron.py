@@ -14,7 +14,7 @@ from endprompt_megatron.convert.direct import HfSource
 from endprompt_megatron.convert.progress import in_words
 from endprompt_megatron.convert.units import identity, write_units
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import refuse_existing
+from endprompt_megatron.files import refuse_existing, sums_of
 from endprompt_megatron.shape import ModelShape, read_shape
 from endprompt_megatron.workers import mpi, ranks_agree
 
@@ -74,6 +74,7 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
             vocab_size=shape.vocab_size,
             dtype=dtype,
             source=hf.resolve().name,
+            files=sums_of(directory, reports),
         )
         layout.write_latest(staging, 0)
 

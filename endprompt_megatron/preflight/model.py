@@ -160,7 +160,10 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
             WARN,
         )
     layout.refuse_other_model(read_shape(directory / layout.HF_DIRECTORY), shape, f"model.init_from={source}")
-    held = _whole(directory)
+    try:
+        held = _whole(directory)
+    except InputError as error:
+        raise InputError(f"{error}; make it again with tools/convert_hf_to_megatron.py") from None
     return Finding(CONVERTED, f"{directory}: {in_words(held)}, {shape.num_layers} layers, as model.hf")
 
 
@@ -168,32 +171,32 @@ def _whole(directory: Path) -> int:
     """Bytes of a torch_dist checkpoint.  Raises InputError if a file lacks bytes that its metadata counts on."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    short = [
-        name
-        for name, file in (layout.read_manifest(directory).get("files") or {}).items()
-        if not (directory / name).is_file() or (directory / name).stat().st_size != file["bytes"]
-    ]
-    if short:
-        raise InputError(f"{directory}: {some(short)}: missing or cut short; the checkpoint is damaged")
+    recorded = layout.read_manifest(directory).get("files") or {}
+    _refuse_short(directory, {name: file["bytes"] for name, file in recorded.items()})
     if not (directory / ".metadata").is_file():
-        raise InputError(f"{directory}: .metadata is missing; the checkpoint is damaged, make it again")
+        raise InputError(f"{directory}: .metadata is missing; the checkpoint is damaged")
     try:
         stored = FileSystemReader(directory).read_metadata().storage_data
     except (OSError, RuntimeError, EOFError, ValueError, AttributeError, pickle.UnpicklingError):
-        raise InputError(f"{directory}: .metadata cannot be read; the checkpoint is damaged, make it again") from None
+        raise InputError(f"{directory}: .metadata cannot be read; the checkpoint is damaged") from None
     ends: dict[str, int] = {}
     for place in stored.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    _refuse_short(directory, ends)
+    return sum(ends.values())
+
+
+def _refuse_short(directory: Path, lengths: dict[str, int]) -> None:
+    """Raise InputError if a file is missing or has fewer bytes than `lengths` says."""
     said = []
-    for name, end in sorted(ends.items()):
+    for name, length in sorted(lengths.items()):
         path = directory / name
         if not path.is_file():
             said.append(f"{name} is missing")
-        elif path.stat().st_size < end:
-            said.append(f"{name} has {path.stat().st_size} of {end} bytes")
+        elif path.stat().st_size < length:
+            said.append(f"{name} has {path.stat().st_size} of {length} bytes")
     if said:
-        raise InputError(f"{directory}: {some(said)}; the checkpoint is damaged, make it again")
-    return sum(ends.values())
+        raise InputError(f"{directory}: {some(said)}; the checkpoint is damaged")
 
 
 def tokenizer(recipe: Recipe, shape: ModelShape) -> Finding:

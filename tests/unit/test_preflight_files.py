@@ -67,6 +67,16 @@ def of_three_layers(place: Path) -> None:
 
 
 CONVERTED = "megatron/iter_0000000"
+
+
+def without_sums(place: Path) -> Path:
+    """The converted checkpoint with a manifest as earlier conversions wrote it."""
+    path = place / CONVERTED / "endprompt.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value[key] for key in value if key not in ("files", "crc32")}))
+    return place / CONVERTED
+
+
 # name: (overrides, damage, check, verdict, what is said)
 WRONG = {
     "missing-shard": ([], without_a_shard, "HF checkpoint", FAIL, ["1 of ", "shards missing: model-00002"]),
@@ -161,7 +171,21 @@ WRONG = {
         lambda p: cut(p / CONVERTED / ".metadata", 50),
         "converted checkpoint",
         FAIL,
+        [".metadata has ", "make it again"],
+    ),
+    "converted-metadata-cut-and-no-sums": (
+        [],
+        lambda p: cut(without_sums(p) / ".metadata", 50),
+        "converted checkpoint",
+        FAIL,
         [".metadata cannot be read"],
+    ),
+    "converted-cut-and-no-sums": (
+        [],
+        lambda p: cut(without_sums(p) / "__0_0.distcp", 1000),
+        "converted checkpoint",
+        FAIL,
+        ["__0_0.distcp has ", "damaged; make it again"],
     ),
     "converted-from-another": (
         [],
@@ -250,7 +274,7 @@ def test_a_damaged_newest_checkpoint_goes_back_to_the_one_before(place, at, exte
     cut(place / "run/checkpoints/iter_0000004/__0_0.distcp", 10)
     found, code = at(place)
     assert (code, found["converted checkpoint"].verdict) == (0, WARN)
-    assert "iter_0000004: __0_0.distcp: missing or cut short" in found["converted checkpoint"].found
+    assert "iter_0000004: __0_0.distcp has " in found["converted checkpoint"].found
     assert "goes back to step 2" in found["converted checkpoint"].found
     shutil.rmtree(place / "run/checkpoints/iter_0000002")
     found, code = at(place)
