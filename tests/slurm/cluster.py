@@ -136,7 +136,7 @@ class Cluster:
         words = self.call("scontrol", "-o", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: int, seconds: float = 240) -> dict[str, str]:
+    def wait(self, job: int, seconds: float = 600) -> dict[str, str]:
         """The job once it is over: COMPLETED, FAILED, ..."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
         self._until(lambda: self.job(job)["JobState"] in over, f"job {job}", seconds)

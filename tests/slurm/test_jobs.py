@@ -79,7 +79,7 @@ class Ground:
     def until_step(self, run: str, step: int) -> None:
         self.until(f"step {step}", lambda: self.losses_so_far(run) >= step, run)
 
-    def until(self, what: str, condition, run: str, seconds: float = 180) -> None:
+    def until(self, what: str, condition, run: str, seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"no {what}\n{self.said(run)}"
