@@ -50,8 +50,9 @@ class HfSource:
             at = offset[1:] if per_layer else offset
             for piece in self.pieces.get((key, offset[0] + index if per_layer else 0), []):
                 filled += self._fill(part, at, piece)
-        if filled != target.numel() and not zero_outside:
-            raise InputError(f"{self.directory}: has nothing for {filled} of {target.numel()} elements of {key}")
+        lacking = target.numel() - filled
+        if lacking and not zero_outside:
+            raise InputError(f"{self.directory}: has nothing for {lacking} of {target.numel()} elements of {key}")
         return target
 
     def read_object(self, key: str) -> None:

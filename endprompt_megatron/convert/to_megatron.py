@@ -2,6 +2,7 @@
 
 import functools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
 
     def finish(staging: Path, reports: list[dict]) -> None:
         directory = layout.iteration_dir(staging, 0)
+        _keep_only(directory, {report["file"] for report in reports})
         torch_dist.describe(directory, reports, {})
         layout.copy_hf_files(hf, directory / layout.HF_DIRECTORY)
         layout.write_manifest(
@@ -85,6 +87,15 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
         return None
     tensors = sum(len(piece.hf) for piece in llama.pieces(shape))
     return Written(out, tensors, total, dtype, time.monotonic() - started)
+
+
+def _keep_only(directory: Path, names: set[str]) -> None:
+    """Remove what an earlier start that was killed while it finished left beside the data files."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in names:
+            path.unlink()
 
 
 @dataclass(frozen=True)

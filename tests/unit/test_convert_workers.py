@@ -192,6 +192,21 @@ def test_what_is_damaged_or_of_another_conversion_is_not_kept(place, tmp_path, w
     assert half < 0.6 * whole
 
 
+@ways
+def test_interrupted_while_it_finished_it_ends_with_the_same_bytes(place, tmp_path, way):
+    """When all weights are written: what describes them is written anew, not described itself."""
+    from endprompt_megatron.convert import layout, to_hf
+
+    source, reference = (place / name for name in WAYS[way])
+    last = (layout, "write_latest") if way == "to-megatron" else (to_hf, "write_text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*last, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            convert(way, source, tmp_path / "out")
+    convert(way, source, tmp_path / "out")
+    assert_same(tmp_path / "out", reference)
+
+
 def test_two_conversions_of_one_name_do_not_mix(place, tmp_path):
     import fcntl
 
