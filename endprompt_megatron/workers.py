@@ -35,15 +35,18 @@ def mpi() -> Any | None:
     return MPI.COMM_WORLD
 
 
-def number_of(workers: int | None, comm: Any | None) -> int:
-    """The processes to use on this host: `workers`, 1 under MPI.  Raises InputError for a number that cannot be."""
+def number_of(workers: int | None, comm: Any | None, most: int | None = None) -> int:
+    """The processes to use on this host: `workers`, or one a CPU but no more than `most`; 1 under MPI.
+
+    Raises InputError for a number that cannot be.
+    """
     if comm is not None:
         if workers is not None and workers > 1:
             raise InputError(f"--workers {workers}: under mpirun every rank is one worker; give -n to mpirun instead")
         return 1
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: should be at least 1")
-    return workers or cpus()
+    return workers or min(cpus(), most or cpus())
 
 
 def for_each(

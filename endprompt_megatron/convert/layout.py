@@ -163,12 +163,12 @@ def is_hugging_face(directory: Path) -> bool:
     return (directory / "config.json").is_file()
 
 
-def refuse_other_model(held: ModelShape, shape: ModelShape, source: str) -> None:
-    """Raise InputError if what `source` holds are weights of another model than `shape`, that of model.hf."""
+def refuse_other_model(held: ModelShape, shape: ModelShape, source: str, other: str = "model.hf") -> None:
+    """Raise InputError if what `source` holds are weights of another model than `shape`, that of `other`."""
     for name in "num_layers hidden_size ffn_size num_heads num_kv_heads head_dim vocab_size tied_embeddings".split():
         if getattr(held, name) != getattr(shape, name):
             raise InputError(
-                f"{source} holds another model: {name}={getattr(held, name)}, model.hf has {getattr(shape, name)}"
+                f"{source} holds another model: {name}={getattr(held, name)}, {other} has {getattr(shape, name)}"
             )
 
 

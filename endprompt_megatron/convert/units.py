@@ -16,7 +16,7 @@ from endprompt_megatron.convert.progress import byte_progress
 from endprompt_megatron.files import crc32, resumable_directory, write_json
 from endprompt_megatron.workers import for_each, number_of, ranks_agree
 
-_MOST = 8  # workers of a host unless told: more wait for the disk
+MOST_WORKERS = 8  # of a host, unless told: more wait for the disk
 
 
 def write_units(
@@ -33,7 +33,7 @@ def write_units(
     `start`, importable by name, gets the directory to write in and returns what writes a unit and reports it.
     `job` tells one conversion from another.  With `comm`, of MPI, all ranks call.  Raises InputError.
     """
-    workers = min(number_of(None, comm), _MOST) if workers is None else number_of(workers, comm)
+    workers = number_of(workers, comm, MOST_WORKERS)
     rank, ranks = (comm.rank, comm.size) if comm else (0, 1)
     staging = out.with_name(f".{out.name}.partial")
     with contextlib.ExitStack() as stack:

@@ -17,12 +17,12 @@ from endprompt_megatron.convert import layout, llama
 from endprompt_megatron.convert.direct import HfSource
 from endprompt_megatron.convert.progress import byte_progress, in_words
 from endprompt_megatron.convert.to_hf import MegatronWeights
+from endprompt_megatron.convert.units import MOST_WORKERS
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.shape import read_shape
 from endprompt_megatron.workers import for_each, number_of
 
 _BLOCK = 64 << 20
-_MOST = 8  # workers unless told
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ def verify(hf: Path, megatron: Path, iteration: int | None = None, *, to_hf: boo
     started = time.monotonic()
     source = layout.find_checkpoint(Path(megatron), iteration)
     shape = read_shape(hf)
-    layout.refuse_other_model(read_shape(source / layout.HF_DIRECTORY), shape, f"{source}")
+    layout.refuse_other_model(read_shape(source / layout.HF_DIRECTORY), shape, str(source), str(hf))
     dtypes = HfSource(Path(hf)).dtypes
     dtype = layout.read_manifest(source)["dtype"] if not to_hf else next(iter(dtypes))
     pieces = list(llama.pieces(shape))
     sizes = [piece.elements * getattr(torch, dtype).itemsize for piece in pieces]
-    workers = min(number_of(None, None), _MOST) if workers is None else number_of(workers, None)
+    workers = number_of(workers, None, MOST_WORKERS)
     start = functools.partial(_start, Path(hf), source, dtype)
     with byte_progress(sum(sizes), "verifying") as advance:
         found = for_each(start, sizes, workers, advance)
