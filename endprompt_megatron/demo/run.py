@@ -21,7 +21,7 @@ from pathlib import Path
 from endprompt_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, InputError
 from endprompt_megatron.files import disk_errors, read_json, write_json, write_text
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]  # of the repository
 RECIPE = "recipes/smollm2_135m_demo.yaml"
 WINDOW = 8192  # of SmolLM2-135M
 LONGEST_READ = 16384  # a longer real input takes too long on two cores; beyond it only virtual distances are shown
