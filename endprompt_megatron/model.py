@@ -57,7 +57,7 @@ def transformer_config(shape: ModelShape, recipe: Recipe, attention_factor: floa
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
+        add_qkv_bias=shape.qkv_bias,  # other biases: layer_spec, since Megatron would have all of them or none
         hidden_dropout=0.0,
         attention_dropout=0.0,
         softmax_scale=shape.head_dim**-0.5 * attention_factor**2,
@@ -138,16 +138,40 @@ def _fusions(recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules | ModuleSpec:
+def layer_spec(
+    shape: ModelShape, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules | ModuleSpec:
     """Layer spec of this pipeline stage: TE's, or ours where TE is absent (the same checkpoint names)."""
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        _give_biases(layer, shape)
+        return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    _give_biases(layer, shape)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = SdpaAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def _give_biases(layer: ModuleSpec, shape: ModelShape) -> None:
+    """In the spec, replace the linear layers that have a bias in this model."""
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    if shape.proj_bias:
+        attention.linear_proj = _with_bias(attention.linear_proj)
+    if shape.mlp_bias:
+        mlp.linear_fc1, mlp.linear_fc2 = _with_bias(mlp.linear_fc1), _with_bias(mlp.linear_fc2)
+
+
+def _with_bias(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The same linear layer, with a bias whatever it is asked for."""
+
+    class WithBias(linear):
+        def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+            super().__init__(*args, bias=True, **kwargs)
+
+    return WithBias
 
 
 class LlamaModel(GPTModel):
@@ -223,7 +247,7 @@ def build_model(shape: ModelShape, recipe: Recipe, export_config: dict) -> list[
             shape,
             hf_config,
             config,
-            transformer_layer_spec=layer_spec(config, vp_stage),
+            transformer_layer_spec=layer_spec(shape, config, vp_stage),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,

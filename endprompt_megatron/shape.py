@@ -9,7 +9,7 @@ from pathlib import Path
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json
 
-FAMILIES = {"llama": "LLaMA-2, 3, 3.1, 3.2, 3.3 and SmolLM2", "mistral": "Mistral-7B-v0.3"}
+FAMILIES = {"llama": "LLaMA-2, 3, 3.1, 3.2, 3.3 and SmolLM2", "mistral": "Mistral-7B-v0.3", "qwen2": "Qwen2.5"}
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -28,6 +28,8 @@ class ModelShape:
     tied_embeddings: bool
     norm_epsilon: float
     qkv_bias: bool
+    proj_bias: bool  # of the attention's output
+    mlp_bias: bool
     rope_theta: float
     window: int  # max_position_embeddings: the context the checkpoint was trained for
 
@@ -35,10 +37,24 @@ class ModelShape:
     def parameters(self) -> int:
         """Number of parameters, tied embeddings counted once, vocabulary not padded."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        bias = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
-        layer = attention + bias + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        layer = attention + self.split_biases + 3 * self.hidden_size * self.ffn_size + self.whole_vectors
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
+
+    @property
+    def untied_embeddings(self) -> bool:
+        return not self.tied_embeddings
+
+    @property
+    def split_biases(self) -> int:
+        """Elements of a layer's biases that tensor-parallel ranks share out: those of outputs that they share out."""
+        qkv = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
+        return qkv + (2 * self.ffn_size if self.mlp_bias else 0)
+
+    @property
+    def whole_vectors(self) -> int:
+        """Elements of a layer's norms and biases that every tensor-parallel rank has whole."""
+        return self.hidden_size * (2 + self.proj_bias + self.mlp_bias)
 
     def padded_vocab(self, multiple: int) -> int:
         """Vocabulary rounded up so that `multiple` (a tensor-parallel size) divides it."""
@@ -56,6 +72,9 @@ def read_shape(directory: Path | str) -> ModelShape:
 def shape_of(config: dict, where: str) -> ModelShape:
     """Shape from the parsed config; `where` is named in errors.  Raises InputError."""
     family = config.get("model_type")
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if config.get(key):
+            raise InputError(f"{where}: mixture of experts ({key}={config[key]}) is not supported; use a dense model")
     if family not in FAMILIES:
         known = "; ".join(f"{name} ({models})" for name, models in FAMILIES.items())
         raise InputError(f"{where}: model_type={family} is not supported; supported are {known}")
@@ -78,15 +97,7 @@ def shape_of(config: dict, where: str) -> ModelShape:
         )
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"{where}: hidden_act={config['hidden_act']} is not supported; LLaMA models use silu")
-    if config.get("mlp_bias"):
-        raise InputError(f"{where}: mlp_bias=true is not supported")
-    if config.get("attention_bias"):
-        raise InputError(f"{where}: attention_bias=true is not supported (LLaMA puts a bias on o_proj as well)")
-    if config.get("quantization_config"):
-        raise InputError(f"{where}: quantised weights (quantization_config) are not supported; use BF16, FP16 or FP32")
-    sliding = config.get("sliding_window")
-    if family == "mistral" and sliding is not None and sliding < window:
-        raise InputError(f"{where}: sliding_window={sliding} is in use and not supported; Mistral-7B-v0.3 has none")
+    _refuse_variants(config, family, window, where)
     # transformers 5 keeps theta in rope_parameters, transformers 4 at the top level.
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(config.get(key), dict | None):
@@ -110,7 +121,28 @@ def shape_of(config: dict, where: str) -> ModelShape:
         vocab_size=values["vocab_size"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         norm_epsilon=float(epsilon),
-        qkv_bias=False,
+        # What transformers' classes do: Qwen2's queries, keys and values always have biases, Mistral's never.
+        qkv_bias=family == "qwen2" or bool(family == "llama" and config.get("attention_bias")),
+        proj_bias=bool(family == "llama" and config.get("attention_bias")),
+        mlp_bias=bool(family == "llama" and config.get("mlp_bias")),
         rope_theta=float(theta),
         window=window,
     )
+
+
+def _refuse_variants(config: dict, family: str, window: int, where: str) -> None:
+    """Raise InputError for what goes by the name of a supported family and is computed in another way."""
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "quantization_config") if isinstance(quantised, dict) else quantised
+        raise InputError(f"{where}: quantised weights ({method}) are not supported; use BF16, FP16 or FP32 weights")
+    sliding = config.get("sliding_window")
+    used = family == "mistral" or (family == "qwen2" and config.get("use_sliding_window", False))
+    if used and sliding is not None and sliding < window:
+        remedy = "Mistral-7B-v0.3 has none" if family == "mistral" else "Qwen2.5 has use_sliding_window=false"
+        raise InputError(f"{where}: sliding_window={sliding} is in use and not supported; {remedy}")
+    kinds = set(config.get("layer_types") or []) - {"full_attention"}
+    if kinds:
+        raise InputError(
+            f"{where}: layer_types has {', '.join(sorted(map(str, kinds)))}; only full_attention is supported"
+        )

@@ -47,10 +47,10 @@ def small_tokenizer(directory: Path, vocab_size: int = 256) -> Path:
 def small_llama(directory: Path, *, seed: int = 0, dtype: str = "float32", tokenizer: bool = True, **overrides) -> Path:
     """Save a random LLaMA of 4 layers (GQA 4/2, vocabulary 320, window 64) with safetensors weights and tokenizer.
 
-    `overrides` are LlamaConfig fields; `model_type="mistral"` makes a Mistral.
+    `overrides` are LlamaConfig fields; `model_type="mistral"` makes a Mistral, "qwen2" a Qwen2.5.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = dict(
         vocab_size=320,
@@ -67,12 +67,11 @@ def small_llama(directory: Path, *, seed: int = 0, dtype: str = "float32", token
         eos_token_id=1,
     )
     fields.update(overrides)
-    mistral = fields.pop("model_type", "llama") == "mistral"
-    config = (MistralConfig if mistral else LlamaConfig)(**fields)
+    config = AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)
     torch.manual_seed(seed)
-    model = (MistralForCausalLM if mistral else LlamaForCausalLM)(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
-        if "norm" in name:  # ones would hide a norm that is loaded into the wrong place
+        if "norm" in name or "bias" in name:  # ones and zeros would hide what is loaded into the wrong place
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     if tokenizer:

@@ -1,7 +1,7 @@
 """Weights of a Hugging Face directory: read lazily, one tensor at a time, and written the same way.
 
-Both the single model.safetensors and shards with an index.  Writing does not go through the safetensors
-library, which wants all tensors of a file in memory: the format is a length, a JSON header and raw bytes.
+One file or shards with an index, safetensors or the older pytorch_model.bin.  Writing does not go through the
+safetensors library, which wants all tensors of a file in memory: the format is a length, a JSON header and raw bytes.
 """
 
 import itertools
@@ -16,50 +16,61 @@ from pathlib import Path
 
 import torch
 
+from endprompt_megatron.convert.bin_files import BinFile
 from endprompt_megatron.convert.llama import EMBEDDING, TIED_DUPLICATE, Piece
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OLD_SINGLE = "pytorch_model.bin"
+OLD_INDEX = "pytorch_model.bin.index.json"
 _CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _CODE_OF = {name: code for code, name in _CODES.items()}
 
 
 class HfWeights:
-    """The safetensors weights of a directory.  Headers are read at once, tensors when they are asked for."""
+    """The weights of a directory.  Headers are read at once, tensors when they are asked for.
+
+    Where there are both safetensors and pytorch_model.bin, the first.
+    """
 
     def __init__(self, directory: Path):
         """Raises InputError if a file is missing, truncated, or does not hold what the index says."""
         self.directory = directory
         self.files = {}  # tensor name -> open file
         self.entries = {}  # tensor name -> (file name, dtype code, shape)
-        if (directory / INDEX).is_file():
-            index = read_json(directory / INDEX, "an index of weights").get("weight_map")
-            if not isinstance(index, dict) or not index:
-                raise InputError(f"{directory / INDEX}: has no weight_map; download the index again")
-            for name in sorted(set(index.values())):
-                self._open(name)
-            for tensor, name in index.items():
-                if self.entries.get(tensor, ("",))[0] != name:
-                    raise InputError(f"{directory / INDEX}: says that {tensor} is in {name}, but it is not there")
-        elif (directory / SINGLE).is_file():
-            self._open(SINGLE)
-        else:
-            raise InputError(
-                f"{directory}: no {SINGLE} and no {INDEX}; weights in other formats: load them with transformers "
-                "and save_pretrained"
-            )
+        for name in (INDEX, SINGLE, OLD_INDEX, OLD_SINGLE):
+            if (directory / name).is_file():
+                if name in (INDEX, OLD_INDEX):
+                    self._open_all(directory / name)
+                else:
+                    self._open(name)
+                return
+        raise InputError(
+            f"{directory}: no {SINGLE}, no {INDEX} and no {OLD_SINGLE}; weights in other formats: load them with "
+            "transformers and save_pretrained"
+        )
+
+    def _open_all(self, path: Path) -> None:
+        index = read_json(path, "an index of weights").get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise InputError(f"{path}: has no weight_map; download the index again")
+        for name in sorted(set(index.values())):
+            self._open(name)
+        for tensor, name in index.items():
+            if self.entries.get(tensor, ("",))[0] != name:
+                raise InputError(f"{path}: says that {tensor} is in {name}, but it is not there")
 
     def _open(self, name: str) -> None:
         from safetensors import SafetensorError, safe_open
 
         path = self.directory / name
         if not path.is_file():
-            raise InputError(f"{path}: no such file, though {INDEX} names it; download this shard")
+            raise InputError(f"{path}: no such file, though the index names it; download this shard")
         try:
-            file = safe_open(path, framework="pt")
+            file = BinFile(path) if path.suffix == ".bin" else safe_open(path, framework="pt")
             for tensor in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
                 if tensor in self.entries:
                     raise InputError(

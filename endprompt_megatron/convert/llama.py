@@ -31,7 +31,7 @@ class Row:
     megatron: str
     hf: dict[str, str]
     per_group: bool = False
-    if_untied: bool = False  # the weight does not exist where embeddings are tied
+    only_if: str | None = None  # a property of ModelShape without which the weight does not exist
 
     @property
     def per_layer(self) -> bool:
@@ -53,7 +53,22 @@ ROWS = (
         },
         per_group=True,
     ),
+    Row(
+        LAYERS + "self_attention.linear_qkv.bias",
+        {
+            _HF_LAYERS + "self_attn.q_proj.bias": "q",
+            _HF_LAYERS + "self_attn.k_proj.bias": "kv",
+            _HF_LAYERS + "self_attn.v_proj.bias": "kv",
+        },
+        per_group=True,
+        only_if="qkv_bias",
+    ),
     Row(LAYERS + "self_attention.linear_proj.weight", {_HF_LAYERS + "self_attn.o_proj.weight": "hidden q"}),
+    Row(
+        LAYERS + "self_attention.linear_proj.bias",
+        {_HF_LAYERS + "self_attn.o_proj.bias": "hidden"},
+        only_if="proj_bias",
+    ),
     Row(
         LAYERS + "mlp.linear_fc1.weight",
         {
@@ -61,11 +76,17 @@ ROWS = (
             _HF_LAYERS + "mlp.up_proj.weight": "ffn hidden",
         },
     ),
+    Row(
+        LAYERS + "mlp.linear_fc1.bias",
+        {_HF_LAYERS + "mlp.gate_proj.bias": "ffn", _HF_LAYERS + "mlp.up_proj.bias": "ffn"},
+        only_if="mlp_bias",
+    ),
     Row(LAYERS + "mlp.linear_fc2.weight", {_HF_LAYERS + "mlp.down_proj.weight": "hidden ffn"}),
+    Row(LAYERS + "mlp.linear_fc2.bias", {_HF_LAYERS + "mlp.down_proj.bias": "hidden"}, only_if="mlp_bias"),
     Row(LAYERS + "self_attention.linear_qkv.layer_norm_weight", {_HF_LAYERS + "input_layernorm.weight": "hidden"}),
     Row(LAYERS + "mlp.linear_fc1.layer_norm_weight", {_HF_LAYERS + "post_attention_layernorm.weight": "hidden"}),
     Row("decoder.final_layernorm.weight", {"model.norm.weight": "hidden"}),
-    Row("output_layer.weight", {"lm_head.weight": "vocab hidden"}, if_untied=True),
+    Row("output_layer.weight", {"lm_head.weight": "vocab hidden"}, only_if="untied_embeddings"),
 )
 
 # Objects that a GPTModel's sharded state dict asks for beside its weights.  Only FP8 puts anything into them.
@@ -115,7 +136,7 @@ class Piece:
 def pieces(shape: ModelShape) -> Iterator[Piece]:
     """All pieces of the model, layer by layer.  The vocabulary is not padded."""
     for per_layer, rows in itertools.groupby(ROWS, key=lambda row: row.per_layer):
-        block = [row for row in rows if not (row.if_untied and shape.tied_embeddings)]
+        block = [row for row in rows if row.only_if is None or getattr(shape, row.only_if)]
         for layer in range(shape.num_layers) if per_layer else [None]:
             for row in block:
                 yield from _row_pieces(row, shape, layer)

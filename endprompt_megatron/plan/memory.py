@@ -65,10 +65,10 @@ class StageMemory:
 
 
 def layer_parameters(shape: ModelShape, tensor: int) -> int:
-    """Elements of one transformer layer on a tensor-parallel rank; the norms are on all of them."""
+    """Elements of one transformer layer on a tensor-parallel rank; norms and some biases are on all of them."""
     matrices = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
     matrices += 3 * shape.hidden_size * shape.ffn_size
-    return matrices // tensor + 2 * shape.hidden_size
+    return (matrices + shape.split_biases) // tensor + shape.whole_vectors
 
 
 def stage_parameters(shape: ModelShape, p: Parallel, stage: int) -> int:

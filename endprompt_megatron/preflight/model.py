@@ -1,7 +1,7 @@
 """The model's files: Hugging Face weights whole, the converted checkpoint whole, the tokenizer the model's.
 
-Nothing is loaded: a safetensors file says in its header how long it is, a torch_dist checkpoint in its
-metadata which bytes of which file hold what.
+Nothing is loaded: a safetensors file says in its header how long it is (a .bin file in its list), a torch_dist
+checkpoint in its metadata which bytes of which file hold what.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.convert import layout, llama
+from endprompt_megatron.convert.hf_files import INDEX, OLD_INDEX, OLD_SINGLE, SINGLE
 from endprompt_megatron.convert.progress import in_words
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json
@@ -22,7 +23,6 @@ from endprompt_megatron.prompts import tokenise_prompts
 from endprompt_megatron.shape import ModelShape, read_shape
 
 HF, CONVERTED, TOKENIZER = "HF checkpoint", "converted checkpoint", "tokenizer"
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2}
 
 
@@ -40,7 +40,7 @@ def hf_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
 
 def _of_files(check: str, directory: Path, files: list[str], shape: ModelShape) -> Finding:
     if not files:
-        raise InputError(f"{directory}: no {_SINGLE} and no {_INDEX}; is the download complete?")
+        raise InputError(f"{directory}: no {SINGLE} and no {INDEX}; is the download complete?")
     missing = [name for name in files if not (directory / name).is_file()]
     damaged, tensors = [], {}
     for name in files:
@@ -62,16 +62,26 @@ def _of_files(check: str, directory: Path, files: list[str], shape: ModelShape) 
 
 def _shards(directory: Path) -> list[str]:
     """Names of the weights' files; empty if there are neither an index nor a single file."""
-    if (directory / _INDEX).is_file():
-        index = read_json(directory / _INDEX, "an index of weights").get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise InputError(f"{directory / _INDEX}: has no weight_map; download the index again")
-        return sorted(set(index.values()))
-    return [_SINGLE] if (directory / _SINGLE).is_file() else []
+    for name in (INDEX, SINGLE, OLD_INDEX, OLD_SINGLE):
+        if (directory / name).is_file():
+            return sorted(set(_index(directory / name).values())) if name in (INDEX, OLD_INDEX) else [name]
+    return []
+
+
+def _index(path: Path) -> dict[str, str]:
+    """File names by tensor."""
+    index = read_json(path, "an index of weights").get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise InputError(f"{path}: has no weight_map; download the index again")
+    return index
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes by tensor.  Raises ValueError if the file is not as long as its header implies."""
+    if path.suffix == ".bin":
+        from endprompt_megatron.convert.bin_files import BinFile
+
+        return {name: tuple(tensor.shape) for name, tensor in BinFile(path).tensors.items()}
     held = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
@@ -108,11 +118,12 @@ def _compare(directory: Path, tensors: dict, files: list[str], shape: ModelShape
     spare = [n for n in spare if not (shape.tied_embeddings and n == llama.TIED_DUPLICATE)]
     if spare:
         raise InputError(f"{directory}: {some(spare)}: not of the model in config.json; another architecture?")
-    if files != [_SINGLE]:
-        index = read_json(directory / _INDEX, "an index of weights")["weight_map"]
+    if files not in ([SINGLE], [OLD_SINGLE]):
+        path = directory / (OLD_INDEX if files[0].endswith(".bin") else INDEX)
+        index = _index(path)
         wrong = [name for name, file in index.items() if tensors.get(name, ("",))[0] != file]
         if wrong:
-            raise InputError(f"{directory / _INDEX}: says that {wrong[0]} is in {index[wrong[0]]}, but it is not there")
+            raise InputError(f"{path}: says that {wrong[0]} is in {index[wrong[0]]}, but it is not there")
 
 
 def converted_at(recipe: Recipe) -> Path | None:

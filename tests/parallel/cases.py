@@ -162,17 +162,22 @@ def _to_hf(name: str, parts: list[np.ndarray], shape: ModelShape) -> dict[str, n
         return {prefix + "input_layernorm.weight": parts[0]}
     if kind in ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"):
         return {prefix + "post_attention_layernorm.weight": parts[0]}
+    if kind == "self_attention.linear_proj.bias":
+        return {prefix + "self_attn.o_proj.bias": parts[0]}
+    if kind == "mlp.linear_fc2.bias":
+        return {prefix + "mlp.down_proj.bias": parts[0]}
     if kind == "self_attention.linear_proj.weight":
         return {prefix + "self_attn.o_proj.weight": np.concatenate(parts, 1)}
     if kind == "mlp.linear_fc2.weight":
         return {prefix + "mlp.down_proj.weight": np.concatenate(parts, 1)}
-    if kind == "mlp.linear_fc1.weight":
+    tail = kind.rpartition(".")[2]
+    if kind.startswith("mlp.linear_fc1."):
         halves = [np.split(part, 2, 0) for part in parts]
         return {
-            prefix + "mlp.gate_proj.weight": np.concatenate([gate for gate, _ in halves]),
-            prefix + "mlp.up_proj.weight": np.concatenate([up for _, up in halves]),
+            prefix + f"mlp.gate_proj.{tail}": np.concatenate([gate for gate, _ in halves]),
+            prefix + f"mlp.up_proj.{tail}": np.concatenate([up for _, up in halves]),
         }
-    assert kind == "self_attention.linear_qkv.weight", name
+    assert kind.startswith("self_attention.linear_qkv."), name
     d, per_group = shape.head_dim, shape.num_heads // shape.num_kv_heads
     q, k, v = [], [], []
     for group in np.split(rows, shape.num_kv_heads, 0):
@@ -180,7 +185,7 @@ def _to_hf(name: str, parts: list[np.ndarray], shape: ModelShape) -> dict[str, n
         k.append(group[per_group * d : (per_group + 1) * d])
         v.append(group[(per_group + 1) * d :])
     names = (("q", q), ("k", k), ("v", v))
-    return {prefix + f"self_attn.{letter}_proj.weight": np.concatenate(value) for letter, value in names}
+    return {prefix + f"self_attn.{letter}_proj.{tail}": np.concatenate(value) for letter, value in names}
 
 
 def huggingface_model(recipe: Recipe, train: bool = False):

@@ -9,6 +9,7 @@ LAYOUTS = {  # tensor, pipeline, virtual pipeline
     "tp2": (2, 1, 1),
     "pp2-vp2": (1, 2, 2),
     "tp2-pp2": (2, 2, 1),
+    "pp4": (1, 4, 1),
 }
 
 

@@ -23,6 +23,7 @@ MODELS = {
         "num_key_value_heads": 4,
         "dtype": "bfloat16",
     },
+    "biased-sharded": {"attention_bias": True, "mlp_bias": True},
 }
 
 

@@ -25,6 +25,9 @@ SHAPES = {
     "odd-vocab-tied": {"vocab_size": 321, "tie_word_embeddings": True},
     "head-dim": {"head_dim": 32},
     "mistral": {"model_type": "mistral"},
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "attention-bias": {"attention_bias": True},
+    "mlp-bias-mha": {"mlp_bias": True, "num_key_value_heads": 4},
 }
 LAYOUTS = {
     "tp1-pp1": (1, []),

@@ -27,9 +27,29 @@ SHAPES = {
     "llama3-rope": {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32}},
-    "mistral": {"model_type": "mistral", "vocab_size": 328, "sliding_window": None, "dtype": "bfloat16"},
     "fp16": {"dtype": "float16"},
+    "attention-bias": {"attention_bias": True, "head_dim": 24},
+    "mlp-bias": {"mlp_bias": True},
 }  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32}  # fmt: skip
+FAMILIES = {
+    "llama-2": {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "vocab_size": 320},
+    "llama-3": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "vocab_size": 328},
+    "llama-3.1": {"rope_parameters": LLAMA3 | {"factor": 8.0}, "vocab_size": 328},
+    "llama-3.2": {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
+    "llama-3.3": {"rope_parameters": LLAMA3 | {"factor": 8.0}, "num_attention_heads": 8, "num_key_value_heads": 1},
+    "mistral": {"model_type": "mistral", "vocab_size": 328, "sliding_window": None},
+    "smollm2": {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 48, "tie_word_embeddings": True},
+    "qwen2.5": {"model_type": "qwen2", "vocab_size": 322},
+    "qwen2.5-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+}
+SHAPES |= {
+    f"{family}-{dtype}": fields | {"dtype": dtype}
+    for family, fields in FAMILIES.items()
+    for dtype in ("bfloat16", "float16", "float32")
+}
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -29,6 +29,15 @@ MODELS = {
     "LLaMA-3-70B": (config(8192, 28672, 80, 64, 8, 128256), 70_553_706_496),
     "LLaMA-3.2-1B": (config(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True), 1_235_814_400),
     "Mistral-7B-v0.3": (config(4096, 14336, 32, 32, 8, 32768, model_type="mistral"), 7_248_023_552),
+    "LLaMA-3.2-3B": (config(3072, 8192, 28, 24, 8, 128256, tie_word_embeddings=True), 3_212_749_824),
+    "Qwen2.5-0.5B": (
+        config(896, 4864, 24, 14, 2, 151936, model_type="qwen2", tie_word_embeddings=True),
+        494_032_768,
+    ),
+    "Qwen2.5-7B": (
+        config(3584, 18944, 28, 28, 4, 152064, model_type="qwen2", sliding_window=131072, use_sliding_window=False),
+        7_615_616_512,
+    ),
     "SmolLM2-135M": (config(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True), 134_515_008),
 }
 
@@ -86,9 +95,17 @@ REFUSED = {
     "heads-do-not-divide": ({"hidden_size": 66}, "num_attention_heads=4 does not divide hidden_size=66"),
     "head-dim": ({"head_dim": 16.5}, "head_dim=16.5 should be a positive integer"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act=gelu"),
-    "mlp-bias": ({"mlp_bias": True}, "mlp_bias=true"),
-    "attention-bias": ({"attention_bias": True}, "attention_bias=true"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "gptq": ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights (gptq)"),
+    "experts": ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts (num_local_experts=8)"),
+    "layer-types": (
+        {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types has sliding_attention",
+    ),
+    "qwen-sliding": (
+        {"model_type": "qwen2", "max_position_embeddings": 8192, "sliding_window": 4096, "use_sliding_window": True},
+        "Qwen2.5 has use_sliding_window=false",
+    ),
     "window": ({"max_position_embeddings": None}, "max_position_embeddings=None should be a positive integer"),
     "partial-rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     "epsilon": ({"rms_norm_eps": "tiny"}, "rms_norm_eps=tiny"),

@@ -14,7 +14,7 @@ from endprompt_megatron.errors import InputError
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("verify")
-    small_llama(place / "hf", vocab_size=321, head_dim=24)
+    small_llama(place / "hf", vocab_size=321, head_dim=24, attention_bias=True, mlp_bias=True)
     convert_hf_to_megatron(place / "hf", place / "megatron")
     return place
 
