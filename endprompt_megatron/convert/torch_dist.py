@@ -2,7 +2,7 @@
 
 The format is torch.distributed.checkpoint's, plus metadata.json and common.pt.  Going to torch's own reader and
 writer instead of megatron.core.dist_checkpointing needs no process group, no CUDA and no second process, and
-asks for one tensor at a time: memory is that of the largest piece, whatever the size of the model.
+asks for one tensor at a time: memory is that of the piece that is asked for, whatever the size of the model.
 """
 
 import bisect
@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -34,8 +35,11 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from endprompt_megatron.convert import parts
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import write_json
+
+_MOST = 64 << 20
 
 # What megatron.core.dist_checkpointing.core.CheckpointingConfig("torch_dist", 1) writes.
 FORMAT = {
@@ -224,22 +228,39 @@ class Checkpoint:
             if zero_outside:
                 ends = zip(self.tensors[key].size, offset, shape, strict=True)
                 expected = math.prod(max(min(size - begin, count), 0) for size, begin, count in ends)
-            items = create_read_items_for_chunk_list(key, self._near(key, offset[0], offset[0] + shape[0]), [wanted])
+            near = self._near(key, offset[0], offset[0] + shape[0])
+            items = create_read_items_for_chunk_list(key, near, [wanted])
             if sum(item.lengths.numel() for item in items) != expected:
                 raise ValueError("parts of it were never written")
-            self.reader.read_data(LoadPlan(items), _LoadPlanner(target)).wait()
+            stored = {chunk.offsets: tuple(chunk.sizes) for chunk in near.chunks}
+            for item in items:
+                self._read_item(target, item, stored[item.storage_index.offset])
         return target
 
-    def row_cuts(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], axis: int) -> list[int]:
-        """Where, along `axis` of a box, stored parts begin and end: offset[axis] first, the box's end last.
+    def _read_item(self, target: torch.Tensor, item: ReadItem, stored: tuple[int, ...]) -> None:
+        """Put what `item` takes out of one part, of shape `stored`, into its place in `target`."""
+        place = self.reader.storage_data[item.storage_index]
+        if not getattr(place, "transform_descriptors", None):
+            with open(self.directory / place.relative_path, "rb", buffering=0) as file:
+                record = parts.find(file, place.offset, place.length)
+                if record is not None:
+                    if record.shape != stored:
+                        raise ValueError(f"a part has shape {list(record.shape)} instead of {list(stored)}")
+                    parts.read_into(_box(target, item), file, record, tuple(item.storage_offsets))
+                    return
+        self.reader.read_data(LoadPlan([item]), _LoadPlanner(target)).wait()
 
-        To read between two of them takes whole parts, which torch.load reads in any case.
+    def row_cuts(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], axis: int) -> list[int]:
+        """Where to cut a box along `axis` so that no stored part is cut, unless it is larger than _MOST bytes.
+
+        offset[axis] comes first, the box's end last.
         """
         first, last = offset[axis], offset[axis] + shape[axis]
+        row = math.prod(shape) // shape[axis] * self.tensors[key].properties.dtype.itemsize
         cuts = {first, last}
         for chunk in self._near(key, offset[0], offset[0] + shape[0]).chunks:
-            begin = chunk.offsets[axis]
-            cuts |= {cut for cut in (begin, begin + chunk.sizes[axis]) if first < cut < last}
+            begin, end = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
+            cuts |= {cut for cut in (*range(begin, end, max(1, _MOST // row)), end) if first < cut < last}
         return sorted(cuts)
 
     def _near(self, key: str, first: int, last: int) -> TensorStorageMetadata:
@@ -281,7 +302,16 @@ class Checkpoint:
     def _damage(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            EOFError,
+            KeyError,
+            AttributeError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"{self.directory}: {what} cannot be read ({reason}); the checkpoint is damaged"
@@ -289,17 +319,21 @@ class Checkpoint:
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Puts everything that is read into one tensor."""
+    """Puts what torch reads into one tensor."""
 
     def __init__(self, target: torch.Tensor):
         super().__init__()
         self.target = target
 
     def resolve_tensor(self, read_item) -> torch.Tensor:
-        part = self.target
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(axis, start, length)
-        return part
+        return _box(self.target, read_item)
+
+
+def _box(target: torch.Tensor, item: ReadItem) -> torch.Tensor:
+    """The part of `target` that an item fills."""
+    for axis, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+        target = target.narrow(axis, start, length)
+    return target
 
 
 class _ObjectPlanner(DefaultLoadPlanner):
