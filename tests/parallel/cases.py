@@ -67,6 +67,18 @@ def build(recipe: Recipe):
     return shape, models, optimizer, scheduler
 
 
+def weights_held(recipe: Recipe) -> dict[str, np.ndarray]:
+    """On a rank: every parameter, and the optimizer's master copy of its share."""
+    _, models, optimizer, _ = build(recipe)
+    held = {
+        f"{chunk}.{name}": parameter.detach().float().numpy().copy()
+        for chunk, model in enumerate(models)
+        for name, parameter in model.named_parameters()
+    }
+    masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return held | {f"master.{index}": each.detach().numpy().copy() for index, each in enumerate(masters)}
+
+
 def exported(recipe: Recipe) -> dict:
     from endprompt_megatron.rope import scaled_config
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from parallel.cases import build, recipe_for
+from parallel.cases import recipe_for, weights_held
 from small import small_llama
 
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
@@ -25,18 +25,6 @@ MODELS = {
     },
     "biased-sharded": {"attention_bias": True, "mlp_bias": True},
 }
-
-
-def weights_held(recipe) -> dict[str, np.ndarray]:
-    """On a rank: every parameter, and the optimizer's master copy of its share."""
-    _, models, optimizer, _ = build(recipe)
-    held = {
-        f"{chunk}.{name}": parameter.detach().float().numpy().copy()
-        for chunk, model in enumerate(models)
-        for name, parameter in model.named_parameters()
-    }
-    masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return held | {f"master.{index}": each.detach().numpy().copy() for index, each in enumerate(masters)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
