@@ -18,7 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from endprompt_megatron.convert import layout
-from endprompt_megatron.convert.torch_dist import Stored, describe, write_file
+from endprompt_megatron.convert.data_file import Stored, write_file
+from endprompt_megatron.convert.torch_dist import describe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import crc32, sums_of, write_json
 

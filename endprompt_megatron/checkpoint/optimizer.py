@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
 from endprompt_megatron.checkpoint.weights import Weight, boxes
-from endprompt_megatron.convert.torch_dist import Checkpoint, Stored
+from endprompt_megatron.convert.data_file import Stored
+from endprompt_megatron.convert.torch_dist import Checkpoint
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.runtime import device
 

@@ -23,13 +23,13 @@ from endprompt_megatron.checkpoint.optimizer import stored_state, updates_of
 from endprompt_megatron.checkpoint.progress import Progress
 from endprompt_megatron.checkpoint.weights import stored_objects, stored_weights, weights_of
 from endprompt_megatron.config import Recipe
+from endprompt_megatron.convert.data_file import Stored
 from endprompt_megatron.convert.layout import (
     copy_hf_files,
     iteration_dir,
     require_space,
     write_manifest,
 )
-from endprompt_megatron.convert.torch_dist import Stored
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import disk_errors, write_json
 from endprompt_megatron.shape import ModelShape

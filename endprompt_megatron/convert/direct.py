@@ -4,14 +4,17 @@ The same reading interface as torch_dist.Checkpoint, so that loading does not kn
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from endprompt_megatron.convert import layout, llama
 from endprompt_megatron.convert.hf_files import HfWeights
-from endprompt_megatron.convert.torch_dist import Checkpoint
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.shape import ModelShape, read_shape
+
+if TYPE_CHECKING:
+    from endprompt_megatron.convert.torch_dist import Checkpoint
 
 
 class HfSource:
@@ -63,16 +66,15 @@ class HfSource:
         """Put what lies in both `piece` and `target`, which starts at `offset`, into it; returns how much that is."""
         piece_row = piece.offset[1] if piece.per_layer else piece.offset[0]
         first, last = offset[0] - piece_row, offset[0] - piece_row + target.shape[0]
-        columns = [slice(begin, begin + size) for begin, size in zip(offset[1:], target.shape[1:], strict=True)]
         filled = 0
         for name, begin, count, row in llama.spans(piece, max(first, 0), min(last, piece.rows)):
-            value = self.weights.part(name, (slice(begin, begin + count), *columns))
-            target[row - first : row - first + count] = value
-            filled += value.numel()
+            rows = target[row - first : row - first + count]
+            self.weights.read_into(rows, name, (begin, *offset[1:]))
+            filled += rows.numel()
         return filled
 
 
-def weights_at(source: Path, shape: ModelShape, flag: str) -> HfSource | Checkpoint:
+def weights_at(source: Path, shape: ModelShape, flag: str) -> "HfSource | Checkpoint":
     """What training starts from: a Hugging Face directory, or a Megatron checkpoint.  `flag` opens messages.
 
     Raises InputError if `source` is neither, not complete, or of another model than `shape`.
@@ -80,6 +82,8 @@ def weights_at(source: Path, shape: ModelShape, flag: str) -> HfSource | Checkpo
     if layout.is_hugging_face(source):
         layout.refuse_other_model(read_shape(source), shape, f"{flag}={source}")
         return HfSource(source)
+    from endprompt_megatron.convert.torch_dist import Checkpoint
+
     directory = layout.find_checkpoint(source, flag=flag)
     layout.refuse_other_model(read_shape(directory / layout.HF_DIRECTORY), shape, f"{flag}={source}")
     return Checkpoint(directory)

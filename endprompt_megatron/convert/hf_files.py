@@ -18,6 +18,7 @@ import torch
 
 from endprompt_megatron.convert.bin_files import BinFile
 from endprompt_megatron.convert.llama import EMBEDDING, TIED_DUPLICATE, Piece
+from endprompt_megatron.convert.parts import Record, read_into
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json, write_json
 
@@ -41,6 +42,7 @@ class HfWeights:
         self.directory = directory
         self.files = {}  # tensor name -> open file
         self.entries = {}  # tensor name -> (file name, dtype code, shape)
+        self.records = {}  # tensor name -> (open file, where in it), for safetensors
         for name in (INDEX, SINGLE, OLD_INDEX, OLD_SINGLE):
             if (directory / name).is_file():
                 if name in (INDEX, OLD_INDEX):
@@ -79,8 +81,21 @@ class HfWeights:
                 part = file.get_slice(tensor)
                 self.files[tensor] = file
                 self.entries[tensor] = (name, str(part.get_dtype()), tuple(part.get_shape()))
+            if path.suffix != ".bin":
+                self._find_records(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read as safetensors ({_first_line(error)}); truncated?") from error
+
+    def _find_records(self, path: Path) -> None:
+        """Where the tensors lie in a safetensors file, which the library that has checked it does not say."""
+        file = open(path, "rb", buffering=0)  # noqa: SIM115  (open as long as this object is)
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        for tensor, entry in header.items():
+            if entry.get("dtype") in _CODES:
+                dtype = getattr(torch, _CODES[entry["dtype"]])
+                begin = 8 + length + entry["data_offsets"][0]
+                self.records[tensor] = file, Record(begin, tuple(entry["shape"]), dtype)
 
     def check(self, pieces: list[Piece], tied: bool) -> dict[str, str]:
         """Compare with what the config promises; returns the dtypes ("bfloat16"), each with a tensor that has it.
@@ -119,6 +134,21 @@ class HfWeights:
         """Bytes of a tensor in its file."""
         _, code, sizes = self.entries[tensor]
         return math.prod(sizes) * _BYTES.get(code, 0)
+
+    def read_into(self, target: torch.Tensor, tensor: str, offset: tuple[int, ...]) -> None:
+        """Fill `target` with the part of a tensor that starts at `offset`, cast to the target's dtype.
+
+        From safetensors without a copy in between.  Raises InputError if the file has been cut meanwhile.
+        """
+        if tensor not in self.records:
+            box = tuple(slice(begin, begin + size) for begin, size in zip(offset, target.shape, strict=True))
+            target.copy_(self.part(tensor, box))
+            return
+        file, record = self.records[tensor]
+        try:
+            read_into(target, file, record, offset)
+        except ValueError as error:
+            raise InputError(f"{self.directory / self.entries[tensor][0]}: {tensor}: {error}") from None
 
     def part(self, tensor: str, box: tuple[slice, ...]) -> torch.Tensor:
         """A part of one tensor, a slice an axis; no more than that is read."""

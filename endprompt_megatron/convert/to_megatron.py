@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.convert import layout, llama, torch_dist
+from endprompt_megatron.convert import data_file, layout, llama
 from endprompt_megatron.convert.direct import HfSource
 from endprompt_megatron.convert.progress import in_words
 from endprompt_megatron.convert.units import identity, write_units
@@ -64,6 +64,8 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
     files = _in_files(boxes)
 
     def finish(staging: Path, reports: list[dict]) -> None:
+        from endprompt_megatron.convert import torch_dist  # a second's import that workers do without
+
         directory = layout.iteration_dir(staging, 0)
         _keep_only(directory, {report["file"] for report in reports})
         torch_dist.describe(directory, reports, {})
@@ -142,7 +144,7 @@ def _start(hf: Path, dtype: str, files: list[list[_Box]], staging: Path) -> Call
 
     def write(number: int) -> dict:
         stored = (
-            torch_dist.Stored(
+            data_file.Stored(
                 box.key,
                 box.global_shape,
                 box.offset,
@@ -154,7 +156,7 @@ def _start(hf: Path, dtype: str, files: list[list[_Box]], staging: Path) -> Call
         )
         objects = dict.fromkeys(_extra_states(read_shape(hf))) if number == 0 else {}
         name = f"__{number}_0.distcp"
-        return {**torch_dist.write_file(directory, name, stored, objects), "path": f"{directory.name}/{name}"}
+        return {**data_file.write_file(directory, name, stored, objects), "path": f"{directory.name}/{name}"}
 
     return write
 

@@ -20,7 +20,8 @@ from endprompt_megatron.shape import read_shape
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     place = tmp_path_factory.mktemp("direct")
-    hf = small_llama(place / "hf", vocab_size=321, head_dim=24, num_attention_heads=6, hidden_size=96)
+    biased = {"attention_bias": True, "mlp_bias": True}  # every row of the table is in it
+    hf = small_llama(place / "hf", vocab_size=321, head_dim=24, num_attention_heads=6, hidden_size=96, **biased)
     convert_hf_to_megatron(hf, place / "megatron")
     return HfSource(hf), Checkpoint(place / "megatron/iter_0000000")
 

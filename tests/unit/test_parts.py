@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import ROOT
 
-from endprompt_megatron.convert import parts, torch_dist
+from endprompt_megatron.convert import data_file, parts, torch_dist
 
 
 def archive(tensor: torch.Tensor, before: bytes = b"other tensors") -> tuple[io.BytesIO, int, int]:
@@ -117,8 +117,8 @@ def test_a_part_of_half_a_gigabyte_is_never_held(tmp_path):
     """As a rank without tensor parallelism stores an embedding, all in one."""
     shape = (1 << 15, 1 << 13)
     dtype = torch.bfloat16
-    stored = torch_dist.Stored("x", shape, (0, 0), shape, dtype, lambda: torch.ones(shape, dtype=dtype))
-    torch_dist.describe(tmp_path, [torch_dist.write_file(tmp_path, "__0_0.distcp", [stored], {})], {})
+    stored = data_file.Stored("x", shape, (0, 0), shape, dtype, lambda: torch.ones(shape, dtype=dtype))
+    torch_dist.describe(tmp_path, [data_file.write_file(tmp_path, "__0_0.distcp", [stored], {})], {})
     script = MEMORY.format(root=str(ROOT), place=str(tmp_path))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
