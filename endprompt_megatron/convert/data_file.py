@@ -4,14 +4,13 @@ Apart from torch_dist, since torch.distributed.checkpoint takes a second to impo
 """
 
 import contextlib
-import io
-import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from endprompt_megatron.files import SummedFile
 
 
 @dataclass(frozen=True)
@@ -33,58 +32,34 @@ def write_file(directory: Path, name: str, tensors: Iterable[Stored], objects: d
     Memory: one tensor's, beyond what is given.  Raises OSError if the disk refuses.
     """
     rows: list[list] = []
-    with open(directory / name, "wb") as file:
-        stream = _Summed(file)
+    with SummedFile(directory / name) as file:
         for part in tensors:
             tensor = part.load().detach().cpu().contiguous()
             if tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
                 raise ValueError(f"{part.key} at {part.offset}: {tuple(tensor.shape)} {tensor.dtype}, not {part}")
             if tensor.untyped_storage().size() != tensor.nbytes:
                 tensor = tensor.clone()  # torch.save writes the whole storage that a view looks at
-            begin = stream.count
-            stream.save(tensor)
+            begin = file.count
+            _save(tensor, file)
             dtype = str(part.dtype).removeprefix("torch.")
-            rows.append([part.key, begin, stream.count - begin, part.offset, part.shape, part.global_shape, dtype])
+            rows.append([part.key, begin, file.count - begin, part.offset, part.shape, part.global_shape, dtype])
             del tensor  # before the next is made
         for key, value in objects.items():
-            begin = stream.count
-            stream.save([value])  # Megatron stores the list of a key's local objects
-            rows.append([key, begin, stream.count - begin])
-        file.flush()
-        os.fsync(file.fileno())
-    return {"file": name, "bytes": stream.count, "crc32": stream.crc, "rows": rows}
+            begin = file.count
+            _save([value], file)  # Megatron stores the list of a key's local objects
+            rows.append([key, begin, file.count - begin])
+    return {"file": name, "bytes": file.count, "crc32": file.crc32, "rows": rows}
 
 
-class _Summed(io.RawIOBase):
-    """A file that counts what is written and sums it up on the way; zlib and the write leave Python's lock free."""
-
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self.file, self.count, self.crc = file, 0, 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        length = memoryview(data).nbytes
-        self.count += length
-        self.crc = zlib.crc32(data, self.crc)
-        return length
-
-    def writable(self) -> bool:
-        return True
-
-    def save(self, value: object) -> None:
-        """torch.save, which hides the operating system's error behind one of its own."""
-        try:
-            with _without_sums_of_its_own():
-                torch.save(value, self)
-        except (RuntimeError, OSError):
-            if self.error is not None:
-                raise self.error from None
-            raise
+def _save(value: object, file: SummedFile) -> None:
+    """torch.save, which hides the operating system's error behind one of its own."""
+    try:
+        with _without_sums_of_its_own():
+            torch.save(value, file)
+    except (RuntimeError, OSError):
+        if file.error is not None:
+            raise file.error from None
+        raise
 
 
 @contextlib.contextmanager

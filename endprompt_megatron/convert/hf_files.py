@@ -7,9 +7,7 @@ safetensors library, which wants all tensors of a file in memory: the format is 
 import itertools
 import json
 import math
-import os
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from endprompt_megatron.convert.bin_files import BinFile
 from endprompt_megatron.convert.llama import EMBEDDING, TIED_DUPLICATE, Piece
 from endprompt_megatron.convert.parts import Record, read_into
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import read_json, write_json
+from endprompt_megatron.files import SummedFile, read_json, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -184,15 +182,10 @@ def write_shard(directory: Path, shard: Shard, dtype: str, read: Callable[[str],
 
     Raises OSError if the disk refuses.
     """
-    crc = written = 0
-    with open(directory / shard.name, "wb") as file:
+    with SummedFile(directory / shard.name) as file:
         for data in itertools.chain([_header(shard, dtype)], _bytes_of(shard, read)):
             file.write(data)
-            crc = zlib.crc32(data, crc)
-            written += len(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"path": shard.name, "bytes": written, "crc32": crc}
+    return {"path": shard.name, "bytes": file.count, "crc32": file.crc32}
 
 
 def _bytes_of(shard: Shard, read: Callable[[str], Iterator[torch.Tensor]]) -> Iterator[memoryview]:
