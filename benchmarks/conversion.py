@@ -102,7 +102,7 @@ def write_model(directory: Path, config: dict, seed: int = 0) -> int:
             left, start = left - len(part), 0
 
     for shard in shards:
-        hf_files.write_shard(directory, shard, "bfloat16", rows)
+        hf_files.write_part(directory, hf_files.whole(shard), "bfloat16", rows)
     if len(shards) > 1:
         hf_files.write_index(directory, shards, "bfloat16")
     return sum(shard.bytes for shard in shards)

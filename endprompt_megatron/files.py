@@ -3,18 +3,14 @@
 import contextlib
 import errno
 import fcntl
-import io
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from endprompt_megatron.disk import crc32
 from endprompt_megatron.errors import InputError
-
-_BLOCK = 16 << 20
-_AHEAD = 32 << 20
 
 
 def refuse_existing(out: Path, flag: str) -> None:
@@ -91,15 +87,6 @@ def read_json(path: Path, what: str) -> dict:
     return value
 
 
-def crc32(path: Path) -> int:
-    """CRC-32 of a file's bytes."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            value = zlib.crc32(block, value)
-    return value
-
-
 def sums_of(directory: Path, known: list[dict]) -> dict[str, dict]:
     """Bytes and CRC-32 of every file below `directory`; those of `known` (file, bytes, crc32) are not read again."""
     files = {report["file"]: {"bytes": report["bytes"], "crc32": report["crc32"]} for report in known}
@@ -108,49 +95,6 @@ def sums_of(directory: Path, known: list[dict]) -> dict[str, dict]:
         if path.is_file() and name not in files:
             files[name] = {"bytes": path.stat().st_size, "crc32": crc32(path)}
     return files
-
-
-class SummedFile(io.RawIOBase):
-    """A large file being written: `count` bytes and their `crc32` so far.  Closed, it is on the disk.
-
-    The disk is set to work as soon as there is something to write.  Left to itself the kernel gathers gigabytes
-    first, and then holds the writer up.  `error` is the operating system's last refusal, an OSError.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed with this object)
-        self.count, self.crc32, self.begun = 0, 0, 0
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes | memoryview) -> int:
-        """All of `data`.  Raises OSError."""
-        data = memoryview(data).cast("B")
-        left = data
-        try:
-            while left:
-                left = left[self.file.write(left) :]
-        except OSError as error:
-            self.error = error
-            raise
-        self.count += len(data)
-        self.crc32 = zlib.crc32(data, self.crc32)
-        if self.count - self.begun >= _AHEAD and hasattr(os, "posix_fadvise"):
-            # For pages that are not on the disk yet, this starts writing them, and drops none.
-            os.posix_fadvise(self.file.fileno(), self.begun, self.count - self.begun, os.POSIX_FADV_DONTNEED)
-            self.begun = self.count
-        return len(data)
-
-    def close(self) -> None:
-        if not self.file.closed:
-            try:
-                if self.error is None:
-                    os.fsync(self.file.fileno())
-            finally:
-                self.file.close()
-        super().close()
 
 
 @contextlib.contextmanager

@@ -50,12 +50,18 @@ def number_of(workers: int | None, comm: Any | None, most: int | None = None) ->
 
 
 def for_each(
-    start: Callable[[], Callable[[int], Any]], sizes: list[int], workers: int, done: Callable[[int], None]
+    start: Callable[[], Callable[[int], Any]],
+    sizes: list[int],
+    workers: int,
+    done: Callable[[int], None],
+    *,
+    fork: bool = False,
 ) -> list[Any]:
     """Results of task 0, 1, ... of `sizes` (bytes), by `workers` processes; `done` is called with each size.
 
     `start` makes a process ready and returns what does a task; both must be importable by name.  What a task
-    raises ends the others and is raised here; InputError if a process was killed.
+    raises ends the others and is raised here; InputError if a process was killed.  `fork` starts them with the
+    libraries that this process has loaded.
     """
     workers = min(workers, len(sizes))
     if workers <= 1:
@@ -69,8 +75,8 @@ def for_each(
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
-    # Spawned, not forked: the parent has loaded libraries and may hold threads.
-    context = multiprocessing.get_context("spawn")
+    # On macOS the system's own libraries do not bear a fork.
+    context = multiprocessing.get_context("fork" if fork and sys.platform == "linux" else "spawn")
     results: list[Any] = [None] * len(sizes)
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(start,)) as pool:
@@ -102,6 +108,8 @@ _failure: Exception | None = None
 def _start(start: Callable[[], Callable[[int], Any]]) -> None:
     global _task, _failure  # the one thing a pool's process keeps between tasks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if "torch" in sys.modules:  # forked: the threads that the parent may have had are not there to be waited for
+        sys.modules["torch"].set_num_threads(1)
     _end_with_the_parent()
     try:
         _task = start()

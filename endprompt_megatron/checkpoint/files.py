@@ -20,8 +20,9 @@ from pathlib import Path
 from endprompt_megatron.convert import layout
 from endprompt_megatron.convert.data_file import Stored, write_file
 from endprompt_megatron.convert.torch_dist import describe
+from endprompt_megatron.disk import crc32
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import crc32, sums_of, write_json
+from endprompt_megatron.files import sums_of, write_json
 
 DAMAGED = ".damaged"
 _POLL_SECONDS = 0.02, 1.0  # between looks for the other ranks' files: at first, and at most

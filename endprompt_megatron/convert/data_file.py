@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.files import SummedFile
+from endprompt_megatron.disk import SummedFile
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
 
 class HfSource:
-    """Megatron's tensors of a Hugging Face directory.  Only headers are read until a part is asked for."""
+    """Megatron's tensors of a Hugging Face directory.  Only headers are read until a part is asked for.
 
-    def __init__(self, directory: Path):
+    `once`: nobody asks for the same part again.
+    """
+
+    def __init__(self, directory: Path, *, once: bool = False):
         """Raises InputError unless the directory holds all weights of the model in its config.json, and no others."""
         self.directory = directory
         shape = read_shape(directory)
         pieces = list(llama.pieces(shape))
-        self.weights = HfWeights(directory)
+        self.weights = HfWeights(directory, once=once)
         self.dtypes = self.weights.check(pieces, shape.tied_embeddings)  # names, each with a tensor that has it
         self.pieces: dict[tuple[str, int], list[llama.Piece]] = {}  # by Megatron's name and the layer
         for piece in pieces:
@@ -40,12 +43,16 @@ class HfSource:
         dtype: torch.dtype,
         *,
         zero_outside: bool = False,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The part of Megatron's tensor `key` that starts at `offset` and has `shape`, cast to `dtype`, on the CPU.
 
-        With `zero_outside`, rows beyond the vocabulary are zero.  Raises InputError where there is no such part.
+        With `zero_outside`, rows beyond the vocabulary are zero; `into` is memory to use, of that shape and dtype.
+        Raises InputError where there is no such part.
         """
-        target = (torch.zeros if zero_outside else torch.empty)(shape, dtype=dtype)
+        target = torch.empty(shape, dtype=dtype) if into is None else into
+        if zero_outside:
+            target.zero_()
         per_layer = key.startswith(llama.LAYERS)
         filled = 0
         for index in range(shape[0] if per_layer else 1):

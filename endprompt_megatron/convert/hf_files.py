@@ -17,13 +17,15 @@ import torch
 from endprompt_megatron.convert.bin_files import BinFile
 from endprompt_megatron.convert.llama import EMBEDDING, TIED_DUPLICATE, Piece
 from endprompt_megatron.convert.parts import Record, read_into
+from endprompt_megatron.disk import OnceFile, SummedFile
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import SummedFile, read_json, write_json
+from endprompt_megatron.files import read_json, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OLD_SINGLE = "pytorch_model.bin"
 OLD_INDEX = "pytorch_model.bin.index.json"
+_PART_BYTES = 256 << 20
 _CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _CODE_OF = {name: code for code, name in _CODES.items()}
@@ -32,12 +34,12 @@ _CODE_OF = {name: code for code, name in _CODES.items()}
 class HfWeights:
     """The weights of a directory.  Headers are read at once, tensors when they are asked for.
 
-    Where there are both safetensors and pytorch_model.bin, the first.
+    Where there are both safetensors and pytorch_model.bin, the first.  `once`: nobody asks for the same part again.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, once: bool = False):
         """Raises InputError if a file is missing, truncated, or does not hold what the index says."""
-        self.directory = directory
+        self.directory, self.once = directory, once
         self.files = {}  # tensor name -> open file
         self.entries = {}  # tensor name -> (file name, dtype code, shape)
         self.records = {}  # tensor name -> (open file, where in it), for safetensors
@@ -86,7 +88,7 @@ class HfWeights:
 
     def _find_records(self, path: Path) -> None:
         """Where the tensors lie in a safetensors file, which the library that has checked it does not say."""
-        file = open(path, "rb", buffering=0)  # noqa: SIM115  (open as long as this object is)
+        file = OnceFile(path) if self.once else open(path, "rb", buffering=0)  # noqa: SIM115  (as long as this object)
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
         for tensor, entry in header.items():
@@ -177,19 +179,52 @@ def shards_of(pieces: list[Piece], dtype: str, max_shard_bytes: int) -> list[Sha
     return [Shard(name, tuple(sorted(part))) for name, part in zip(names, parts, strict=True)]
 
 
-def write_shard(directory: Path, shard: Shard, dtype: str, read: Callable[[str], Iterator[torch.Tensor]]) -> dict:
-    """Write one file; returns its name, bytes and CRC-32.  `read` gives a tensor's rows, a few at a time, in order.
+@dataclass(frozen=True)
+class Part:
+    """Tensors `first` to `last` - 1 of a weight file: what one worker writes of it.  The header goes with tensor 0."""
 
-    Raises OSError if the disk refuses.
+    shard: Shard
+    first: int
+    last: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(count for _, _, count in self.shard.tensors[self.first : self.last])
+
+
+def whole(shard: Shard) -> Part:
+    """A file as one part."""
+    return Part(shard, 0, len(shard.tensors))
+
+
+def parts_of(shard: Shard) -> list[Part]:
+    """A file in parts of at least _PART_BYTES, cut between layers: a few large files keep many workers busy."""
+    layers = [name.split("layers.")[-1].split(".")[0] for name, _, _ in shard.tensors]
+    cuts, held = [0], 0
+    for index, (_, _, count) in enumerate(shard.tensors):
+        if held >= _PART_BYTES and layers[index] != layers[index - 1]:
+            cuts.append(index)
+            held = 0
+        held += count
+    return [Part(shard, first, last) for first, last in itertools.pairwise([*cuts, len(shard.tensors)])]
+
+
+def write_part(directory: Path, part: Part, dtype: str, read: Callable[[str], Iterator[torch.Tensor]]) -> dict:
+    """Write a part of a file where it belongs; returns the file's name, where the part begins, its bytes and CRC-32.
+
+    `read` gives a tensor's rows, a few at a time, in order.  Raises OSError if the disk refuses.
     """
-    with SummedFile(directory / shard.name) as file:
-        for data in itertools.chain([_header(shard, dtype)], _bytes_of(shard, read)):
+    shard = part.shard
+    head = _header(shard, dtype)
+    begin = len(head) + sum(count for _, _, count in shard.tensors[: part.first]) if part.first else 0
+    with SummedFile(directory / shard.name, begin) as file:
+        for data in itertools.chain([] if part.first else [head], _bytes_of(part, read)):
             file.write(data)
-    return {"path": shard.name, "bytes": file.count, "crc32": file.crc32}
+    return {"path": shard.name, "begin": begin, "bytes": file.count, "crc32": file.crc32}
 
 
-def _bytes_of(shard: Shard, read: Callable[[str], Iterator[torch.Tensor]]) -> Iterator[memoryview]:
-    for name, _, count in shard.tensors:
+def _bytes_of(part: Part, read: Callable[[str], Iterator[torch.Tensor]]) -> Iterator[memoryview]:
+    for name, _, count in part.shard.tensors[part.first : part.last]:
         for rows in read(name):
             data = rows.contiguous().view(torch.uint8).numpy().reshape(-1).data
             count -= len(data)

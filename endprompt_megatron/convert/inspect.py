@@ -8,8 +8,9 @@ from endprompt_megatron.convert import layout
 from endprompt_megatron.convert.hf_files import HfWeights
 from endprompt_megatron.convert.progress import in_words
 from endprompt_megatron.convert.torch_dist import Checkpoint
+from endprompt_megatron.disk import crc32
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import crc32, read_json
+from endprompt_megatron.files import read_json
 from endprompt_megatron.shape import shape_of
 
 _OPTIMIZER = "optimizer."

@@ -28,6 +28,22 @@ _STORAGES = {
 }
 
 
+class Scratch:
+    """Memory used again for one part of a tensor after the other: to find fresh memory takes longer than to fill it."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any content with a storage of just its size, good until the next is asked for."""
+        count = math.prod(shape)
+        if len(self._memory) < count * dtype.itemsize:
+            self._memory = bytearray(count * dtype.itemsize)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._memory, dtype=dtype, count=count).view(shape)
+
+
 @dataclass(frozen=True)
 class Record:
     """Where in a file the elements of a tensor begin; they lie there row by row."""

@@ -11,7 +11,8 @@ import torch
 
 from endprompt_megatron.convert import layout, llama
 from endprompt_megatron.convert.card import model_card
-from endprompt_megatron.convert.hf_files import Shard, shards_of, write_index, write_shard
+from endprompt_megatron.convert.hf_files import Part, parts_of, shards_of, whole, write_index, write_part
+from endprompt_megatron.convert.parts import Scratch
 from endprompt_megatron.convert.to_megatron import Written
 from endprompt_megatron.convert.torch_dist import Checkpoint
 from endprompt_megatron.convert.units import identity, write_units
@@ -57,6 +58,8 @@ def convert_megatron_to_hf(
         dtype = layout.parse_dtype(dtype) or manifest["dtype"]
         shards = shards_of(pieces, dtype, limit)
         total = sum(shard.bytes for shard in shards)
+        # Hosts that share a file system write whole files: not all of them let several hosts write one.
+        parts = [part for shard in shards for part in ([whole(shard)] if comm else parts_of(shard))]
         layout.require_space(out, total, "--out")
 
     def finish(staging: Path, _: list[dict]) -> None:
@@ -71,27 +74,28 @@ def convert_megatron_to_hf(
         "to": "hf",
         "dtype": dtype,
         "shard": limit,
+        "parts": len(parts),
         "from": str(source.resolve()),
         "files": [*identity(source), *identity(hf)],
     }
-    start = functools.partial(_start, source, dtype, shards)
-    write_units(out, job, [shard.bytes for shard in shards], start, finish, workers, comm)
+    start = functools.partial(_start, source, dtype, parts)
+    write_units(out, job, [part.bytes for part in parts], start, finish, workers, comm)
     if comm and comm.rank:
         return None
     return Written(out, sum(len(piece.hf) for piece in pieces), total, dtype, time.monotonic() - started)
 
 
-def _start(source: Path, dtype: str, shards: list[Shard], staging: Path) -> Callable[[int], dict]:
-    """What a worker needs to write a file, made once in each."""
+def _start(source: Path, dtype: str, parts: list[Part], staging: Path) -> Callable[[int], dict]:
+    """What a worker needs to write a part of a file, made once in each."""
     weights = MegatronWeights(source, getattr(torch, dtype))
-    return lambda number: write_shard(staging, shards[number], dtype, weights.rows)
+    return lambda number: write_part(staging, parts[number], dtype, weights.rows)
 
 
 class MegatronWeights:
-    """Hugging Face's tensors of a Megatron checkpoint, a few rows at a time."""
+    """Hugging Face's tensors of a Megatron checkpoint, a few rows at a time: used before the next are read."""
 
     def __init__(self, directory: Path, dtype: torch.dtype):
-        self.checkpoint, self.dtype = Checkpoint(directory), dtype
+        self.checkpoint, self.dtype, self.scratch = Checkpoint(directory, once=True), dtype, Scratch()
         shape = read_shape(directory / layout.HF_DIRECTORY)
         self.places = {name: (piece, n) for piece in llama.pieces(shape) for n, (name, _) in enumerate(piece.hf)}
         self._joined: tuple[llama.Piece, list[torch.Tensor]] | None = None
@@ -112,7 +116,9 @@ class MegatronWeights:
         for begin, end in itertools.pairwise(cuts):
             offset = (*piece.offset[:axis], begin, *piece.offset[axis + 1 :])
             shape = (*piece.shape[:axis], end - begin, *piece.shape[axis + 1 :])
-            yield self.checkpoint.read(piece.key, offset, shape, self.dtype)
+            yield self.checkpoint.read(
+                piece.key, offset, shape, self.dtype, into=self.scratch.tensor(shape, self.dtype)
+            )
 
 
 def _check(checkpoint: Checkpoint, manifest: dict, shape: ModelShape, pieces: list[llama.Piece]) -> None:

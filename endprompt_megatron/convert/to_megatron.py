@@ -12,6 +12,7 @@ import torch
 
 from endprompt_megatron.convert import data_file, layout, llama
 from endprompt_megatron.convert.direct import HfSource
+from endprompt_megatron.convert.parts import Scratch
 from endprompt_megatron.convert.progress import in_words
 from endprompt_megatron.convert.units import identity, write_units
 from endprompt_megatron.errors import InputError
@@ -138,19 +139,17 @@ def _in_files(boxes: list[_Box]) -> list[list[_Box]]:
 
 def _start(hf: Path, dtype: str, files: list[list[_Box]], staging: Path) -> Callable[[int], dict]:
     """What a worker needs to write a file, made once in each."""
-    source, torch_dtype = HfSource(hf), getattr(torch, dtype)
+    source, scratch, torch_dtype = HfSource(hf, once=True), Scratch(), getattr(torch, dtype)
     directory = layout.iteration_dir(staging, 0)
     directory.mkdir(exist_ok=True)
+
+    def load(box: _Box) -> torch.Tensor:
+        return source.read(box.key, box.offset, box.shape, torch_dtype, into=scratch.tensor(box.shape, torch_dtype))
 
     def write(number: int) -> dict:
         stored = (
             data_file.Stored(
-                box.key,
-                box.global_shape,
-                box.offset,
-                box.shape,
-                torch_dtype,
-                functools.partial(source.read, box.key, box.offset, box.shape, torch_dtype),
+                box.key, box.global_shape, box.offset, box.shape, torch_dtype, functools.partial(load, box)
             )
             for box in files[number]
         )

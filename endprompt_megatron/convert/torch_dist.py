@@ -7,6 +7,7 @@ asks for one tensor at a time: memory is that of the piece that is asked for, wh
 
 import bisect
 import contextlib
+import functools
 import io
 import math
 import pickle
@@ -34,6 +35,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from endprompt_megatron.convert import parts
+from endprompt_megatron.disk import OnceFile
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import write_json
 
@@ -88,11 +90,15 @@ class _Describer(FileSystemWriter):
 
 
 class Checkpoint:
-    """A checkpoint to read from, whatever layout wrote it.  Only metadata is read until a tensor is asked for."""
+    """A checkpoint to read from, whatever layout wrote it.  Only metadata is read until a tensor is asked for.
 
-    def __init__(self, directory: Path):
+    `once`: nobody asks for the same part again.
+    """
+
+    def __init__(self, directory: Path, *, once: bool = False):
         """Raises InputError if `directory` does not hold a readable `torch_dist` checkpoint."""
         self.directory = directory
+        self.open = OnceFile if once else functools.partial(open, mode="rb", buffering=0)
         self.reader = FileSystemReader(directory)
         if not (directory / "metadata.json").is_file():
             raise InputError(f"{directory}: not a torch_dist checkpoint, metadata.json is missing")
@@ -125,13 +131,16 @@ class Checkpoint:
         dtype: torch.dtype,
         *,
         zero_outside: bool = False,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The part of the tensor `key` that starts at `offset` and has `shape`, cast to `dtype`, on the CPU.
 
         With `zero_outside`, what lies outside the stored tensor (a vocabulary padded for another layout) is zero.
-        Raises InputError if the files do not hold all of the rest.
+        `into` is memory to use, of that shape and dtype.  Raises InputError if the files do not hold all of the rest.
         """
-        target = (torch.zeros if zero_outside else torch.empty)(shape, dtype=dtype)
+        target = torch.empty(shape, dtype=dtype) if into is None else into
+        if zero_outside:
+            target.zero_()
         wanted = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape))
         with self._damage(key):
             expected = target.numel()
@@ -151,7 +160,7 @@ class Checkpoint:
         """Put what `item` takes out of one part, of shape `stored`, into its place in `target`."""
         place = self.reader.storage_data[item.storage_index]
         if not getattr(place, "transform_descriptors", None):
-            with open(self.directory / place.relative_path, "rb", buffering=0) as file:
+            with self.open(self.directory / place.relative_path) as file:
                 record = parts.find(file, place.offset, place.length)
                 if record is not None:
                     if record.shape != stored:

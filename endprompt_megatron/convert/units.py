@@ -1,8 +1,8 @@
 """The files that a conversion writes: each by one worker, on one host or over many, and each only once.
 
-A unit is a file.  What is in which file depends on the model alone, so the result is the same for any number of
-workers, and a conversion that was killed goes on with another number.  A file is done when its report
-(`.unit_NUMBER.json`: size and CRC-32) is there, written after the file is on the disk.
+A unit is a file, or the part of one from some byte on.  What is in which depends on the model alone, so the result is
+the same for any number of workers, and a conversion that was killed goes on with another number.  A unit is done when
+its report (`.unit_NUMBER.json`: size and CRC-32) is there, written after its bytes are on the disk.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.convert.progress import byte_progress
-from endprompt_megatron.files import crc32, resumable_directory, write_json
+from endprompt_megatron.disk import crc32
+from endprompt_megatron.files import resumable_directory, write_json
 from endprompt_megatron.workers import for_each, number_of, ranks_agree
 
 MOST_WORKERS = 8  # of a host, unless told: more wait for the disk
@@ -43,7 +44,7 @@ def write_units(
         mine = list(range(rank, len(sizes), ranks))
         with ranks_agree(comm), byte_progress(sum(sizes[n] for n in mine), "converting", shown=rank == 0) as advance:
             ready = functools.partial(_ready, start, staging, mine)
-            done = for_each(ready, [sizes[number] for number in mine], workers, advance)
+            done = for_each(ready, [sizes[number] for number in mine], workers, advance, fork=True)
         reports = dict(zip(mine, done, strict=True))
         if comm:
             reports = {number: report for part in comm.allgather(reports) for number, report in part.items()}
@@ -63,7 +64,9 @@ def _once(staging: Path, number: int, write: Callable[[int], dict]) -> dict:
     with contextlib.suppress(OSError, ValueError, KeyError):
         report = json.loads(record.read_text(encoding="utf-8"))
         path = staging / report["path"]
-        if path.stat().st_size == report["bytes"] and crc32(path) == report["crc32"]:
+        size, begin, count = path.stat().st_size, report.get("begin", 0), report["bytes"]
+        right = size >= begin + count if "begin" in report else size == count
+        if right and crc32(path, begin, count) == report["crc32"]:
             return report
     report = write(number)
     write_json(record, report)

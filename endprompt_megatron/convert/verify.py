@@ -6,7 +6,6 @@ the one table, so that a mistake in either is seen.
 
 import functools
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from endprompt_megatron.convert.direct import HfSource
 from endprompt_megatron.convert.progress import byte_progress, in_words
 from endprompt_megatron.convert.to_hf import MegatronWeights
 from endprompt_megatron.convert.units import MOST_WORKERS
+from endprompt_megatron.disk import add_crc32
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.shape import read_shape
 from endprompt_megatron.workers import for_each, number_of
@@ -57,7 +57,7 @@ def verify(hf: Path, megatron: Path, iteration: int | None = None, *, to_hf: boo
     workers = number_of(workers, None, MOST_WORKERS)
     start = functools.partial(_start, Path(hf), source, dtype)
     with byte_progress(sum(sizes), "verifying") as advance:
-        found = for_each(start, sizes, workers, advance)
+        found = for_each(start, sizes, workers, advance, fork=True)
     wrong = [line for lines in found for line in lines]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -87,5 +87,5 @@ def _start(hf: Path, megatron: Path, dtype: str) -> Callable[[int], list[str]]:
 def _crc32(blocks: Iterator[torch.Tensor]) -> int:
     value = 0
     for block in blocks:
-        value = zlib.crc32(block.contiguous().view(torch.uint8).numpy().reshape(-1).data, value)
+        value = add_crc32(block.contiguous().view(torch.uint8).numpy().reshape(-1).data, value)
     return value

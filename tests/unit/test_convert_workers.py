@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from small import ROOT, mpirun, small_llama
 
-from endprompt_megatron.convert import to_megatron, units
+from endprompt_megatron.convert import hf_files, to_megatron, units
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.errors import InputError
@@ -21,10 +21,10 @@ SHARD = "60KB"
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from endprompt_megatron.convert import to_megatron
+from endprompt_megatron.convert import hf_files, to_megatron
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.errors import run_cli
-to_megatron._BOX_BYTES, to_megatron._FILE_BYTES = 4096, 65536
+to_megatron._BOX_BYTES, to_megatron._FILE_BYTES, hf_files._PART_BYTES = 4096, 65536, 8192
 way, source, out = sys.argv[1:]
 if way == "to-megatron":
     run_cli(lambda: print(to_megatron.convert_hf_to_megatron(source, out, workers=None) or "") or 0)
@@ -36,6 +36,7 @@ run_cli(lambda: print(convert_megatron_to_hf(source, out, max_shard_size="{SHARD
 def small_files(monkeypatch):
     monkeypatch.setattr(to_megatron, "_BOX_BYTES", 4096)
     monkeypatch.setattr(to_megatron, "_FILE_BYTES", 65536)
+    monkeypatch.setattr(hf_files, "_PART_BYTES", 8192)
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +101,29 @@ def test_mpi_ranks_write_the_same_bytes_and_say_one_line(place, tmp_path, way):
 
 @ways
 def test_killed_at_any_moment_and_called_again_it_ends_with_the_same_bytes(place, tmp_path, way):
-    """Killed ten times, each somewhere in what is left to do; what was whole is kept, what was not is done again."""
+    """Killed ten times, each somewhere in what is left to do; what was whole is kept, what was not is done again.
+
+    Every second kill waits for one more file, so that some fall late, however slow the machine is.
+    """
     source, reference = (place / name for name in WAYS[way])
     seed = random.randrange(2**32)
     generator, kept = random.Random(seed), 0
     staging = tmp_path / ".out.partial"
-    for _ in range(10):
+    for number in range(10):
         before = {path.name for path in staging.glob(".unit_*")}
         child = os.fork()
         if child == 0:  # no exec: torch is loaded already
             slow()
             convert(way, source, tmp_path / "out")
             os._exit(0)
+        ended = 0
+        while number % 2 and not ended and {path.name for path in staging.glob(".unit_*")} <= before:
+            time.sleep(0.005)
+            ended, status = os.waitpid(child, os.WNOHANG)
         time.sleep(generator.uniform(0.02, 0.15))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
             break  # it was faster
         assert not (tmp_path / "out").exists(), f"seed {seed}"

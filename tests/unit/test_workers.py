@@ -4,9 +4,12 @@ import functools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+from small import ROOT
 
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.workers import for_each, number_of
@@ -28,10 +31,11 @@ def task(what: str, number: int):
     return number, os.getpid()
 
 
+@pytest.mark.parametrize("fork", [False, True])
 @pytest.mark.parametrize("workers", [1, 2, 9])
-def test_results_are_in_order_whatever_was_done_first(workers):
+def test_results_are_in_order_whatever_was_done_first(workers, fork):
     done = []
-    results = for_each(functools.partial(start, "well"), [5, 1, 9, 9, 2, 3, 4, 8], workers, done.append)
+    results = for_each(functools.partial(start, "well"), [5, 1, 9, 9, 2, 3, 4, 8], workers, done.append, fork=fork)
     assert [number for number, _ in results] == list(range(8))
     assert sorted(done) == [1, 2, 3, 4, 5, 8, 9, 9]
     processes = {pid for _, pid in results}
@@ -41,11 +45,31 @@ def test_results_are_in_order_whatever_was_done_first(workers):
 @pytest.mark.parametrize(
     ("what", "needle"), [("killed", "a worker was killed"), ("wrong", "task 3 is wrong"), ("unready", "not ready")]
 )
-def test_an_error_ends_it_and_leaves_no_process(what, needle):
+@pytest.mark.parametrize("fork", [False, True])
+def test_an_error_ends_it_and_leaves_no_process(what, needle, fork):
     before = set(multiprocessing.active_children())
     with pytest.raises(InputError, match=needle):
-        for_each(functools.partial(start, what), [1] * 40, 2, lambda _: None)
+        for_each(functools.partial(start, what), [1] * 40, 2, lambda _: None, fork=fork)
     assert set(multiprocessing.active_children()) == before
+
+
+FORK = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from endprompt_megatron.workers import for_each
+
+torch.set_num_threads(4)
+values = torch.arange(1 << 20, dtype=torch.float64)
+expected = (values * 2).sum()
+print(for_each(lambda: lambda n: bool((values * 2).sum() == expected), [1] * 4, 2, lambda _: None, fork=True))
+"""
+
+
+def test_a_fork_computes_though_its_parent_has_computed_with_threads():
+    """The pool of OpenMP's threads does not survive a fork, and who waits for it waits for ever."""
+    done = subprocess.run([sys.executable, "-c", FORK.format(root=str(ROOT))], capture_output=True, text=True)
+    assert done.stdout.strip() == str([True] * 4), done.stderr
 
 
 def test_numbers_that_cannot_be_are_refused():
