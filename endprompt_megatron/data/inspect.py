@@ -145,9 +145,10 @@ def documents_page(looked: dict[str, Any], prefix: str) -> str:
 def sample_in_words(sample: dict[str, Any]) -> str:
     """A paragraph on one sample."""
     documents = sample["documents"]
+    count = len({piece["document"] for piece in documents})
     lines = [
         f"sample {sample['sample']:,}: number {sample['number']:,} of {sample['source']}, epoch {sample['epoch']}",
-        f"  from {len(documents)} document{'s' * (len(documents) > 1)}: {_pieces(documents)}",
+        f"  from {count} document{'s' * (count > 1)}: {_pieces(documents)}",
     ]
     several = len({segment["sample"] for segment in sample["segments"]} - {-1}) > 1
     for segment in sample["segments"]:
@@ -155,7 +156,8 @@ def sample_in_words(sample: dict[str, Any]) -> str:
         positions = ", ".join(_range(first, last) for first, last in segment["positions"])
         count = segment["stop"] - segment["start"]
         where = _range(segment["start"], segment["stop"] - 1)
-        lines.append(f"  {segment['kind']}{which}: {count:,} tokens at {where}, position ids {positions}")
+        tokens = f"{count:,} token{'s' * (count > 1)}"
+        lines.append(f"  {segment['kind']}{which}: {tokens} at {where}, position ids {positions}")
         lines.append(f"    {segment['text']}")
     runs = [f"{weight:g} for {_range(start, stop - 1)}" for start, stop, weight in sample["loss_weights"]]
     return "\n".join([*lines, f"  loss weight of the next token: {', '.join(runs)}"])
@@ -201,7 +203,8 @@ def histogram(lengths: dict[str, Any]) -> str:
         f"{lengths['mean']:,.0f} (mean), at most {lengths['longest']:,}",
         f"  {'tokens of a document':>22} {'documents':>12} {'share of the tokens':>21}",
     ]
-    for each in lengths["bins"]:
+    first = next((n for n, each in enumerate(lengths["bins"]) if each["documents"]), 0)
+    for each in lengths["bins"][first:]:
         share = each["tokens"] / tokens if tokens else 0.0
         name = f"{each['least']:,} to {each['below'] - 1:,}"
         lines.append(f"  {name:>22} {each['documents']:>12,} {share:>8.1%} {'#' * round(40 * share)}".rstrip())

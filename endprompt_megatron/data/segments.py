@@ -49,6 +49,11 @@ def segments(sample: Mapping[str, Any]) -> list[Segment]:
     ]
 
 
+def samples_in(found: list[Segment]) -> list[int]:
+    """Numbers of the samples of a row, in order; padding is none."""
+    return list(dict.fromkeys(segment.sample for segment in found if segment.sample >= 0))
+
+
 def _sample_ids(sample: Mapping[str, Any], length: int) -> np.ndarray:
     """The number of the sample that each token belongs to, int64 [s]; -1 for padding."""
     if sample.get("sample_ids") is not None:
