@@ -31,6 +31,9 @@ def sources_of(value: Any, key: str) -> list[Source]:
     if isinstance(value, str) and value:
         return [Source(value)]
     if isinstance(value, list) and value and all(isinstance(prefix, str) and prefix for prefix in value):
+        twice = next((prefix for prefix in value if value.count(prefix) > 1), None)
+        if twice is not None:  # both would give the same samples at the same time
+            raise InputError(f"{key}: {twice} is named twice; give it a weight, such as {{{twice}: 2}}")
         return [Source(prefix) for prefix in value]
     if isinstance(value, dict) and value:
         return [_source(str(prefix), entry, key) for prefix, entry in value.items()]

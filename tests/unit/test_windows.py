@@ -325,6 +325,7 @@ def test_documents_too_short_for_one_window_are_refused(prefix, changes, needles
         ("", "should be a PREFIX"),
         ([], "should be a PREFIX"),
         (["a", 1], "should be a PREFIX"),
+        (["a", "b", "a"], "a is named twice; give it a weight, such as {a: 2}"),
         ({}, "should be a PREFIX"),
         ({"a": "much"}, "weight=much of a should be a number"),
         ({"a": True}, "weight=True of a should be a number"),
