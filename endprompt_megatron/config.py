@@ -42,14 +42,17 @@ class Context:
     prompts: list[str] = field(default_factory=lambda: ["EP_1"])
     prompt_loss_weight: float = 1.0
     chunks: int = 2  # of pose and end_prompt_pose
+    content_skip: bool = False  # of pose: the chunks come from different places of a document, as published
     rope: Rope = field(default_factory=Rope)
 
 
 @dataclass
 class Data:
-    train: Any = None  # PREFIX, [PREFIX, ...] or {PREFIX: weight, ...}
+    train: Any = None  # PREFIX, [PREFIX, ...], {PREFIX: weight, ...} or {PREFIX: {weight: ..., prompts: [...]}, ...}
     valid: Any = None  # the same, held out; or "99,1": the last hundredth of the documents of data.train
     packing: str = "stream"
+    document_ends: str = "cross"  # context segments cross the ends of documents, or each lies within one: within
+    min_document_tokens: int = 0  # shorter documents are left out
     cache: str | None = None  # where sample indices are kept; default beside the run
 
 
@@ -299,7 +302,7 @@ _POSITIVE = {
 _NOT_NEGATIVE = {
     *("train.valid_interval", "optim.min_lr", "optim.weight_decay", "optim.grad_clip", "checkpoint.keep"),
     *("train.gc_interval", "train.straggler_interval", "train.watchdog_factor", "checkpoint.keep_every"),
-    "precision.bf16_edge_layers",
+    *("precision.bf16_edge_layers", "data.min_document_tokens"),
 }
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from endprompt_megatron.attention import RMSNorm, SdpaAttention
 from endprompt_megatron.config import Parallel, Precision, Recipe, has_transformer_engine
 from endprompt_megatron.cross_entropy import vocab_cross_entropy
+from endprompt_megatron.data.blend import prompts_used
 from endprompt_megatron.positions import shared_positions
 from endprompt_megatron.rope import PositionRotary, transformers_config
 from endprompt_megatron.runtime import has_cuda
@@ -124,7 +125,7 @@ def _fp8(p: Precision) -> dict[str, Any]:
 def _fusions(recipe: Recipe) -> dict[str, Any]:
     """Kernels that do several steps at once.  All but the last need Transformer Engine."""
     te = has_transformer_engine()
-    c = recipe.context
+    shared = shared_positions(recipe.context.method, len(prompts_used(recipe)))
     return dict(
         bias_activation_fusion=te,
         masked_softmax_fusion=te,
@@ -132,7 +133,7 @@ def _fusions(recipe: Recipe) -> dict[str, Any]:
         cross_entropy_loss_fusion=te,
         cross_entropy_fusion_impl="te",
         # TE's fused kernel takes one row of phases for the micro-batch.
-        apply_rope_fusion=te and (recipe.train.micro_batch_size == 1 or shared_positions(c.method, len(c.prompts))),
+        apply_rope_fusion=te and (recipe.train.micro_batch_size == 1 or shared),
         # Gradients added to their sum inside the GEMM.  For the output layer that is an extension of Apex.
         gradient_accumulation_fusion=te and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )

@@ -25,12 +25,27 @@ RANDOM = ("end_prompt_random", "end_prompt_pose", "pose")
 # Streams of `generator`: what is drawn for one sample must not depend on what else is drawn for it.
 POSITION_STREAM = 0
 PROMPT_STREAM = 1
+CONTENT_STREAM = 2
 
 
 def generator(seed: int, index: int, stream: int) -> np.random.Generator:
     """The random numbers of sample `index`: the same on every rank, for every layout, after every resume."""
     key = np.array((seed, index), dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array((0, 0, 0, stream), dtype=np.uint64)))
+
+
+def draws(seed: int, indices: np.ndarray, stream: int, below: int) -> np.ndarray:
+    """A uniform number in [0, below) for each sample of `indices`, int64: `generator` where one draw does for millions.
+
+    The bits are SplitMix64's (Steele, Lea and Flood, 2014) of seed, stream and index.
+    """
+    gamma, other = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
+    bits = np.asarray(indices).astype(np.uint64) * np.uint64(gamma)
+    bits += np.uint64((seed * other + (stream + 1) * gamma) % 2**64)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    bits ^= bits >> np.uint64(31)
+    return ((bits >> np.uint64(32)) * np.uint64(below) >> np.uint64(32)).astype(np.int64)
 
 
 def shared_positions(method: str, prompts: int) -> bool:
@@ -97,6 +112,17 @@ def position_ids(
         lengths = _chunk_lengths(a, chunks, rng)
         positions += np.repeat([0, *_growing_skips(chunks - 1, target - a, rng)], lengths)
     return positions
+
+
+def pose_content(length: int, document_len: int, *, index: int, seed: int) -> tuple[int, int]:
+    """Where PoSE takes the content of sample `index` with 2 chunks: (r1, l2), tokens 0..r1-1 and l2..l2+length-r1-1.
+
+    r1 is the length of the first chunk of `position_ids`; the second chunk ends at r2 ~ U{length..n} of the
+    document's n tokens, which are at least `length`.
+    """
+    first = _chunk_lengths(length, 2, generator(seed, index, POSITION_STREAM))[0]
+    stop = int(generator(seed, index, CONTENT_STREAM).integers(length, document_len, endpoint=True))
+    return first, stop - (length - first)
 
 
 def _known(method: str) -> None:

@@ -18,23 +18,23 @@ PROMPTS = {
 CUSTOM = "text:"
 
 
-def tokenise_prompts(tokenizer_dir: Path | str, names: list[str]) -> list[list[int]]:
+def tokenise_prompts(tokenizer_dir: Path | str, names: list[str], key: str = "context.prompts") -> list[list[int]]:
     """Token ids of each prompt, in the order of `names`.
 
     EP_2 is one token: the tokenizer's `<|eot_id|>`, or its end-of-sequence token where there is none.
-    Raises InputError (context.prompts) for an empty list, an unknown name, or a text without tokens.
+    Raises InputError (naming `key`) for an empty list, an unknown name, or a text without tokens.
     """
     if not names:
-        raise InputError(f"context.prompts=[]: give at least one of {', '.join(PROMPTS)} or {CUSTOM}...")
+        raise InputError(f"{key}=[]: give at least one of {', '.join(PROMPTS)} or {CUSTOM}...")
     for name in names:
         if name not in PROMPTS and not name.startswith(CUSTOM):
-            raise InputError(f"context.prompts={name}: unknown prompt; use {', '.join(PROMPTS)} or {CUSTOM}...")
+            raise InputError(f"{key}={name}: unknown prompt; use {', '.join(PROMPTS)} or {CUSTOM}...")
     tokenizer = load_tokenizer(tokenizer_dir)
     prompts = []
     for name in names:
         ids = _tokenise(tokenizer, name)
         if not ids:
-            raise InputError(f"context.prompts={name}: gives no token with the tokenizer in {tokenizer_dir}")
+            raise InputError(f"{key}={name}: gives no token with the tokenizer in {tokenizer_dir}")
         prompts.append(ids)
     return prompts
 

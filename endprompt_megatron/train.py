@@ -72,6 +72,8 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     def save() -> None:
         with whole_parameters(models):
             saver.save(progress)
+        if runtime.is_first():
+            feed.write_seen(progress.consumed_samples)
 
     def validate() -> None:
         with whole_parameters(models):

@@ -26,7 +26,8 @@ from endprompt_megatron.shape import ModelShape
 # Keys that decide what a step does.  A run that goes on with others would be neither one nor the other.
 _FIXED = (
     "context.method context.target context.physical context.prompts context.prompt_loss_weight context.chunks "
-    "context.rope.type context.rope.factor data.train data.packing train.global_batch_size train.seed precision.dtype"
+    "context.rope.type context.rope.factor data.train data.packing train.global_batch_size train.seed precision.dtype "
+    "context.content_skip data.document_ends data.min_document_tokens"
 ).split()
 
 
@@ -127,6 +128,8 @@ def refuse_other_recipe(old: dict, recipe: Recipe, where: str, directory: Path) 
     new = recipe.as_dict()
     for key in _FIXED:
         before, now = _get(old, key), _get(new, key)
+        if before is None:  # a checkpoint from before there was such a key was trained as its default has it
+            before = _get(Recipe().as_dict(), key)
         if before != now:
             raise InputError(
                 f"{where}: {key}={now} but {directory} was trained with {before}: "

@@ -43,9 +43,12 @@ def write_idx(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
 
 @dataclass(frozen=True)
 class Index:
-    """What an .idx says: `lengths` int32 [sequences] in tokens, the tokens' dtype, a digest of the file."""
+    """What an .idx says: `lengths` int32 [sequences] in tokens and `pointers` int64 [sequences] in bytes of the .bin
+    (both memory-mapped), the tokens' dtype, a digest of the file.
+    """
 
     lengths: np.ndarray
+    pointers: np.ndarray
     dtype: np.dtype
     digest: str
 
@@ -67,10 +70,11 @@ def read_idx(prefix: Path | str) -> Index:
     if len(content) < _HEADER.size + 12 * sequences + 8 * documents:
         raise InputError(f"{idx}: cut short; make it again with tools/prepare_data.py")
     lengths = np.frombuffer(content, dtype=np.int32, count=sequences, offset=_HEADER.size)
+    pointers = np.frombuffer(content, dtype=np.int64, count=sequences, offset=_HEADER.size + 4 * sequences)
     expected = int(lengths.sum(dtype=np.int64)) * np.dtype(name).itemsize
     if bin_.stat().st_size != expected:
         raise InputError(f"{bin_}: {bin_.stat().st_size} bytes where {idx.name} expects {expected}; make both again")
-    return Index(lengths, np.dtype(name), hashlib.sha256(content).hexdigest())
+    return Index(lengths, pointers, np.dtype(name), hashlib.sha256(content).hexdigest())
 
 
 def read_manifest(prefix: Path | str) -> dict | None:

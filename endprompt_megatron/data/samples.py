@@ -14,7 +14,7 @@ from endprompt_megatron.positions import (
     PROMPT_STREAM,
     RANDOM,
     WITH_PROMPT,
-    generator,
+    draws,
     position_ids,
     segment_lengths,
 )
@@ -75,11 +75,18 @@ class SampleBuilder:
     def _positions(self, a: int, b: int, index: int) -> np.ndarray:
         return position_ids(self._method, a, b, self._target, index=index, seed=self._seed, chunks=self._chunks)
 
+    @property
+    def prompt_lens(self) -> list[int]:
+        """Tokens of each prompt; [0] for a method without."""
+        return [len(form.prompt) for form in self._forms]
+
     def prompt_number(self, index: int) -> int:
         """Which of the prompts sample `index` ends with, drawn uniformly and purely in (seed, index)."""
-        if len(self._forms) == 1:
-            return 0
-        return int(generator(self._seed, index, PROMPT_STREAM).integers(len(self._forms)))
+        return 0 if len(self._forms) == 1 else int(self.prompt_numbers(np.array([index]))[0])
+
+    def prompt_numbers(self, indices: np.ndarray) -> np.ndarray:
+        """The same for many samples at once, int64."""
+        return draws(self._seed, indices, PROMPT_STREAM, len(self._forms))
 
     def build(self, context: np.ndarray, index: int) -> dict[str, torch.Tensor]:
         """Sample `index`; `context` holds at least its a tokens, of any integer dtype.

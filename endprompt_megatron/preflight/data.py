@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from endprompt_megatron.config import Recipe
+from endprompt_megatron.data.blend import Source, is_split, sources_of
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
+from endprompt_megatron.data.statistics import reach, verdict
+from endprompt_megatron.data.windows import Windows
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.preflight.model import context_lengths
 from endprompt_megatron.preflight.table import OK, WARN, Finding, many
@@ -20,33 +23,54 @@ _HEADER = 34  # bytes of an .idx before its lengths
 
 def datasets(recipe: Recipe, shape: ModelShape) -> list[Finding]:
     """A finding for data.train and one for data.valid, where it is a dataset of its own."""
-    from endprompt_megatron.data.feed import blend
-
     if not recipe.data.train:
         raise InputError("data.train is missing; give the PREFIX that tools/prepare_data.py wrote")
-    findings = [_dataset("data.train", blend(recipe.data.train, "data.train"), recipe, shape)]
+    findings = [_dataset("data.train", sources_of(recipe.data.train, "data.train"), recipe, shape)]
     valid = recipe.data.valid
-    if valid is not None and not (isinstance(valid, str) and valid.replace(",", "").replace(" ", "").isdigit()):
-        findings.append(_dataset("data.valid", blend(valid, "data.valid"), recipe, shape))
-    return findings
+    if valid is not None and not is_split(valid):
+        findings.append(_dataset("data.valid", sources_of(valid, "data.valid"), recipe, shape))
+    return findings + _long_documents(recipe)
 
 
-def _dataset(key: str, blend: list[tuple[str, float]], recipe: Recipe, shape: ModelShape) -> Finding:
+def _long_documents(recipe: Recipe) -> list[Finding]:
+    """A finding for a method that wants long documents; none for the others."""
+    c = recipe.context
+    if not reach(c.method, c.physical, c.target):
+        return []
+    sources = sources_of(recipe.data.train, "data.train")
+    shares = np.array([source.weight for source in sources])
+    held = (read_idx(source.prefix).lengths for source in sources)
+    lengths = [each[each >= recipe.data.min_document_tokens] for each in held]
+    shares = (shares / shares.sum()).tolist()
+    enough, words = verdict(c.method, c.physical, c.target, recipe.data.document_ends, lengths, shares)
+    return [Finding("long documents", words, OK if enough else WARN)]
+
+
+def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape) -> Finding:
     """Check each PREFIX of a blend, and say how often its tokens are seen."""
     samples = recipe.train.steps * recipe.train.global_batch_size if key == "data.train" else recipe.train.valid_samples
     context = max(context_lengths(recipe, shape))
-    shares = sum(weight for _, weight in blend)
+    ends = "single" if recipe.context.content_skip else recipe.data.document_ends
+    least = recipe.data.min_document_tokens
+    shares = sum(source.weight for source in sources)
     said, epochs, other = [], [], []
-    for prefix, weight in blend:
-        if not weight > 0:
-            raise InputError(f"{key}: weight {weight} of {prefix} should be above 0; leave out what is not used")
+    for source in sources:
+        prefix = source.prefix
         index = read_idx(prefix)
         _consistent(prefix, index)
         highest = _highest_token(key, prefix, index, shape.vocab_size)
         tokens = int(index.lengths.sum(dtype=np.int64))
-        if tokens < context:
-            raise InputError(f"{key}={prefix}: {tokens} tokens are less than one sample, which takes {context}")
-        epochs.append(samples * context * weight / shares / tokens)
+        windows = Windows(index, context, recipe.train.seed, ends=ends, least=least)
+        if not windows.count:
+            short = (
+                f" in {windows.documents} documents that are long enough"
+                if windows.documents < len(index.lengths)
+                else ""
+            )
+            raise InputError(
+                f"{key}={prefix}: {windows.tokens} tokens{short} are less than one sample, which takes {context}"
+            )
+        epochs.append(samples * source.weight / shares / windows.count)
         said.append(f"{prefix} {many(tokens)} tokens (ids to {highest})")
         if (read_manifest(prefix) or {}).get("tokenizer_sha256") not in (None, fingerprint(recipe.model.hf)):
             other.append(prefix)

@@ -15,6 +15,7 @@ from endprompt_megatron.config import Recipe
 from endprompt_megatron.convert import layout, llama
 from endprompt_megatron.convert.hf_files import INDEX, OLD_INDEX, OLD_SINGLE, SINGLE
 from endprompt_megatron.convert.progress import in_words
+from endprompt_megatron.data.blend import prompts_used
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json
 from endprompt_megatron.positions import WITH_PROMPT, segment_lengths
@@ -224,9 +225,9 @@ def tokenizer(recipe: Recipe, shape: ModelShape) -> Finding:
 
 
 def context_lengths(recipe: Recipe, shape: ModelShape) -> list[int]:
-    """Context tokens of a sample, for each of the recipe's prompts.  Raises InputError."""
+    """Context tokens of a sample, for each prompt of the recipe and its sources.  Raises InputError."""
     c = recipe.context
-    prompts = tokenise_prompts(recipe.model.hf, list(c.prompts)) if c.method in WITH_PROMPT else [[]]
+    prompts = tokenise_prompts(recipe.model.hf, prompts_used(recipe)) if c.method in WITH_PROMPT else [[]]
     highest = max((max(prompt) for prompt in prompts if prompt), default=-1)
     if highest >= shape.vocab_size:
         raise InputError(

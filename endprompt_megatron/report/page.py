@@ -1,7 +1,7 @@
 """One self-contained HTML page of a run: what was trained, what it cost, what it changed, what is not shown.
 
-Reads RUN/recipe.yaml, metrics.jsonl and evaluation/results.json; a section whose file is missing says so.  The page
-fetches nothing: style and pictures are inside.
+Reads RUN/recipe.yaml, metrics.jsonl, data_seen.json and evaluation/results.json; a section whose file is missing says
+so, or is left out where older runs have no such file.  The page fetches nothing: style and pictures are inside.
 """
 
 import re
@@ -37,6 +37,7 @@ def page(run: Run) -> str:
             passkey(run),
             virtual(run, figures),
             training(run, figures),
+            data_seen(run),
             distances(run, figures),
             not_shown(run),
             provenance(run),
@@ -131,6 +132,28 @@ def training(run: Run, figures: Figures) -> str:
     if skipped:
         notes.append(f"{skipped} updates were skipped because a loss or gradient was not finite.")
     return f"{title}<p>{' '.join(notes)}</p>{large}{group(panels, small=True)}"
+
+
+def data_seen(run: Run) -> str:
+    """What training read of each source; nothing for a run that did not write it down."""
+    if not run.seen:
+        return ""
+    columns = (
+        ("samples", "samples", "{:,}"),
+        ("share", "share", "{:.1%}"),
+        ("context_tokens", "context tokens", "{:,}"),
+        ("prompt_tokens", "prompt tokens", "{:,}"),
+        ("epochs", "epochs", "{:.2f}"),
+    )
+    head = "".join(f"<th>{name}</th>" for _, name, _ in columns)
+    rows = []
+    for source in run.seen:
+        cells = "".join(f"<td>{form.format(source[key])}</td>" for key, _, form in columns)
+        rows.append(f"<tr><th>{escape(str(source['prefix']))}</th>{cells}</tr>")
+    return (
+        '<h3>Data seen</h3><div class="scroll"><table><caption>Up to the newest checkpoint.</caption>'
+        f"<thead><tr><th>source</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def distances(run: Run, figures: Figures) -> str:

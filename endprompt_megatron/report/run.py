@@ -21,6 +21,7 @@ class Run:
     recipe_text: str = ""
     steps: list[dict] = field(default_factory=list)
     validations: list[dict] = field(default_factory=list)
+    seen: list[dict] = field(default_factory=list)  # of each source of the training data: data/seen.py
     evaluation: dict | None = None
     control: "Run | None" = None
 
@@ -56,6 +57,9 @@ def read_run(directory: Path, control: Path | None = None) -> Run:
                 run.validations.append(line)
             elif "loss" in line:  # the rest is about the machine: slow ranks, damaged checkpoints
                 run.steps.append(line)
+    seen = directory / "data_seen.json"
+    if seen.is_file():
+        run.seen = read_json(seen, "what training read of each source").get("sources") or []
     results = directory / "evaluation" / "results.json"
     if results.is_file():
         run.evaluation = _results(results)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from endprompt_megatron import hardware as machine
 from endprompt_megatron.config import Recipe, one_of
+from endprompt_megatron.data.windows import DOCUMENT_ENDS
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
 from endprompt_megatron.positions import WITH_PROMPT
@@ -65,6 +66,18 @@ def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
         raise InputError(f"{where}: head_dim={shape.head_dim} of {recipe.model.hf} is odd; RoPE needs pairs")
 
 
+def check_data(recipe: Recipe, where: str) -> None:
+    """The rules of data.* and of what samples are made of.  Raises InputError."""
+    d = recipe.data
+    if d.packing == "documents":
+        raise InputError(f"{where}: data.packing=documents is not available yet: use stream")
+    one_of(where, "data.packing", d.packing, ("stream",))
+    one_of(where, "data.document_ends", d.document_ends, DOCUMENT_ENDS)
+    _check_content_skip(recipe, where)
+    if not d.train:
+        raise InputError(f"{where}: data.train is missing; give the PREFIX that tools/prepare_data.py wrote")
+
+
 def _check_training(recipe: Recipe, where: str) -> None:
     t, o, d = recipe.train, recipe.optim, recipe.data
     one_of(where, "optim.schedule", o.schedule, ("constant", "cosine"))
@@ -74,11 +87,7 @@ def _check_training(recipe: Recipe, where: str) -> None:
         raise InputError(f"{where}: optim.betas={list(o.betas)} should be two numbers in [0, 1)")
     if o.min_lr > o.lr:
         raise InputError(f"{where}: optim.min_lr={o.min_lr} is above optim.lr={o.lr}; the rate only falls")
-    if d.packing == "documents":
-        raise InputError(f"{where}: data.packing=documents is not available yet: use stream")
-    one_of(where, "data.packing", d.packing, ("stream",))
-    if not d.train:
-        raise InputError(f"{where}: data.train is missing; give the PREFIX that tools/prepare_data.py wrote")
+    check_data(recipe, where)
     for key, wants in (("valid_interval", t.valid_interval > 0), ("virtual_distances", bool(t.virtual_distances))):
         if wants and d.valid is None:
             raise InputError(f"{where}: train.{key} needs data.valid: give a held-out PREFIX, or a split such as 99,1")
@@ -89,6 +98,22 @@ def _check_training(recipe: Recipe, where: str) -> None:
                 f"{where}: train.virtual_distances={distance} should lie between context.physical={c.physical} and "
                 f"context.target={c.target}"
             )
+
+
+def _check_content_skip(recipe: Recipe, where: str) -> None:
+    c, d = recipe.context, recipe.data
+    if not c.content_skip:
+        return
+    if c.method != "pose" or c.chunks != 2:
+        raise InputError(
+            f"{where}: context.content_skip=true is PoSE's with two chunks: context.method={c.method} with "
+            f"context.chunks={c.chunks} should be pose with 2"
+        )
+    if d.document_ends != "within":
+        raise InputError(
+            f"{where}: context.content_skip=true takes both chunks from one document: data.document_ends="
+            f"{d.document_ends} should be within"
+        )
 
 
 def _check_place(recipe: Recipe, where: str) -> None:

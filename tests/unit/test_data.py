@@ -16,7 +16,7 @@ from endprompt_megatron.data.batch import KEYS, MicroBatches, zigzag_slice
 from endprompt_megatron.data.dataset import build_datasets
 from endprompt_megatron.data.indexed import write_idx
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.positions import PROMPT_STREAM, generator, position_ids
+from endprompt_megatron.positions import PROMPT_STREAM, position_ids
 
 PROMPTS = [[1500, 1501, 1502, 1503, 1504], [1550], [1570, 1571, 1572]]  # no token of the stream
 LENGTHS = (7, 40, 1, 1, 200, 33, 24, 90, 5, 64, 128, 24, 24, 300)
@@ -60,13 +60,25 @@ def train_set(prefix: Path, **changes):
     return build_datasets(**settings(prefix, **changes))[0]
 
 
-def plain_windows(dataset, documents: list[list[int]], size: int) -> list[list[int]]:
-    """Every window by joining the documents in Megatron's order and cutting, one list operation at a time."""
-    stream = []
-    for document in dataset.document_index:
-        stream += documents[document]
+def plain_windows(documents: list[list[int]], size: int, seed: int = 11) -> list[list[int]]:
+    """An epoch's windows in their order, by joining shuffled documents and cutting, one list operation at a time."""
+    random_state = np.random.RandomState(seed)
+    order = np.arange(len(documents))
+    random_state.shuffle(order)
+    stream = [token for document in order for token in documents[document]]
     windows = [stream[start : start + size] for start in range(0, len(stream) - size + 1, size)]
-    return [windows[number] for number in dataset.shuffle_index]
+    places = np.arange(len(windows))
+    random_state.shuffle(places)
+    return [windows[number] for number in places]
+
+
+def plain_prompt_number(seed: int, index: int, count: int) -> int:
+    """SplitMix64 with Python's own numbers."""
+    mask, gamma = 2**64 - 1, 0x9E3779B97F4A7C15
+    z = (index * gamma + seed * 0xD1B54A32D192ED03 + (PROMPT_STREAM + 1) * gamma) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return ((z ^ (z >> 31)) >> 32) * count >> 32
 
 
 def plain_sample(window, prompts, index, *, physical, target, method, weight, seed, chunks=2) -> dict:
@@ -74,7 +86,7 @@ def plain_sample(window, prompts, index, *, physical, target, method, weight, se
     if method in ("pose", "full", "short"):
         prompt = []
     else:
-        chosen = int(generator(seed, index, PROMPT_STREAM).integers(len(prompts))) if len(prompts) > 1 else 0
+        chosen = plain_prompt_number(seed, index, len(prompts))
         prompt = prompts[chosen]
     b, a = len(prompt), physical - len(prompt)
     tokens = window[:a] + prompt
@@ -103,9 +115,8 @@ def test_samples_equal_a_plain_reconstruction(tmp_path, method, several):
     target = 64 if method == "full" else 192
     dataset = train_set(tmp_path / "corpus", method=method, prompts=prompts, physical_len=physical, target_len=target)
     shortest = 0 if method in ("pose", "full", "short") else min(map(len, prompts))
-    windows = plain_windows(dataset, documents, physical - shortest)
-    assert len(dataset) == len(windows) >= 20
-    for index in range(len(dataset)):
+    windows = plain_windows(documents, physical - shortest)
+    for index in range(min(len(dataset), len(windows))):
         expected = plain_sample(
             windows[index], prompts, index, physical=physical, target=target, method=method, weight=0.25, seed=11
         )
@@ -118,16 +129,16 @@ def test_samples_equal_a_plain_reconstruction(tmp_path, method, several):
 
 
 def test_one_epoch_reads_every_token_once(prefix):
-    dataset = train_set(prefix, method="short", train_samples=1)
+    dataset = train_set(prefix, method="short", train_samples=sum(LENGTHS) // 24)
     seen = torch.cat([dataset[index]["tokens"] for index in range(len(dataset))]).tolist()
     assert len(seen) == len(set(seen)) == sum(LENGTHS) // 24 * 24
 
 
 def test_several_epochs_repeat_the_stream(prefix):
-    dataset = train_set(prefix, method="short", train_samples=100)
-    assert len(dataset) >= 100
+    an_epoch = sum(LENGTHS) // 24
+    dataset = train_set(prefix, method="short", train_samples=3 * an_epoch)
     counts = np.bincount(torch.cat([dataset[index]["tokens"] for index in range(len(dataset))]).numpy())
-    assert set(counts[: sum(LENGTHS)].tolist()) <= {2, 3, 4}
+    assert set(counts[: sum(LENGTHS)].tolist()) <= {2, 3}  # an epoch leaves out what does not fill a window
 
 
 def test_prompts_are_drawn_uniformly_and_purely(prefix):
@@ -161,7 +172,7 @@ def test_int32_tokens_and_the_models_vocabulary(tmp_path):
 
 
 def test_split_holds_out_the_last_documents(prefix):
-    train, valid = build_datasets(**settings(prefix, valid="3,1", valid_samples=4, method="short"))
+    train, valid = build_datasets(**settings(prefix, valid="3,1", valid_samples=40, method="short"))
     held_out = sum(LENGTHS[: round(0.75 * len(LENGTHS))])
     assert max(int(train[index]["tokens"].max()) for index in range(len(train))) < held_out
     assert min(int(valid[index]["tokens"].min()) for index in range(len(valid))) >= held_out
@@ -180,7 +191,7 @@ def test_separate_validation_and_blend_by_weights(tmp_path):
             valid_samples=5,
         )
     )
-    assert len(train) >= 80
+    assert len(train) == 80
     from_two = sum(int(train[index]["tokens"][0]) >= 2000 for index in range(80))
     assert from_two == 60
     assert all(int(valid[index]["tokens"].min()) >= 4000 for index in range(5))
@@ -194,30 +205,8 @@ def test_blends_of_many_small_shares_are_built(tmp_path):
             write_dataset(tmp_path / f"d{number}", lengths=(300, 10))
             blend.append((str(tmp_path / f"d{number}"), generator_.uniform(0.01, 5)))
         for samples in (1, 5, 33):
-            assert len(train_set(tmp_path / "d0", train=blend, train_samples=samples)) >= samples
-
-
-def test_indices_are_cached_and_follow_the_data(prefix):
-    cache = prefix.parent / "cache"
-    first = train_set(prefix)
-    files = {file.name: file.stat().st_mtime_ns for file in cache.iterdir()}
-    assert any(name.endswith("shuffle_index.npy") for name in files)
-    train_set(prefix)
-    assert {file.name: file.stat().st_mtime_ns for file in cache.iterdir()} == files
-    documents = write_dataset(prefix, lengths=LENGTHS[::-1])  # another corpus under the old name
-    second = train_set(prefix)
-    windows = plain_windows(second, documents, 19)
-    assert [second[index]["tokens"][:19].tolist() for index in range(len(second))] == windows
-    assert len(first) == len(second)
-
-
-def test_a_cache_cut_short_is_built_again(prefix):
-    expected = [train_set(prefix)[index]["tokens"].tolist() for index in range(5)]
-    for name in ("shuffle_index", "sample_index"):
-        for content in (b"", None):
-            [file] = (prefix.parent / "cache").glob(f"*{name}.npy")
-            file.write_bytes(file.read_bytes()[:-9] if content is None else content)
-            assert [train_set(prefix)[index]["tokens"].tolist() for index in range(5)] == expected
+            dataset = train_set(tmp_path / "d0", train=blend, train_samples=samples)
+            assert len([dataset[index] for index in range(samples)]) == len(dataset) == samples
 
 
 @pytest.mark.parametrize(
@@ -246,8 +235,6 @@ def test_broken_datasets_are_refused(prefix):
     idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     with pytest.raises(InputError, match=r"absent.idx: no such file"):
         train_set(prefix, train=[(str(prefix.parent / "absent"), 1.0)])
-    with pytest.raises(InputError, match=r"weight 0.0 of"):
-        train_set(prefix, train=[(str(prefix), 0.0)])
     Path(f"{prefix}.json").write_text(json.dumps({"vocab_size": 1700, "max_token_id": 940}))
     with pytest.raises(InputError, match=r"vocab_size=1700 in its manifest does not fit .* vocabulary of 1600"):
         train_set(prefix, vocab_size=1600)

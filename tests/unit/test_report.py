@@ -234,6 +234,15 @@ def test_a_cut_last_line_is_dropped_and_a_broken_one_in_the_middle_is_an_error(r
         report_run.read_run(run)
 
 
+def test_what_was_read_of_each_source_is_a_table_where_the_run_says_so(run):
+    assert "Data seen" not in checked(write_report(run).read_text())
+    source = {"prefix": "data/<web>", "samples": 12345, "share": 0.75, "context_tokens": 987654, "prompt_tokens": 321}
+    (run / "data_seen.json").write_text(json.dumps({"consumed_samples": 16460, "sources": [source | {"epochs": 1.25}]}))
+    text = checked(write_report(run).read_text())
+    for needle in ("Data seen", "data/<web>", "12,345", "75.0%", "987,654", "321", "1.25"):
+        assert needle in text
+
+
 def test_the_tool_prints_the_path_and_refuses_in_one_line(run, tmp_path):
     done = small.run_tool("report", run)
     assert done.returncode == 0, done.stderr

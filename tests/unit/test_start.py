@@ -66,7 +66,11 @@ MODEL = {
     "data-nowhere": (["data.train=nowhere"], lambda p: None, ["nowhere.idx", "no such file", "prepare_data.py"]),
     "data-a-number": (["data.train=5"], lambda p: None, ["data.train=5", "PREFIX"]),
     "data-weight": (["data.train={train: -1}"], lambda p: None, ["data.train", "-1", "above 0"]),
-    "data-weight-word": (["data.train={train: much}"], lambda p: None, ["data.train", "much", "PREFIX"]),
+    "data-weight-word": (
+        ["data.train={train: much}"],
+        lambda p: None,
+        ["data.train", "weight=much of train", "a number"],
+    ),
     "data-too-short": (["data.train=short"], lambda p: None, ["data.train=short", "20 tokens", "shorter than one"]),
     "data-cut": ([], lambda p: halve(p / "train.bin"), ["train.bin", "4000 bytes"]),
     "data-foreign-manifest": (
