@@ -26,7 +26,8 @@ from endprompt_megatron.shape import ModelShape
 # Keys that decide what a step does.  A run that goes on with others would be neither one nor the other.
 _FIXED = (
     "context.method context.target context.physical context.prompts context.prompt_loss_weight context.chunks "
-    "context.rope.type context.rope.factor data.train data.packing train.global_batch_size train.seed precision.dtype"
+    "context.rope.type context.rope.factor data.train data.packing data.align train.global_batch_size train.seed "
+    "precision.dtype"
 ).split()
 
 

@@ -20,7 +20,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
-from endprompt_megatron.data.samples import SampleBuilder
+from endprompt_megatron.data.packed import PackedDataset
+from endprompt_megatron.data.samples import SampleBuilder, check_vocabulary
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import disk_errors
 
@@ -43,10 +44,14 @@ class _Identity:
 
 @dataclass
 class EndPromptDatasetConfig(GPTDatasetConfig):
-    """Megatron's config and what a sample needs; `vocab_size` is the model's, None to leave ids unchecked."""
+    """Megatron's config and what a sample needs; `vocab_size` is the model's, None to leave ids unchecked.
+
+    `align` is None for samples cut from the stream; for documents packed into rows, what each is padded to.
+    """
 
     builder: SampleBuilder | None = None
     vocab_size: int | None = None
+    align: int | None = None
 
 
 class EndPromptDataset(GPTDataset):
@@ -69,13 +74,7 @@ class EndPromptDataset(GPTDataset):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         context = self.context(index)
-        vocab_size = self.config.vocab_size
-        if vocab_size is not None and (context.max() >= vocab_size or context.min() < 0):
-            bad = int(context.max() if context.max() >= vocab_size else context.min())
-            raise InputError(
-                f"{self.dataset_path}.bin: token id {bad} is outside the model's vocabulary of {vocab_size}; "
-                "prepare the data with the model's own tokenizer"
-            )
+        check_vocabulary(context, self.config.vocab_size, f"{self.dataset_path}.bin")
         return self.config.builder.build(context, index)
 
     def context(self, index: int) -> np.ndarray:
@@ -137,13 +136,16 @@ def build_datasets(
     valid_samples: int = 0,
     cache_dir: Path | str | None = None,
     vocab_size: int | None = None,
+    packing: str = "stream",
+    align: int = 1,
 ) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
     """The training and the validation dataset (None where `valid` is None or `valid_samples` 0).
 
     `train` and `valid` list (PREFIX, weight); `valid` may instead split the documents of `train`, "99,1"
     giving the last hundredth to validation.  A dataset holds at least the samples asked for, over as many
-    epochs as they take.  `prompts` are token ids; `vocab_size` is the model's.  Works with torch.distributed
-    and without; with it, all ranks must call.  Raises InputError, on every rank alike.
+    epochs as they take.  `prompts` are token ids; `vocab_size` is the model's.  With `packing` "documents" a sample
+    is a row of them (packed.py), each padded to a multiple of `align`.  Works with torch.distributed and without;
+    with it, all ranks must call.  Raises InputError, on every rank alike.
     """
     builder = SampleBuilder(method, physical_len, target_len, prompts, prompt_loss_weight, seed, chunks)
     if vocab_size is not None and builder.highest_prompt_id >= vocab_size:
@@ -177,6 +179,7 @@ def build_datasets(
         add_extra_token_to_sequence=False,
         builder=builder,
         vocab_size=vocab_size,
+        align=align if packing == "documents" else None,
         **where,
     )
     if config.split_matrix is not None and valid_samples < 1:
@@ -190,10 +193,11 @@ def build_datasets(
 
 def _build(sizes: list[int], config: EndPromptDatasetConfig) -> list:
     """Megatron's builder, with more in reserve for each dataset of a blend until the blend is satisfied."""
+    kind = EndPromptDataset if config.align is None else PackedDataset
     for surplus in (0.005, 0.05, 0.5, 5.0):
         config.mid_level_dataset_surplus = surplus
         try:
-            return _Builder(EndPromptDataset, sizes, lambda: True, config).build()
+            return _Builder(kind, sizes, lambda: True, config).build()
         except IndexError:
             # Rounding can ask a small dataset of a small blend for a sample or two more than its share.
             if surplus == 5.0:
@@ -233,6 +237,7 @@ def _check(key: str, prefix: str, weight: float, vocab_size: int | None) -> Inde
 
 def _check_long_enough(config: EndPromptDatasetConfig, blends: list, indices: dict) -> None:
     """Each dataset and each part of a split must give at least one sample; Megatron would not return otherwise."""
+    least = config.sequence_length if config.align is None else config.builder.packing(config.align).shortest
     for key, blend in blends:
         for prefix, _ in blend:
             lengths = indices[prefix].lengths
@@ -243,11 +248,13 @@ def _check_long_enough(config: EndPromptDatasetConfig, blends: list, indices: di
             for part, (begin, end) in parts.items():
                 documents = lengths[round(begin * len(lengths)) : round(end * len(lengths))]
                 tokens = int(documents.sum(dtype=np.int64))
-                if tokens < config.sequence_length:
+                # The stream runs on from one document into the next; packed, each stands alone.
+                if (tokens if config.align is None else int(documents.max(initial=0))) < least:
                     mend = "give more text" + (", or data.valid its own" if part else "")
                     raise InputError(
                         f"{key}={prefix}: {len(documents)} documents with {tokens} tokens{part} are shorter than one "
-                        f"sample, which takes {config.sequence_length}; {mend}, or lower context.physical"
+                        f"sample, which takes {least}; {mend}"
+                        + (", or lower context.physical" if config.align is None else "")
                     )
 
 

@@ -10,10 +10,11 @@ from megatron.core import parallel_state
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.data.batch import MicroBatches, zigzag_slice
 from endprompt_megatron.data.dataset import Blend, build_datasets
+from endprompt_megatron.data.packed import context_tokens, describe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.positions import WITH_PROMPT
 from endprompt_megatron.prompts import tokenise_prompts
-from endprompt_megatron.runtime import device
+from endprompt_megatron.runtime import announce, device
 from endprompt_megatron.shape import ModelShape
 
 MicroBatch = dict[str, torch.Tensor]
@@ -43,7 +44,11 @@ class Feed:
             valid_samples=self.valid_samples if recipe.data.valid else 0,
             cache_dir=recipe.data.cache or recipe.run_dir / "index",
             vocab_size=shape.vocab_size,
+            packing=recipe.data.packing,
+            align=recipe.data.align or 1,
         )
+        for line in describe(self.train):
+            announce(line)
 
     def global_batch(self, consumed_samples: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch after `consumed_samples`."""
@@ -56,6 +61,8 @@ class Feed:
     def held_out_tokens(self) -> np.ndarray:
         """Context tokens of the held-out samples, one after the other, int64."""
         samples = (self.valid[index] for index in range(min(len(self.valid), self.valid_samples)))
+        if self.recipe.data.packing == "documents":
+            return torch.cat([context_tokens(sample) for sample in samples]).numpy()
         contexts = [sample["tokens"][: int((~sample["prompt_mask"]).sum())] for sample in samples]
         return torch.cat(contexts).numpy()
 
@@ -83,7 +90,10 @@ def _to_device(batch: MicroBatch) -> MicroBatch:
     if bool((positions == positions[:1]).all()):
         # One row of phases serves the whole micro-batch, which is what fused RoPE takes.
         batch = {**batch, "position_ids": positions[:1]}
-    return {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
+    # Where packed sequences begin stays on the host, which reads it: LlamaModel passes it on.
+    return {
+        key: value if key == "cu_seqlens" else value.to(device(), non_blocking=True) for key, value in batch.items()
+    }
 
 
 def blend(value: Any, key: str) -> Blend:

@@ -14,6 +14,7 @@ from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
 from endprompt_megatron.positions import WITH_PROMPT
 from endprompt_megatron.rules.layout import check_layout
+from endprompt_megatron.rules.packing import check_packing
 from endprompt_megatron.rules.precision import check_precision
 from endprompt_megatron.shape import ModelShape, read_shape
 
@@ -34,6 +35,7 @@ def check(recipe: Recipe, where: str, *, world_size: int) -> ModelShape:
 def check_for(recipe: Recipe, where: str, shape: ModelShape, *, world_size: int, hardware: Hardware) -> None:
     """The same for a model of that shape on other hardware than this, no file looked at.  Raises InputError."""
     _check_context(recipe, where, shape)
+    check_packing(recipe, where, hardware)
     check_layout(recipe, where, shape, world_size, hardware)
     _check_training(recipe, where)
     check_precision(recipe, where, shape, hardware)
@@ -74,9 +76,6 @@ def _check_training(recipe: Recipe, where: str) -> None:
         raise InputError(f"{where}: optim.betas={list(o.betas)} should be two numbers in [0, 1)")
     if o.min_lr > o.lr:
         raise InputError(f"{where}: optim.min_lr={o.min_lr} is above optim.lr={o.lr}; the rate only falls")
-    if d.packing == "documents":
-        raise InputError(f"{where}: data.packing=documents is not available yet: use stream")
-    one_of(where, "data.packing", d.packing, ("stream",))
     if not d.train:
         raise InputError(f"{where}: data.train is missing; give the PREFIX that tools/prepare_data.py wrote")
     for key, wants in (("valid_interval", t.valid_interval > 0), ("virtual_distances", bool(t.virtual_distances))):
