@@ -6,7 +6,6 @@ each of its sequences.  Under context parallelism each rank gathers all keys and
 its own queries.
 """
 
-import functools
 import itertools
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from endprompt_megatron.data.batch import zigzag_indices
+from endprompt_megatron.data.batch import rank_order
 from endprompt_megatron.packed_sequences import PackedSequences
 
 
@@ -62,7 +61,7 @@ class SdpaAttention(MegatronModule):
         ranks = self.group.size()
         bounds = packed_seq_params.bounds if packed_seq_params is not None else (0, length * ranks)
         if ranks > 1:
-            order = _rank_order(bounds, ranks).to(key.device)
+            order = rank_order(bounds, ranks).to(key.device)
             key, value = GatherSequence.apply(torch.cat((key, value), -1), self.group, order).chunk(2, -1)
         if key.shape[2] != heads:
             key = key.repeat_interleave(heads // key.shape[2], dim=2)
@@ -91,12 +90,6 @@ class SdpaAttention(MegatronModule):
                 )
             )
         return torch.cat(parts, 2)
-
-
-@functools.lru_cache(maxsize=8)
-def _rank_order(bounds: tuple[int, ...], ranks: int) -> Tensor:
-    """Where the tokens of all ranks' shares stand in the row, one rank after the other; the layers ask alike."""
-    return torch.cat([zigzag_indices(bounds, rank, ranks) for rank in range(ranks)])
 
 
 class GatherSequence(torch.autograd.Function):

@@ -5,6 +5,7 @@ sequences.  All tensor- and pipeline-parallel ranks of one data-parallel rank re
 broadcast.  Everything stays on the CPU.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -38,6 +39,12 @@ def zigzag_indices(bounds: Sequence[int], cp_rank: int, cp_size: int) -> torch.T
     """
     row = torch.arange(bounds[-1])
     return torch.cat([zigzag_slice(row[a:b], cp_rank, cp_size, dim=0) for a, b in itertools.pairwise(bounds)])
+
+
+@functools.lru_cache(maxsize=8)
+def rank_order(bounds: tuple[int, ...], ranks: int) -> torch.Tensor:
+    """Where the tokens of all ranks' shares stand in the row, one rank after the other, int64 [s]."""
+    return torch.cat([zigzag_indices(bounds, rank, ranks) for rank in range(ranks)])
 
 
 def join_rows(rows: list[dict[str, torch.Tensor]], cp_rank: int = 0, cp_size: int = 1) -> dict[str, torch.Tensor]:
