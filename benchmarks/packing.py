@@ -203,7 +203,8 @@ def stepping(prefix: Path, scratch: Path, prompt: list[int], rounds: int, length
     found |= {"length": length, "ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
     held = f"{statistics.mean(sequences):.1f} sequences a row"
     print(
-        f"step of {length} tokens: packed ({held}) {found['documents_s']:.3f} s, stream {found['stream_s']:.3f} s, ratio {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"step of {length} tokens: packed ({held}) {found['documents_s']:.3f} s, stream {found['stream_s']:.3f} s, "
+        f"ratio {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     )
     return found
 
