@@ -18,9 +18,10 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
-from endprompt_megatron.data.packed import PackedDataset
+from endprompt_megatron.data.packed import Documents, PackedDataset, PackedRows
 from endprompt_megatron.data.samples import SampleBuilder, check_vocabulary
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import disk_errors
@@ -103,6 +104,34 @@ class EndPromptDataset(GPTDataset):
             for file in Path(self.config.path_to_cache).glob(f"{self.unique_description_hash}-*"):
                 file.unlink()
             return super()._build_document_sample_shuffle_indices()
+
+
+class _MegatronPacked(MegatronDataset):
+    """A PackedDataset of whole epochs, as Megatron's builder and blends want it."""
+
+    # How a dataset is opened and its documents are split is the same as for the stream.
+    numel_low_level_dataset = staticmethod(GPTDataset.numel_low_level_dataset)
+    build_low_level_dataset = staticmethod(GPTDataset.build_low_level_dataset)
+
+    def __init__(self, indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config) -> None:
+        super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
+        index = indexed_dataset.index
+        first, count = int(indexed_indices[0]), len(indexed_indices)
+        documents = Documents(
+            stream=np.asarray(np.memmap(path_of(dataset_path, ".bin"), dtype=index.dtype, mode="r")),
+            pointers=np.asarray(index.sequence_pointers)[first : first + count],
+            lengths=np.asarray(index.sequence_lengths)[first : first + count],
+        )
+        source = {"digest": config.tokenizer.unique_identifiers[dataset_path], "documents": [first, count]}
+        packing = config.builder.packing(config.align)
+        self.rows = PackedRows(documents, config.builder, packing, Path(config.path_to_cache), source)
+        self.packed = PackedDataset(dataset_path, self.rows, self.rows.prepare(num_samples), config.vocab_size)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.packed[index]
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
@@ -193,7 +222,7 @@ def build_datasets(
 
 def _build(sizes: list[int], config: EndPromptDatasetConfig) -> list:
     """Megatron's builder, with more in reserve for each dataset of a blend until the blend is satisfied."""
-    kind = EndPromptDataset if config.align is None else PackedDataset
+    kind = EndPromptDataset if config.align is None else _MegatronPacked
     for surplus in (0.005, 0.05, 0.5, 5.0):
         config.mid_level_dataset_surplus = surplus
         try:

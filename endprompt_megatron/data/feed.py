@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.data.batch import MicroBatches, zigzag_slice
 from endprompt_megatron.data.dataset import Blend, build_datasets
-from endprompt_megatron.data.packed import context_tokens, describe
+from endprompt_megatron.data.packed import context_tokens
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.positions import WITH_PROMPT
 from endprompt_megatron.prompts import tokenise_prompts
@@ -47,8 +47,9 @@ class Feed:
             packing=recipe.data.packing,
             align=recipe.data.align or 1,
         )
-        for line in describe(self.train):
-            announce(line)
+        if recipe.data.packing == "documents":
+            for source in getattr(self.train, "datasets", [self.train]):
+                announce(source.rows.describe(source.dataset_path))
 
     def global_batch(self, consumed_samples: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch after `consumed_samples`."""

@@ -12,11 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
-from megatron.core.datasets.megatron_dataset import MegatronDataset
 
-from endprompt_megatron.data.indexed import path_of
-from endprompt_megatron.data.packing import Counts, Packing, cached_epoch, piece_size
+from endprompt_megatron.data.packing import Counts, Epoch, Packing, cached_epoch, piece_size
 from endprompt_megatron.data.samples import SampleBuilder, check_vocabulary
 
 _DTYPES = {
@@ -38,32 +35,51 @@ class Documents:
 
 
 class PackedRows:
-    """At least `rows` rows of the documents, over as many whole epochs as they take.
+    """Rows of the documents, one epoch after the other, packed as they are asked for.
 
     `cache` is the directory of packed epochs, `source` (JSON) what names the documents there.
     """
 
     def __init__(
-        self, documents: Documents, builder: SampleBuilder, packing: Packing, rows: int, cache: Path, source: dict
+        self, documents: Documents, builder: SampleBuilder, packing: Packing, cache: Path, source: dict
     ) -> None:
         self._documents, self._builder, self.packing = documents, builder, packing
-        self._epochs, self._ends, self._before = [], [], [0]
+        self._cache, self._source = cache, source
+        self._epochs: list[Epoch] = []
+        self._ends: list[int] = []  # rows up to the end of each epoch
+        self._before = [0]  # samples up to its beginning
+
+    def prepare(self, rows: int) -> int:
+        """Pack, or find in the cache, at least one epoch and at least so many rows; how many there are then."""
         while not self._epochs or self._ends[-1] < rows:
-            epoch = cached_epoch(documents.lengths, packing, len(self._epochs), cache, source)
+            epoch = cached_epoch(self._documents.lengths, self.packing, len(self._epochs), self._cache, self._source)
             self._epochs.append(epoch)
             self._ends.append((self._ends or [0])[-1] + epoch.counts.rows)
             self._before.append(self._before[-1] + epoch.counts.samples)
-
-    def __len__(self) -> int:
         return self._ends[-1]
 
     @property
     def counts(self) -> Counts:
-        """What the first epoch holds; the others differ in their prompts alone, and in a row or two."""
+        """What the first epoch holds; the others differ in their prompts, and by a row or two."""
+        self.prepare(1)
         return self._epochs[0].counts
+
+    def describe(self, prefix: str) -> str:
+        """What an epoch of the dataset at `prefix` is, in a line."""
+        counts, length, left_out = self.counts, self.packing.row_len, ""
+        if counts.left_out:
+            left_out = (
+                f"; {counts.left_out:,} tokens left out in {counts.left_out_pieces:,} pieces shorter than "
+                f"{self.packing.shortest}"
+            )
+        return (
+            f"{prefix}: an epoch is {counts.samples:,} samples in {counts.rows:,} rows of {length:,} tokens, "
+            f"{counts.efficiency(length):.2%} of them real{left_out}"
+        )
 
     def samples(self, row: int) -> list[tuple[int, int, int, int, int]]:
         """(number, document, first token, tokens, prompt) of each sample of a row; numbers never repeat."""
+        self.prepare(row + 1)
         number = bisect.bisect_right(self._ends, row)
         epoch = self._epochs[number]
         inside = row - (self._ends[number - 1] if number else 0)
@@ -90,35 +106,17 @@ class PackedRows:
         return arrays, bounds
 
 
-class PackedDataset(MegatronDataset):
-    """PackedRows as Megatron's dataset builder and blends want them; row `index` is pure in (seed, index)."""
+class PackedDataset(torch.utils.data.Dataset):
+    """`size` rows as a dataset; row `index` is pure in (seed, index).
 
-    # How the builder opens a dataset and splits its documents is the same as for the stream.
-    numel_low_level_dataset = staticmethod(GPTDataset.numel_low_level_dataset)
-    build_low_level_dataset = staticmethod(GPTDataset.build_low_level_dataset)
+    `vocab_size` is the model's, None to leave ids unchecked; `prefix` is named where one is wrong.
+    """
 
-    def __init__(self, indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config) -> None:
-        super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
-        index = indexed_dataset.index
-        first, count = int(indexed_indices[0]), len(indexed_indices)
-        span = slice(first, first + count)
-        documents = Documents(
-            stream=np.asarray(np.memmap(path_of(dataset_path, ".bin"), dtype=index.dtype, mode="r")),
-            pointers=np.asarray(index.sequence_pointers)[span],
-            lengths=np.asarray(index.sequence_lengths)[span],
-        )
-        source = {"digest": config.tokenizer.unique_identifiers[dataset_path], "documents": [first, count]}
-        self.rows = PackedRows(
-            documents,
-            config.builder,
-            config.builder.packing(config.align),
-            num_samples or 1,
-            Path(config.path_to_cache),
-            source,
-        )
+    def __init__(self, prefix: str, rows: PackedRows, size: int, vocab_size: int | None = None) -> None:
+        self.prefix, self.rows, self.size, self._vocab_size = prefix, rows, size, vocab_size
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.size
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Row `index`: what SampleBuilder.build returns for one sample, and `cu_seqlens` int32 [sequences + 1].
@@ -126,32 +124,12 @@ class PackedDataset(MegatronDataset):
         Raises InputError for a token that the model does not know.
         """
         index = int(index)
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+        if not 0 <= index < self.size:
+            raise IndexError(f"row {index} of {self.size}")
         arrays, bounds = self.rows.row(index)
-        check_vocabulary(arrays["tokens"], self.config.vocab_size, f"{self.dataset_path}.bin")
+        check_vocabulary(arrays["tokens"], self._vocab_size, f"{self.prefix}.bin")
         row = {key: torch.from_numpy(array) for key, array in arrays.items()}
         return {**row, "cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
-
-
-def describe(dataset: torch.utils.data.Dataset) -> list[str]:
-    """A line for each PREFIX of a packed dataset: what an epoch of it is.  No line for other datasets."""
-    lines = []
-    for each in getattr(dataset, "datasets", [dataset]):
-        if not isinstance(each, PackedDataset):
-            continue
-        counts, length = each.rows.counts, each.rows.packing.row_len
-        left_out = ""
-        if counts.left_out:
-            left_out = (
-                f"; {counts.left_out:,} tokens left out in {counts.left_out_pieces:,} pieces shorter than "
-                f"{each.rows.packing.shortest}"
-            )
-        lines.append(
-            f"{each.dataset_path}: an epoch is {counts.samples:,} samples in {counts.rows:,} rows of {length:,} "
-            f"tokens, {counts.efficiency(length):.2%} of them real{left_out}"
-        )
-    return lines
 
 
 def context_tokens(row: dict[str, torch.Tensor]) -> torch.Tensor:

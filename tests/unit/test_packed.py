@@ -16,7 +16,7 @@ from unit.test_packing import LENGTHS
 
 from endprompt_megatron.data.batch import KEYS, MicroBatches, join_rows, zigzag_indices
 from endprompt_megatron.data.dataset import build_datasets
-from endprompt_megatron.data.packed import PackedDataset, context_tokens, describe
+from endprompt_megatron.data.packed import context_tokens
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.positions import position_ids
 
@@ -82,7 +82,7 @@ def test_an_epoch_reads_every_token_that_it_does_not_leave_out(prefix):
     assert sorted(seen) == sorted(set(range(sum(LENGTHS))) - set(lost))
     counts = dataset.rows.counts
     assert (counts.left_out, counts.context_tokens) == (len(lost), len(seen))
-    [line] = describe(dataset)
+    line = dataset.rows.describe("corpus")
     assert f"{len(lost)} tokens left out" in line
     assert f"{counts.rows} rows of 32 tokens" in line
 
@@ -152,14 +152,13 @@ def test_blend_and_split(tmp_path):
     blend = [(str(tmp_path / "one"), 1.0), (str(tmp_path / "two"), 3.0)]
     train = train_set(tmp_path / "one", train=blend, train_samples=80)
     assert sum(int(train[index]["tokens"][0]) >= 2000 for index in range(80)) == 60
-    assert len(describe(train)) == 2
     # Rows of a blend are those of its sources, in their order.
     alone = rows_of(train_set(tmp_path / "one", train_samples=20), 20)
     assert [row for row in rows_of(train, 80) if row[0][0] < 2000] == alone
 
     split = settings(tmp_path / "one", packing="documents", physical_len=32, valid="3,1", valid_samples=4)
     train, valid = build_datasets(**split)
-    assert isinstance(valid, PackedDataset)
+    assert valid.rows.packing.row_len == 32
     border = sum(LENGTHS[: round(0.75 * len(LENGTHS))])
     assert max(int(context_tokens(train[index]).max()) for index in range(len(train))) < border
     assert min(int(context_tokens(valid[index]).min()) for index in range(len(valid))) >= border
