@@ -87,11 +87,11 @@ def ours(directory: str, length: int):
         for parameter in models[0].parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
     optimizer, scheduler = build_optimizer(recipe, models)
-    batch = [sample(length)]
+    one = sample(length)
 
-    def step() -> float:
+    def step(batch: dict = one) -> float:
         zero_grad(models, optimizer)
-        losses = run_batch(models, batch, backward=True)
+        losses = run_batch(models, [batch], backward=True)
         update(optimizer, losses.total, 1.0)
         scheduler.step(increment=1)
         return losses.total

@@ -1,23 +1,27 @@
 """Core attention and RMSNorm for where Transformer Engine is absent: on a CPU, or a GPU without TE.
 
 Both fit the slots of Megatron's layer spec.  The attention calls torch's scaled_dot_product_attention,
-which never materialises the score matrix; Megatron's own DotProductAttention does.  Under context
-parallelism each rank gathers all keys and values and attends to them from its own queries.
+which never materialises the score matrix; Megatron's own DotProductAttention does.  A packed row is a call for
+each of its sequences.  Under context parallelism each rank gathers all keys and values and attends to them from
+its own queries.
 """
 
+import itertools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+
+from endprompt_megatron.data.batch import rank_order
+from endprompt_megatron.packed_sequences import PackedSequences
 
 
 class SdpaAttention(MegatronModule):
@@ -46,30 +50,38 @@ class SdpaAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
         """query [s, b, h, d], key and value [s, b, kv heads, d] -> [s, b, h * d].
 
-        Under context parallelism all are this rank's zigzag shares of the sequence.
+        Under context parallelism all are this rank's zigzag shares of the sequence, or of each sequence of a packed
+        row; a row has b = 1.
         """
         length, batch, heads, _ = query.shape
-        if self.group.size() > 1:
-            key, value = GatherSequence.apply(torch.cat((key, value), -1), self.group).chunk(2, -1)
+        ranks = self.group.size()
+        bounds = packed_seq_params.bounds if packed_seq_params is not None else (0, length * ranks)
+        if ranks > 1:
+            order = rank_order(bounds, ranks).to(key.device)
+            key, value = GatherSequence.apply(torch.cat((key, value), -1), self.group, order).chunk(2, -1)
         if key.shape[2] != heads:
             key = key.repeat_interleave(heads // key.shape[2], dim=2)
             value = value.repeat_interleave(heads // value.shape[2], dim=2)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context = self._whole(query, key, value) if self.group.size() == 1 else self._share(query, key, value)
+        parts = []
+        for start, stop in itertools.pairwise(bounds):
+            mine = query[:, :, start // ranks : stop // ranks]
+            parts.append(self._sequence(mine, key[:, :, start:stop], value[:, :, start:stop]))
+        context = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
-    def _whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, scale=self.softmax_scale)
-
-    def _share(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of this rank's two chunks of the sequence, each to the keys up to its own end."""
-        rank, half = self.group.rank(), query.shape[2] // 2
+    def _sequence(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One sequence: this rank's queries [b, h, s / ranks, d], each of its two chunks to the keys up to its end."""
+        rank, ranks = self.group.rank(), self.group.size()
+        if ranks == 1:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, scale=self.softmax_scale)
+        half = query.shape[2] // 2
         parts = []
-        for queries, chunk in zip(query.split(half, 2), (rank, 2 * self.group.size() - 1 - rank), strict=True):
+        for queries, chunk in zip(query.split(half, 2), (rank, 2 * ranks - 1 - rank), strict=True):
             seen = (chunk + 1) * half
             mask = causal_lower_right(half, seen)
             parts.append(
@@ -81,28 +93,25 @@ class SdpaAttention(MegatronModule):
 
 
 class GatherSequence(torch.autograd.Function):
-    """The whole sequence from the ranks' zigzag shares: [s / ranks, ...] -> [s, ...], in physical order.
+    """The whole row from the ranks' shares: [s / ranks, ...] -> [s, ...], in physical order.
 
-    Backward, the gradients that the ranks have for each share are summed and sent to its owner.
+    `order` [s] int64: where the ranks' tokens stand in the row, one rank after the other.  Backward, the gradients
+    that the ranks have for each share are summed and sent to its owner.
     """
 
     @staticmethod
-    def forward(ctx: Any, share: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, share: Tensor, group: dist.ProcessGroup, order: Tensor) -> Tensor:
+        ctx.group, ctx.order = group, order
         shares = share.new_empty(group.size() * share.shape[0], *share.shape[1:])
         dist.all_gather_into_tensor(shares, share.contiguous(), group=group)
-        shares = shares.unflatten(0, (group.size(), 2, -1))
-        # Rank r holds chunks r and 2 * ranks - 1 - r.
-        return torch.cat((shares[:, 0], shares[:, 1].flip(0))).flatten(0, 1)
+        return torch.empty_like(shares).index_copy_(0, order, shares)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        size = ctx.group.size()
-        chunks = upstream.unflatten(0, (2 * size, -1))
-        shares = torch.stack((chunks[:size], chunks[size:].flip(0)), 1).flatten(0, 2)
-        gradient = shares.new_empty(upstream.shape[0] // size, *upstream.shape[1:])
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        shares = upstream.index_select(0, ctx.order)
+        gradient = shares.new_empty(upstream.shape[0] // ctx.group.size(), *upstream.shape[1:])
         dist.reduce_scatter_tensor(gradient, shares, group=ctx.group)
-        return gradient, None
+        return gradient, None, None
 
 
 class RMSNorm(torch.nn.Module):

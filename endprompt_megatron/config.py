@@ -50,9 +50,10 @@ class Context:
 class Data:
     train: Any = None  # PREFIX, [PREFIX, ...], {PREFIX: weight, ...} or {PREFIX: {weight: ..., prompts: [...]}, ...}
     valid: Any = None  # the same, held out; or "99,1": the last hundredth of the documents of data.train
-    packing: str = "stream"
+    packing: str = "stream"  # or documents: each a sample of its own, packed into rows of context.physical
     document_ends: str = "cross"  # context segments cross the ends of documents, or each lies within one: within
     min_document_tokens: int = 0  # shorter documents are left out
+    align: int | None = None  # packed samples are padded to multiples of it; default 2 x parallel.context, or 1
     cache: str | None = None  # where sample indices are kept; default beside the run
 
 
@@ -281,6 +282,9 @@ def _resolve(recipe: Recipe, where: str) -> None:
         context.original = read_shape(recipe.model.hf).window
     if context.rope.factor is None and context.original is not None:
         context.rope.factor = context.target / context.original
+    if recipe.data.packing == "documents" and recipe.data.align is None:
+        # Ranks of context parallelism take two chunks of every sample.
+        recipe.data.align = 2 * recipe.parallel.context if recipe.parallel.context > 1 else 1
     from_tokens = math.ceil(train.tokens / recipe.tokens_per_step) if train.tokens is not None else None
     if train.steps is None and from_tokens is None:
         raise InputError(f"{where}: train.steps is missing; give it, or train.tokens")
@@ -297,7 +301,7 @@ _POSITIVE = {
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
     *("train.global_batch_size", "train.micro_batch_size", "train.steps", "train.tokens", "train.log_interval"),
     *("train.valid_samples", "train.max_nonfinite_steps", "optim.lr", "optim.eps", "checkpoint.interval"),
-    *("parallel.recompute_layers", "train.watchdog_floor_s"),
+    *("parallel.recompute_layers", "train.watchdog_floor_s", "data.align"),
 }
 _NOT_NEGATIVE = {
     *("train.valid_interval", "optim.min_lr", "optim.weight_decay", "optim.grad_clip", "checkpoint.keep"),

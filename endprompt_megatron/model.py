@@ -30,6 +30,7 @@ from endprompt_megatron.attention import RMSNorm, SdpaAttention
 from endprompt_megatron.config import Parallel, Precision, Recipe, has_transformer_engine
 from endprompt_megatron.cross_entropy import vocab_cross_entropy
 from endprompt_megatron.data.blend import prompts_used
+from endprompt_megatron.packed_sequences import packed_attention, packed_sequences
 from endprompt_megatron.positions import shared_positions
 from endprompt_megatron.rope import PositionRotary, transformers_config
 from endprompt_megatron.runtime import has_cuda
@@ -132,8 +133,8 @@ def _fusions(recipe: Recipe) -> dict[str, Any]:
         persist_layer_norm=te,
         cross_entropy_loss_fusion=te,
         cross_entropy_fusion_impl="te",
-        # TE's fused kernel takes one row of phases for the micro-batch.
-        apply_rope_fusion=te and (recipe.train.micro_batch_size == 1 or shared),
+        # TE's fused kernel takes one row of phases for the micro-batch, which packed documents are.
+        apply_rope_fusion=te and (recipe.train.micro_batch_size == 1 or recipe.data.packing == "documents" or shared),
         # Gradients added to their sum inside the GEMM.  For the output layer that is an extension of Apex.
         gradient_accumulation_fusion=te and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )
@@ -146,6 +147,8 @@ def layer_spec(
     if has_transformer_engine():
         layer = get_gpt_layer_with_transformer_engine_spec()
         _give_biases(layer, shape)
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = packed_attention(attention.core_attention)
         return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     _give_biases(layer, shape)
@@ -194,12 +197,22 @@ class LlamaModel(GPTModel):
         start = share * parallel_state.get_tensor_model_parallel_rank()
         self.true_vocab_on_this_rank = min(max(shape.vocab_size - start, 0), share)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """Per-token loss [b, s] float32 on the last stage if `labels` are given, otherwise its logits [b, s, v].
 
-        input_ids, labels [b, s] int64; position_ids [b or 1, s] int64, needed on every pipeline stage.
+        input_ids, labels [b, s] int64; position_ids [b or 1, s] int64, needed on every pipeline stage, and so is
+        cu_seqlens: for packed rows, b = 1, where each sequence begins (data/batch.py).
         """
         self.rotary_pos_emb.position_ids = position_ids
+        if cu_seqlens is not None:
+            kwargs["packed_seq_params"] = packed_sequences(cu_seqlens, input_ids)
         return super().forward(input_ids, position_ids, attention_mask=None, labels=labels, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ class Recorder:
             "loss": losses.total,
             "loss_context": losses.context,
             "loss_prompt": losses.prompt,
+            "targets": losses.targets,
             "grad_norm": grad_norm,
             "lr": lr,
             "step_time_s": seconds,

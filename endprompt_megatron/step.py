@@ -24,11 +24,15 @@ MicroBatch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of a global batch, the same on all ranks.  `prompt` is None for methods without a prompt."""
+    """Losses of a global batch, the same on all ranks.  `prompt` is None for methods without a prompt.
+
+    `targets`: tokens that were predicted; those of packed rows alone are not known in advance.
+    """
 
     total: float
     context: float
     prompt: float | None
+    targets: int | None = None
 
 
 def run_batch(models: list, micro_batches: list[MicroBatch], *, backward: bool, watch: Watch | None = None) -> Losses:
@@ -59,7 +63,7 @@ def token_losses(models: list, micro_batches: list[MicroBatch]) -> tuple[Tensor,
 
 
 def _schedule(models: list, micro_batches: list[MicroBatch], report: Any, *, forward_only: bool) -> list:
-    rows, length = micro_batches[0]["tokens"].shape
+    rows, length = micro_batches[0]["tokens"].shape  # of packed rows: one, as long as all of them together
     chunks = [iter(micro_batches) for _ in models]
     return get_forward_backward_func()(
         forward_step_func=partial(_forward, report=report),
@@ -79,7 +83,7 @@ def _forward(chunk: Any, model: torch.nn.Module, report: Any) -> tuple[Tensor, A
     if report is None:
         output = model(batch["tokens"], batch["position_ids"])
         return output, partial(_token_report, batch, unwrap_model(model))
-    output = model(batch["tokens"], batch["position_ids"], labels=batch["labels"])
+    output = model(batch["tokens"], batch["position_ids"], labels=batch["labels"], cu_seqlens=batch.get("cu_seqlens"))
     return output, partial(report, batch)
 
 
@@ -112,4 +116,4 @@ def _gather(reports: list, device: torch.device, group: dist.ProcessGroup) -> Lo
         group=parallel_state.get_pipeline_model_parallel_group(),
     )
     context, prompt = split_loss(sums[1:])
-    return Losses(float(sums[0]), context, prompt)
+    return Losses(float(sums[0]), context, prompt, int(sums[2] + sums[4]))

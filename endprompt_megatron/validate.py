@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from endprompt_megatron.config import Recipe
+from endprompt_megatron.data.batch import rank_order
 from endprompt_megatron.data.feed import Feed
 from endprompt_megatron.evaluate.virtual import probe_inputs, summarise
 from endprompt_megatron.runtime import device
@@ -64,7 +65,7 @@ class Validation:
         result = token_losses(self.models, rows)
         found: list[Any] = [None]
         if result is not None:
-            losses, correct = (part[:, :-1].cpu().numpy() for part in result)
+            losses, correct = (_whole(part)[:, :-1].cpu().numpy() for part in result)
             found = [summarise(losses, correct, probe["scored"])]
         dist.broadcast_object_list(
             found,
@@ -73,6 +74,16 @@ class Validation:
             device=device(),
         )
         return found[0]
+
+
+def _whole(share: torch.Tensor) -> torch.Tensor:
+    """Whole rows float32 [n, s] of what context-parallel ranks hold shares of, [n, s / ranks]."""
+    group = parallel_state.get_context_parallel_group()
+    shares = [torch.empty(share.shape, device=share.device) for _ in range(group.size())]
+    dist.all_gather(shares, share.float(), group=group)
+    joined = torch.cat(shares, 1)
+    order = rank_order((0, joined.shape[1]), group.size()).to(share.device)
+    return torch.empty_like(joined).index_copy_(1, order, joined)
 
 
 def _as_micro_batches(probe: dict) -> list[dict[str, torch.Tensor]]:

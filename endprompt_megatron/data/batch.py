@@ -1,8 +1,13 @@
 """A rank's micro-batches: its own samples in the order of the run, stacked, and sliced for context parallelism.
 
-All tensor- and pipeline-parallel ranks of one data-parallel rank read the same samples; nothing is
+Rows of packed documents are not stacked but joined, [1, b * s]: to the model a micro-batch of them is one long row of
+sequences.  All tensor- and pipeline-parallel ranks of one data-parallel rank read the same samples; nothing is
 broadcast.  Everything stays on the CPU.
 """
+
+import functools
+import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -27,12 +32,40 @@ def zigzag_slice(tensor: torch.Tensor, cp_rank: int, cp_size: int, dim: int) -> 
     return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=dim)
 
 
+def zigzag_indices(bounds: Sequence[int], cp_rank: int, cp_size: int) -> torch.Tensor:
+    """Where this rank's tokens stand in a row of sequences, int64 [s / cp_size]: its zigzag share of each.
+
+    bounds: where each sequence begins, with the row's length at the end.  Raises ValueError as zigzag_slice does.
+    """
+    row = torch.arange(bounds[-1])
+    return torch.cat([zigzag_slice(row[a:b], cp_rank, cp_size, dim=0) for a, b in itertools.pairwise(bounds)])
+
+
+@functools.lru_cache(maxsize=8)
+def rank_order(bounds: tuple[int, ...], ranks: int) -> torch.Tensor:
+    """Where the tokens of all ranks' shares stand in the row, one rank after the other, int64 [s]."""
+    return torch.cat([zigzag_indices(bounds, rank, ranks) for rank in range(ranks)])
+
+
+def join_rows(rows: list[dict[str, torch.Tensor]], cp_rank: int = 0, cp_size: int = 1) -> dict[str, torch.Tensor]:
+    """A micro-batch [1, b * s / cp_size] of packed rows, with `cu_seqlens` of all its sequences, before slicing."""
+    bounds = [0]
+    for row in rows:
+        bounds += (row["cu_seqlens"][1:] + bounds[-1]).tolist()
+    batch = {key: torch.cat([row[key] for row in rows])[None] for key in KEYS}
+    if cp_size > 1:
+        mine = zigzag_indices(bounds, cp_rank, cp_size)
+        batch = {key: value[:, mine] for key, value in batch.items()}
+    return {**batch, "cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
+
+
 class MicroBatches:
     """Iterator over one rank's micro-batches; `consumed_samples` is where the run stands, over all ranks.
 
     Micro-batch m gives data-parallel rank r the samples consumed + (m * dp_size + r) * micro_batch_size + [0 ..
     micro_batch_size).  Each is a dict of the sample's tensors stacked to [b, s] (s / cp_size under context
-    parallelism).  Raises InputError past the end of the dataset: a run asks for as many samples as it needs.
+    parallelism), or of packed rows joined by `join_rows`.  Raises InputError past the end of the dataset: a run asks
+    for as many samples as it needs.
     """
 
     def __init__(
@@ -64,6 +97,8 @@ class MicroBatches:
             )
         samples = [self._dataset[index] for index in range(first, first + self._size)]
         self._next += self._stride
+        if "cu_seqlens" in samples[0]:
+            return join_rows(samples, self._cp_rank, self._cp_size)
         # A blend adds dataset_id, which is no tensor of the model's.
         return {
             key: zigzag_slice(torch.stack([sample[key] for sample in samples]), self._cp_rank, self._cp_size, dim=1)

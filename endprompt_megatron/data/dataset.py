@@ -1,6 +1,6 @@
 """The training and validation datasets of a run: windows of text made into samples, several sources blended.
 
-windows.py says which tokens a sample takes, samples.py makes the sample of them, blend.py whose turn it is.
+stream.py reads a source's samples, or packed.py its rows of packed documents; blend.py says whose turn it is.
 A sample is a pure function of (seed, source, number of the sample within its source), and the order of a run
 is one sequence for all ranks: neither depends on how many samples are asked for, on the number of ranks, or on
 where a run was resumed.  Every rank builds its own datasets and reads its own samples; rank 0 writes large
@@ -15,79 +15,21 @@ import torch
 
 from endprompt_megatron.data.blend import turns
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
+from endprompt_megatron.data.packed import Documents, PackedDataset, PackedRows
 from endprompt_megatron.data.samples import SampleBuilder
+from endprompt_megatron.data.stream import EndPromptDataset
 from endprompt_megatron.data.windows import Windows
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import disk_errors
-from endprompt_megatron.positions import pose_content
 
 # (PREFIX, weight), or (PREFIX, weight, token ids of its own prompts).
 Blend = list[tuple]
 
 
-class EndPromptDataset(torch.utils.data.Dataset):
-    """Samples (samples.py) of one indexed dataset; `size` of them, one epoch after the other.
-
-    `vocab_size` is the model's, None to leave ids unchecked.  With `content_skip` the windows are those of
-    whole documents (`single`), and a sample takes its two chunks from different places of one.
-    """
-
-    def __init__(
-        self,
-        prefix: Path | str,
-        index: Index,
-        windows: Windows,
-        builder: SampleBuilder,
-        size: int,
-        vocab_size: int | None = None,
-    ) -> None:
-        self.prefix, self.windows, self.builder, self.size = str(prefix), windows, builder, size
-        self._stream = np.asarray(np.memmap(path_of(prefix, ".bin"), dtype=index.dtype, mode="r"))
-        self._vocab_size, self._content_skip = vocab_size, windows.ends == "single"
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index`: see SampleBuilder.build.  Raises InputError for a token that the model does not know."""
-        context = self.context(index)
-        if self._vocab_size is not None and (context.max() >= self._vocab_size or context.min() < 0):
-            bad = int(context.max() if context.max() >= self._vocab_size else context.min())
-            raise InputError(
-                f"{self.prefix}.bin: token id {bad} is outside the model's vocabulary of {self._vocab_size}; "
-                "prepare the data with the model's own tokenizer"
-            )
-        return self.builder.build(context, int(index))
-
-    def context(self, index: int) -> np.ndarray:
-        """The tokens that sample `index` may take, [a] in the dtype of the file; read only."""
-        spans = self.spans(index)
-        if len(spans) == 1:
-            return self._stream[slice(*spans[0])]
-        return np.concatenate([self._stream[start:stop] for start, stop in spans])
-
-    def spans(self, index: int) -> list[tuple[int, int]]:
-        """Where the tokens of `context` lie in the .bin: (start, stop) in tokens, one for each place they are from."""
-        index = int(index)
-        if not 0 <= index < self.size:
-            raise IndexError(f"sample {index} of {self.size}")
-        spans = self.windows.spans(index)
-        if not self._content_skip:
-            return spans
-        _, start, length = self.windows.document(spans[0][0])
-        size = self.windows.size
-        first, later = pose_content(size, length, index=index, seed=self.windows.seed)
-        return [(start, start + first), (start + later, start + later + size - first)]
-
-    def locate(self, index: int) -> tuple["EndPromptDataset", int]:
-        """The source of sample `index`, and the sample's number there: this one."""
-        return self, int(index)
-
-
 class BlendedDataset(torch.utils.data.Dataset):
     """Samples of several sources, `size` of them, each source's in its own order, in turns by weight."""
 
-    def __init__(self, sources: list[EndPromptDataset], source: np.ndarray, number: np.ndarray) -> None:
+    def __init__(self, sources: list["Source"], source: np.ndarray, number: np.ndarray) -> None:
         self.sources, self.source, self._number = sources, source, number
 
     def __len__(self) -> int:
@@ -97,14 +39,15 @@ class BlendedDataset(torch.utils.data.Dataset):
         dataset, number = self.locate(index)
         return dataset[number]
 
-    def locate(self, index: int) -> tuple[EndPromptDataset, int]:
+    def locate(self, index: int) -> tuple["Source", int]:
         """The source of sample `index`, and the sample's number there."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         return self.sources[self.source[index]], int(self._number[index])
 
 
-Dataset = EndPromptDataset | BlendedDataset
+Source = EndPromptDataset | PackedDataset
+Dataset = Source | BlendedDataset
 
 
 @dataclass(frozen=True)
@@ -120,6 +63,7 @@ class _Cut:
     chunks: int
     ends: str
     least: int
+    align: int | None  # of packed documents; None for the stream
     cache: Path | None
     vocab_size: int | None
 
@@ -155,14 +99,17 @@ def build_datasets(
     document_ends: str = "cross",
     min_document_tokens: int = 0,
     content_skip: bool = False,
+    packing: str = "stream",
+    align: int = 1,
 ) -> tuple[Dataset, Dataset | None]:
     """The training and the validation dataset (None where `valid` is None or `valid_samples` 0).
 
     `train` and `valid` list (PREFIX, weight) or (PREFIX, weight, prompts); `valid` may instead split the documents of
     `train`, "99,1" giving the last hundredth to validation.  A dataset holds the samples asked for, over as many
     epochs as they take.  Prompts are token ids; `vocab_size` is the model's.  `cache_dir` keeps large indices
-    (windows.py), None keeps none.  Works with torch.distributed and without; with it, all ranks must call.
-    Raises InputError, on every rank alike.
+    (windows.py, packing.py), None keeps none.  With `packing` "documents" a sample is a row of them, each padded to a
+    multiple of `align`.  Works with torch.distributed and without; with it, all ranks must call.  Raises InputError,
+    on every rank alike.
     """
     cut = _Cut(
         method=method,
@@ -174,6 +121,7 @@ def build_datasets(
         chunks=chunks,
         ends="single" if content_skip else document_ends,
         least=min_document_tokens,
+        align=align if packing == "documents" else None,
         cache=None if cache_dir is None else Path(cache_dir),
         vocab_size=vocab_size,
     )
@@ -200,6 +148,10 @@ def _blended(key: str, blend: Blend, cut: _Cut, samples: int, part: tuple[float,
         prompts = own[0] if own else None
         builder = cut.builder(prompts, "context.prompts" if prompts is None else f"{key}: prompts of {prefix}")
         first, stop = (round(share * len(index.lengths)) for share in part or (0.0, 1.0))
+        named = "" if part is None else " for training" if part[0] == 0 else " for validation"
+        if cut.align is not None:
+            sources.append(_packed(f"{key}={prefix}", prefix, index, first, stop, builder, cut, size, named))
+            continue
         windows = Windows(
             index,
             builder.context_len,
@@ -211,13 +163,31 @@ def _blended(key: str, blend: Blend, cut: _Cut, samples: int, part: tuple[float,
             cache=cut.cache,
         )
         if not windows.count:
-            named = "" if part is None else " for training" if part[0] == 0 else " for validation"
             _refuse_short(key, prefix, windows, cut, stop - first, named)
         sources.append(EndPromptDataset(prefix, index, windows, builder, size, cut.vocab_size))
     return sources[0] if len(sources) == 1 else BlendedDataset(sources, whose, number)
 
 
-def sources_in(dataset: Dataset) -> list[EndPromptDataset]:
+def _packed(
+    key: str, prefix: str, index: Index, first: int, stop: int, builder: SampleBuilder, cut: _Cut, size: int, part: str
+) -> PackedDataset:
+    """Rows of the documents first .. stop-1 of a dataset.  Raises InputError if there is not one sample in them."""
+    packing = builder.packing(cut.align)
+    documents = Documents(
+        np.asarray(np.memmap(path_of(prefix, ".bin"), dtype=index.dtype, mode="r")), index, first, stop, cut.least
+    )
+    if documents.lengths.max(initial=0) < packing.shortest:
+        few = f" of at least {cut.least} tokens (data.min_document_tokens)" if cut.least else ""
+        held = np.count_nonzero(documents.lengths), int(documents.lengths.sum(dtype=np.int64))
+        raise InputError(
+            f"{key}: {held[0]} documents{few} with {held[1]} tokens{part} are shorter than one sample, which takes "
+            f"{packing.shortest}; give more text" + (", or data.valid its own" if part else "")
+        )
+    rows = PackedRows(documents, builder, packing, cut.cache, {"digest": index.digest, **documents.describe()})
+    return PackedDataset(prefix, rows, size, cut.vocab_size)
+
+
+def sources_in(dataset: Dataset) -> list[Source]:
     """The sources of a dataset of build_datasets, in the order of the recipe."""
     return dataset.sources if isinstance(dataset, BlendedDataset) else [dataset]
 
@@ -230,7 +200,7 @@ def _prepare(datasets: list[Dataset], cache: Path | None) -> None:
         with disk_errors(cache, "data.cache"):
             for dataset in datasets:
                 for source in sources_in(dataset):
-                    source.windows.prepare(source.size)
+                    source.prepare()
 
     if cache is None:
         return

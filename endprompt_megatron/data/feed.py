@@ -8,10 +8,12 @@ from megatron.core import parallel_state
 
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.data.batch import MicroBatches, zigzag_slice
+from endprompt_megatron.data.dataset import sources_in
 from endprompt_megatron.data.of_recipe import datasets_of
+from endprompt_megatron.data.packed import PackedDataset, context_tokens
 from endprompt_megatron.data.seen import SEEN_FILE, seen
 from endprompt_megatron.files import write_json
-from endprompt_megatron.runtime import device
+from endprompt_megatron.runtime import announce, device
 from endprompt_megatron.shape import ModelShape
 
 MicroBatch = dict[str, torch.Tensor]
@@ -30,6 +32,9 @@ class Feed:
         valid_samples = self.valid_samples if recipe.data.valid is not None else 0
         cache = recipe.data.cache or recipe.run_dir / "index"
         self.train, self.valid = datasets_of(recipe, where, shape.vocab_size, cache, valid_samples)
+        for source in sources_in(self.train):
+            if isinstance(source, PackedDataset):
+                announce(source.describe())
 
     def global_batch(self, consumed_samples: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch after `consumed_samples`."""
@@ -42,6 +47,8 @@ class Feed:
     def held_out_tokens(self) -> np.ndarray:
         """Context tokens of the held-out samples, one after the other, int64."""
         samples = (self.valid[index] for index in range(min(len(self.valid), self.valid_samples)))
+        if self.recipe.data.packing == "documents":
+            return torch.cat([context_tokens(sample) for sample in samples]).numpy()
         contexts = [sample["tokens"][: int((~sample["prompt_mask"]).sum())] for sample in samples]
         return torch.cat(contexts).numpy()
 
@@ -73,4 +80,7 @@ def _to_device(batch: MicroBatch) -> MicroBatch:
     if bool((positions == positions[:1]).all()):
         # One row of phases serves the whole micro-batch, which is what fused RoPE takes.
         batch = {**batch, "position_ids": positions[:1]}
-    return {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
+    # Where packed sequences begin stays on the host, which reads it: LlamaModel passes it on.
+    return {
+        key: value if key == "cu_seqlens" else value.to(device(), non_blocking=True) for key, value in batch.items()
+    }

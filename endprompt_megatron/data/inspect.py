@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.config import Recipe
-from endprompt_megatron.data.dataset import Dataset, EndPromptDataset, sources_in
+from endprompt_megatron.data.dataset import Dataset, Source, sources_in
 from endprompt_megatron.data.indexed import Index, path_of, read_idx
 from endprompt_megatron.data.seen import seen
-from endprompt_megatron.data.segments import CONTEXT, segments, weight_runs
+from endprompt_megatron.data.segments import segments, weight_runs
 from endprompt_megatron.data.statistics import at_least, lengths_of, percent, verdict
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.tokenizer import Tokenizer
@@ -61,8 +61,8 @@ def describe(dataset: Dataset, index: int, tokenizer: Tokenizer) -> dict[str, An
         "sample": index,
         "source": source.prefix,
         "number": number,
-        "epoch": number // source.windows.count + 1,
-        "documents": documents_in(source, number, sample),
+        "epoch": source.epoch(number) + 1,
+        "documents": documents_in(source, number),
         "segments": [
             {**asdict(segment), "text": _ends(tokenizer, tokens[segment.start : segment.stop])}
             for segment in segments(sample)
@@ -71,30 +71,22 @@ def describe(dataset: Dataset, index: int, tokenizer: Tokenizer) -> dict[str, An
     }
 
 
-def documents_in(source: EndPromptDataset, number: int, sample: dict) -> list[dict[str, int]]:
-    """The pieces of documents that a sample's context consists of.
+def documents_in(source: Source, number: int) -> list[dict[str, int]]:
+    """The pieces of documents that the context of a sample, or of a row of samples, consists of.
 
     start, stop: where in the row; document: its number in the dataset; first, last: of its tokens; length: all of them.
     """
-    context = sum(len(segment) for segment in segments(sample) if segment.kind == CONTEXT)
-    pieces, at = [], 0
-    for begin, end in source.spans(number):
-        end = min(end, begin + context - at)  # a longer prompt leaves room for fewer tokens than the window has
-        if begin >= end:
-            break
-        document, first, length = source.windows.document(begin)
-        pieces.append(
-            {
-                "start": at,
-                "stop": at + end - begin,
-                "document": document,
-                "first": begin - first,
-                "last": end - first - 1,
-                "length": length,
-            }
-        )
-        at += end - begin
-    return pieces
+    return [
+        {
+            "start": at,
+            "stop": at + count,
+            "document": document,
+            "first": first,
+            "last": first + count - 1,
+            "length": length,
+        }
+        for document, length, first, count, at in source.pieces(number)
+    ]
 
 
 def look_at_documents(prefix: str, tokenizer: Tokenizer, start: int, count: int) -> dict[str, Any]:

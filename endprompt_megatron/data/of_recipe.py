@@ -40,6 +40,8 @@ def datasets_of(
         document_ends=d.document_ends,
         min_document_tokens=d.min_document_tokens,
         content_skip=c.content_skip,
+        packing=d.packing,
+        align=d.align or 1,
     )
 
 

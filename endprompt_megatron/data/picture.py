@@ -42,7 +42,7 @@ def draw(dataset: Dataset, indices: list[int], recipe: Recipe, path: Path) -> No
             for column, (low, high) in enumerate([(0, len(row["tokens"])), near][:columns]):
                 main, below, lowest = (part.add_subplot(grid[line, column]) for line in range(3))
                 positions(main, found, c.target, c.original, (low, high))
-                documents(below, documents_in(source, number, row), (low, high), named=column == 0)
+                documents(below, documents_in(source, number), (low, high), named=column == 0)
                 loss_weights(lowest, row, (low, high), named=column == 0)
                 lowest.set_xlabel("place in the row" if column == 0 else "around the prompt", color=PAPER.muted)
                 if column == 0:

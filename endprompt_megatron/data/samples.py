@@ -1,7 +1,7 @@
 """One physical sequence from context tokens and an end prompt: tokens, labels, positions, loss weights.
 
-Everything about a sample except where its context comes from.  dataset.py reads the context from disk; a
-packed row would be several of these beside each other.
+Everything about a sample except where its context comes from.  dataset.py reads the context from disk;
+packed.py writes several shorter ones beside each other into a row.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from endprompt_megatron.data.packing import Packing
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.positions import (
     PROMPT_STREAM,
@@ -18,6 +19,16 @@ from endprompt_megatron.positions import (
     position_ids,
     segment_lengths,
 )
+
+
+def check_vocabulary(tokens: np.ndarray, vocab_size: int | None, source: str) -> None:
+    """Raise InputError for a token that the model does not know; `vocab_size` None leaves them unchecked."""
+    if vocab_size is not None and (tokens.max() >= vocab_size or tokens.min() < 0):
+        bad = int(tokens.max() if tokens.max() >= vocab_size else tokens.min())
+        raise InputError(
+            f"{source}: token id {bad} is outside the model's vocabulary of {vocab_size}; "
+            "prepare the data with the model's own tokenizer"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class SampleBuilder:
         chunks: int = 2,
     ) -> None:
         self._method, self._target, self._seed, self._chunks = method, target_len, seed, chunks
+        self._prompt_loss_weight = prompt_loss_weight
         if not 0 <= seed < 2**32:
             raise InputError(f"train.seed={seed} should lie between 0 and {2**32 - 1}")
         if method in WITH_PROMPT and not prompts:
@@ -84,6 +96,10 @@ class SampleBuilder:
         """Which of the prompts sample `index` ends with, drawn uniformly and purely in (seed, index)."""
         return 0 if len(self._forms) == 1 else int(self.prompt_numbers(np.array([index]))[0])
 
+    def context_of(self, index: int) -> int:
+        """Context tokens of sample `index`, as `build` makes it."""
+        return self._forms[self.prompt_number(index)].context_len
+
     def prompt_numbers(self, indices: np.ndarray) -> np.ndarray:
         """The same for many samples at once, int64."""
         return draws(self._seed, indices, PROMPT_STREAM, len(self._forms))
@@ -114,3 +130,42 @@ class SampleBuilder:
             "loss_weights": form.weights.clone(),
             "prompt_mask": form.prompt_mask.clone(),
         }
+
+    def packing(self, align: int) -> Packing:
+        """How documents become samples of this method in rows of `length`, each padded to a multiple of `align`.
+
+        Raises InputError, naming the recipe's keys, where they cannot.
+        """
+        if self._method == "full":
+            raise InputError(
+                "context.method=full with data.packing=documents: a document is as long as it is, not as the target; "
+                "use short with context.physical at the target's length, or stream"
+            )
+        # With one token a sample would have no target in its context, and a chunk is at least one token.
+        shortest = max(2, self._chunks) if self._method == "pose" else 2
+        longest = self.length - max(self.prompt_lens)
+        if longest < shortest:
+            raise InputError(
+                f"context.physical={self.length} leaves {longest} tokens beside the prompt, a sample needs {shortest}"
+            )
+        try:
+            return Packing(self.length, longest, shortest, tuple(self.prompt_lens), align, self._seed)
+        except ValueError as error:
+            raise InputError(f"data.align={align}: {error}") from None
+
+    def write(self, row: dict[str, np.ndarray], context: np.ndarray, prompt_number: int, index: int) -> None:
+        """A sample as long as its context and its prompt ask, into the arrays of a row.
+
+        `row` holds views of a + b elements of what `build` returns, all zero where nothing is written.
+        """
+        prompt = self._forms[prompt_number].prompt
+        a, b = len(context), len(prompt)
+        tokens = row["tokens"]
+        tokens[:a] = context
+        tokens[a:] = prompt
+        row["labels"][:-1] = tokens[1:]
+        row["position_ids"][:] = self._positions(a, b, index)
+        row["loss_weights"][: a - 1] = 1.0
+        if b:
+            row["loss_weights"][a - 1 : -1] = self._prompt_loss_weight
+            row["prompt_mask"][a - 1 : -1] = True

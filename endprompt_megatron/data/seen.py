@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from endprompt_megatron.data.dataset import BlendedDataset, Dataset, EndPromptDataset, sources_in
+from endprompt_megatron.data.dataset import BlendedDataset, Dataset, Source, sources_in
 
 SEEN_FILE = "data_seen.json"
 
@@ -17,7 +17,8 @@ def seen(dataset: Dataset, consumed_samples: int) -> dict[str, Any]:
     """{"consumed_samples", "sources": [...]} of the first `consumed_samples` samples of a training dataset.
 
     A source has prefix, samples, share (of the samples), context_tokens, prompt_tokens, epochs (its samples over those
-    of an epoch), and what an epoch of it has: epoch_samples, epoch_documents, left_out_tokens (in no sample).
+    of an epoch), and what an epoch of it has: epoch_samples, epoch_documents, left_out_tokens (in no sample).  Where
+    documents are packed a sample is a row, and packed_documents counts what is in them, pieces of long ones each.
     """
     consumed = min(consumed_samples, len(dataset))
     sources = sources_in(dataset)
@@ -28,22 +29,6 @@ def seen(dataset: Dataset, consumed_samples: int) -> dict[str, Any]:
     return {"consumed_samples": consumed, "sources": listed}
 
 
-def _source(source: EndPromptDataset, samples: int, of: int) -> dict[str, Any]:
-    lengths = np.array(source.builder.prompt_lens)
-    if len(set(lengths.tolist())) == 1:
-        prompt = samples * int(lengths[0])
-    else:
-        # Numbers of a million samples at a time: no array of all of them.
-        blocks = (np.arange(at, min(at + (1 << 20), samples)) for at in range(0, samples, 1 << 20))
-        prompt = sum(int(lengths[source.builder.prompt_numbers(block)].sum()) for block in blocks)
-    return {
-        "prefix": source.prefix,
-        "samples": samples,
-        "share": samples / of if of else 0.0,
-        "context_tokens": samples * source.builder.length - prompt,
-        "prompt_tokens": prompt,
-        "epochs": samples / source.windows.count,
-        "epoch_samples": source.windows.count,
-        "epoch_documents": source.windows.documents,
-        "left_out_tokens": source.windows.left_out,
-    }
+def _source(source: Source, samples: int, of: int) -> dict[str, Any]:
+    share = samples / of if of else 0.0
+    return {"prefix": source.prefix, "samples": samples, "share": share, **source.taken(samples)}

@@ -20,12 +20,12 @@ and memory-mapped, so that the ranks of a node share it.
 import bisect
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from endprompt_megatron.data.indexed import Index
+from endprompt_megatron.files import replacing
 
 DOCUMENT_ENDS = ("cross", "within")
 SMALL = 1 << 20  # numbers; an index up to it is made in memory, in tens of milliseconds
@@ -149,13 +149,6 @@ class Windows:
         expected = 8 * (2 * self.documents + self.count)
         if not path.is_file() or path.stat().st_size != expected:
             self._cache.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-            try:
-                with open(temporary, "wb") as file:
-                    self._build(epoch).tofile(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.rename(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with replacing(path) as file:
+                self._build(epoch).tofile(file)
         return np.asarray(np.memmap(path, dtype=np.int64, mode="r"))

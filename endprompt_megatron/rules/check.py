@@ -15,6 +15,7 @@ from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
 from endprompt_megatron.positions import WITH_PROMPT
 from endprompt_megatron.rules.layout import check_layout
+from endprompt_megatron.rules.packing import check_packing
 from endprompt_megatron.rules.precision import check_precision
 from endprompt_megatron.shape import ModelShape, read_shape
 
@@ -35,6 +36,7 @@ def check(recipe: Recipe, where: str, *, world_size: int) -> ModelShape:
 def check_for(recipe: Recipe, where: str, shape: ModelShape, *, world_size: int, hardware: Hardware) -> None:
     """The same for a model of that shape on other hardware than this, no file looked at.  Raises InputError."""
     _check_context(recipe, where, shape)
+    check_packing(recipe, where, hardware)
     check_layout(recipe, where, shape, world_size, hardware)
     _check_training(recipe, where)
     check_precision(recipe, where, shape, hardware)
@@ -69,9 +71,6 @@ def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
 def check_data(recipe: Recipe, where: str) -> None:
     """The rules of data.* and of what samples are made of.  Raises InputError."""
     d = recipe.data
-    if d.packing == "documents":
-        raise InputError(f"{where}: data.packing=documents is not available yet: use stream")
-    one_of(where, "data.packing", d.packing, ("stream",))
     one_of(where, "data.document_ends", d.document_ends, DOCUMENT_ENDS)
     _check_content_skip(recipe, where)
     if not d.train:

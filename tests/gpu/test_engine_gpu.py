@@ -4,7 +4,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from parallel.cases import build, losses_and_gradients, make_samples, micro_batches, recipe_for
+from parallel.cases import build, losses_and_gradients, make_packed, make_samples, micro_batches, recipe_for
 from parallel.ranks import Ranks
 
 from endprompt_megatron.shape import read_shape
@@ -130,6 +130,41 @@ def test_fp8_stays_with_bfloat16_over_fifty_steps(rank, fresh_rank, model, case)
 def test_context_parallelism_on_two_gpus_equals_one(rank, model, comm):
     one, samples = setup(model)
     two, _ = setup(model, "parallel.context=2", f"parallel.context_comm={comm}")
+    pool = Ranks(2, gpu=True)
+    try:
+        split = pool.run(2, losses_and_gradients, two, samples)[0]
+    finally:
+        pool.close()
+    loss, gradient = compare(split, rank.run(1, losses_and_gradients, one, samples)[0])
+    assert loss < 5e-3
+    assert gradient < 0.1
+
+
+def packed(model, *overrides):
+    recipe = recipe_for(*model, "precision.dtype=bfloat16", *LONG, "data.packing=documents", *overrides)
+    return recipe, make_packed(recipe, read_shape(recipe.model.hf).vocab_size, 8)[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.with_te
+@pytest.mark.parametrize("method", ["end_prompt", "end_prompt_random", "pose", "short"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_packed_rows_of_transformer_engine_equal_torchs(rank, model, method, rows):
+    recipe, samples = packed(model, f"context.method={method}", f"train.micro_batch_size={rows}")
+    engine = rank.run(1, losses_and_gradients, recipe, samples)[0]
+    torchs = rank.run(1, without_engine, recipe, samples)[0]
+    named = {_local_name(name): part for name, part in engine["parts"].items()}
+    loss, gradient = compare({**engine, "parts": named}, torchs)
+    assert loss < 5e-3
+    assert gradient < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.two_gpus
+@pytest.mark.parametrize("comm", ["p2p", "a2a"])
+def test_packed_rows_under_context_parallelism_on_two_gpus_equal_one(rank, model, comm):
+    one, samples = packed(model, "data.align=4")
+    two, _ = packed(model, "data.align=4", "parallel.context=2", f"parallel.context_comm={comm}")
     pool = Ranks(2, gpu=True)
     try:
         split = pool.run(2, losses_and_gradients, two, samples)[0]

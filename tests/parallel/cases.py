@@ -8,12 +8,51 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from endprompt_megatron.config import Recipe, load_recipe
 from endprompt_megatron.positions import position_ids, segment_lengths
 from endprompt_megatron.shape import ModelShape, read_shape
 
 PROMPT_LENS = (5, 7)
+
+SHAPES = {
+    "gqa": {},
+    "six-layers": {"num_hidden_layers": 6},
+    "mha": {"num_key_value_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "odd-vocab": {"vocab_size": 321},
+    "odd-vocab-tied": {"vocab_size": 321, "tie_word_embeddings": True},
+    "head-dim": {"head_dim": 32},
+    "mistral": {"model_type": "mistral"},
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "attention-bias": {"attention_bias": True},
+    "mlp-bias-mha": {"mlp_bias": True, "num_key_value_heads": 4},
+}
+LAYOUTS = {
+    "tp1-pp1": (1, []),
+    "tp2": (2, ["parallel.tensor=2"]),
+    "pp2": (2, ["parallel.pipeline=2"]),
+    "pp2-vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "tp2-dp2": (4, ["parallel.tensor=2"]),
+    "tp2-pp2-sp": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+    "cp2": (2, ["parallel.context=2"]),
+    "cp4": (4, ["parallel.context=4"]),
+    "cp2-tp2-sp": (4, ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true"]),
+    "cp2-pp2": (4, ["parallel.context=2", "parallel.pipeline=2"]),
+    "cp2-dp2": (4, ["parallel.context=2"]),
+    "pp3-uneven": (3, ["parallel.pipeline=3", "parallel.count_embedding=true", "parallel.count_loss=true"]),
+    "dp2-overlap": (2, ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]),
+    "pp2-dp2-overlap": (
+        4,
+        ["parallel.pipeline=2", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
+    ),
+    "selective": (1, ["parallel.recompute=selective"]),
+    "full-by-two": (1, ["parallel.recompute=full", "parallel.recompute_layers=2"]),
+    "block": (2, ["parallel.recompute=block", "parallel.recompute_layers=1", "parallel.pipeline=2"]),
+    "cp2-full": (2, ["parallel.context=2", "parallel.recompute=full"]),
+}
 
 
 def recipe_for(directory: Path, hf: Path, megatron: Path, *overrides: str) -> Recipe:
@@ -36,19 +75,57 @@ def make_samples(recipe: Recipe, vocab: int, count: int, seed: int = 0) -> dict[
     """`count` samples of random tokens with the recipe's position map, [count, s] each; prompts of two lengths."""
     generator = np.random.default_rng(seed)
     c = recipe.context
-    rows: dict[str, list] = {key: [] for key in ("tokens", "labels", "position_ids", "loss_weights", "prompt_mask")}
+    samples = []
     for index in range(count):
         a, b = segment_lengths(c.method, c.physical, PROMPT_LENS[index % 2], c.target)
-        tokens = generator.integers(0, vocab, a + b)
-        is_prompt = np.arange(1, a + b + 1) >= a if b else np.zeros(a + b, bool)
-        weights = np.where(is_prompt, c.prompt_loss_weight, 1.0).astype(np.float32)
-        weights[-1] = 0
-        rows["tokens"].append(tokens)
-        rows["labels"].append(np.append(tokens[1:], 0))
-        rows["position_ids"].append(position_ids(c.method, a, b, c.target, index=index, seed=3))
-        rows["loss_weights"].append(weights)
-        rows["prompt_mask"].append(is_prompt)
-    return {key: np.stack(value) for key, value in rows.items()}
+        samples.append(one_sample(recipe, generator.integers(0, vocab, a + b), b, index))
+    return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def one_sample(recipe: Recipe, tokens: np.ndarray, b: int, index: int) -> dict[str, np.ndarray]:
+    """A sample of these tokens, of which the last b are the prompt; [a + b] each."""
+    c, a = recipe.context, len(tokens) - b
+    is_prompt = np.arange(1, a + b + 1) >= a if b else np.zeros(a + b, bool)
+    weights = np.where(is_prompt, c.prompt_loss_weight, 1.0).astype(np.float32)
+    weights[-1] = 0
+    return {
+        "tokens": tokens,
+        "labels": np.append(tokens[1:], 0),
+        "position_ids": position_ids(c.method, a, b, c.target, index=index, seed=3),
+        "loss_weights": weights,
+        "prompt_mask": is_prompt,
+    }
+
+
+def make_packed(recipe: Recipe, vocab: int, count: int, seed: int = 0) -> tuple[list, list]:
+    """`count` packed rows of samples of random lengths, prompts of two lengths; and all the samples, each alone.
+
+    Samples stand in a row as they come, padded to multiples of data.align; the first row has a single one.
+    """
+    generator = np.random.default_rng(seed)
+    c, align = recipe.context, recipe.data.align
+    rows, alone = [], []
+    for number in range(count):
+        placed, bounds = [], [0]
+        while True:
+            longest = c.physical if number == 0 else c.physical // 2
+            a, b = segment_lengths(
+                c.method, int(generator.integers(10, longest + 1)), PROMPT_LENS[len(alone) % 2], c.target
+            )
+            end = bounds[-1] + -(-(a + b) // align) * align
+            if end > c.physical or (number == 0 and placed):
+                break
+            placed.append(one_sample(recipe, generator.integers(0, vocab, a + b), b, len(alone)))
+            alone.append(placed[-1])
+            bounds.append(end)
+        row = {key: np.zeros(c.physical, value.dtype) for key, value in placed[0].items()}
+        row["tokens"][:] = generator.integers(0, vocab, c.physical)  # in the padding, where nothing should see them
+        for sample, start in zip(placed, bounds[:-1], strict=True):
+            for key, value in sample.items():
+                row[key][start : start + len(value)] = value
+        bounds += [c.physical] if bounds[-1] < c.physical else []
+        rows.append({**row, "cu_seqlens": np.array(bounds, dtype=np.int32)})
+    return rows, alone
 
 
 def build(recipe: Recipe):
@@ -87,24 +164,29 @@ def exported(recipe: Recipe) -> dict:
     return scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, "test")
 
 
-def micro_batches(recipe: Recipe, samples: dict[str, np.ndarray]) -> list:
-    """This rank's micro-batches of the samples, in the order of the contract."""
+def micro_batches(recipe: Recipe, samples: dict[str, np.ndarray] | list) -> list:
+    """This rank's micro-batches of the samples, or of packed rows, in the order of the contract."""
     import torch
     from megatron.core import parallel_state
 
-    from endprompt_megatron.data.batch import zigzag_slice
+    from endprompt_megatron.data.batch import join_rows, zigzag_slice
     from endprompt_megatron.runtime import device
 
     cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     rows = recipe.train.micro_batch_size
-    count = len(samples["tokens"]) // (rows * size)
+    packed = isinstance(samples, list)
+    count = len(samples if packed else samples["tokens"]) // (rows * size)
     batches = []
     for m in range(count):
         start = (m * size + rank) * rows
-        batch = {key: torch.from_numpy(value[start : start + rows]) for key, value in samples.items()}
-        batch = {key: zigzag_slice(value, cp_rank, cp_size, dim=1) for key, value in batch.items()}
-        batches.append({key: value.to(device()) for key, value in batch.items()})
+        if packed:
+            chosen = [{key: torch.from_numpy(value) for key, value in row.items()} for row in samples[start:][:rows]]
+            batch = join_rows(chosen, cp_rank, cp_size)
+        else:
+            batch = {key: torch.from_numpy(value[start : start + rows]) for key, value in samples.items()}
+            batch = {key: zigzag_slice(value, cp_rank, cp_size, dim=1) for key, value in batch.items()}
+        batches.append({key: value if key == "cu_seqlens" else value.to(device()) for key, value in batch.items()})
     return batches
 
 
@@ -212,14 +294,19 @@ def huggingface_model(recipe: Recipe, train: bool = False):
     ).train(train)
 
 
-def huggingface_loss(model, samples: dict[str, np.ndarray]):
-    """The same loss by transformers, one sample at a time: (total with graph, context mean, prompt mean)."""
+def huggingface_loss(model, samples: dict[str, np.ndarray] | list):
+    """The same loss by transformers, one sample at a time: (total with graph, context mean, prompt mean).
+
+    samples: stacked, or a list of samples of any lengths.
+    """
     import torch
 
+    if isinstance(samples, dict):
+        samples = [{key: value[row] for key, value in samples.items()} for row in range(len(samples["tokens"]))]
     total = torch.zeros(())
     sums = {False: [0.0, 0], True: [0.0, 0]}
-    for row in range(len(samples["tokens"])):
-        sample = {key: torch.from_numpy(value[row : row + 1]) for key, value in samples.items()}
+    for arrays in samples:
+        sample = {key: torch.from_numpy(value)[None] for key, value in arrays.items()}
         logits = model(
             sample["tokens"],
             position_ids=sample["position_ids"],
@@ -233,4 +320,24 @@ def huggingface_loss(model, samples: dict[str, np.ndarray]):
             acc[0] += float(losses[chosen].detach().sum())
             acc[1] += int(chosen.sum())
     means = [acc[0] / acc[1] if acc[1] else None for acc in (sums[False], sums[True])]
-    return total / float(samples["loss_weights"].sum()), *means
+    return total / float(sum(sample["loss_weights"].sum() for sample in samples)), *means
+
+
+def compare(ranks, world: int, recipe: Recipe, given: dict | list, alone: dict | list, tolerance: float = 1e-4) -> None:
+    """Losses and gradients of what the ranks are `given` equal transformers' of the samples `alone`."""
+    shape = read_shape(recipe.model.hf)
+    results = ranks.run(world, losses_and_gradients, recipe, given)
+    model = huggingface_model(recipe)
+    total, context, prompt = huggingface_loss(model, alone)
+    total.backward()
+    for result in results:
+        ours = result["losses"]
+        assert ours.total == pytest.approx(total.item(), rel=1e-5)
+        assert ours.context == pytest.approx(context, rel=1e-5)
+        assert ours.prompt is prompt is None or ours.prompt == pytest.approx(prompt, rel=1e-5)
+    gradients = join_gradients(results, shape)
+    expected = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    assert set(gradients) == set(expected)
+    for name, reference in expected.items():
+        error = np.linalg.norm(gradients[name] - reference) / np.linalg.norm(reference)
+        assert error < tolerance, f"{name}: relative error {error:.2e}"

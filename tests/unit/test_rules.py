@@ -51,8 +51,10 @@ SHAPES = {
 }
 TP2 = ["parallel.tensor=2", "parallel.sequence=true"]
 FP8 = ["precision.fp8=hybrid"]
+DOCUMENTS = ["data.packing=documents"]
 CURRENT = [*FP8, "precision.fp8_recipe=tensorwise"]
 ATTENTION = [*FP8, "precision.fp8_attention=true"]
+A2A = ["parallel.context_comm=a2a"]
 B405 = ["parallel.tensor=8", "parallel.sequence=true", "parallel.pipeline=8"]
 COUNTED = ["parallel.count_embedding=true", "parallel.count_loss=true"]
 
@@ -64,6 +66,12 @@ LEGAL = {
     "8b-context": ("8b", H100, 8, [*TP2, "parallel.context=4"]),
     "8b-context-a2a": ("8b", H100, 8, [*TP2, "parallel.context=4", "parallel.context_comm=a2a"]),
     "8b-context-on-cpus": ("8b", CPU, 8, ["parallel.context=8", "parallel.context_comm=all_gather"]),
+    "8b-packed": ("8b", H100, 8, [*TP2, *DOCUMENTS, "train.micro_batch_size=2"]),
+    "8b-packed-fp8": ("8b", H100, 8, [*TP2, *FP8, *DOCUMENTS]),
+    "8b-packed-context": ("8b", H100, 8, [*TP2, *DOCUMENTS, "parallel.context=4"]),
+    "8b-packed-aligned": ("8b", H100, 8, [*DOCUMENTS, "parallel.context=2", "data.align=16"]),
+    "8b-packed-a2a": ("8b", Hardware(GPUS["h100"], (2, 13)), 8, [*DOCUMENTS, "parallel.context=2", *A2A]),
+    "8b-packed-on-cpus": ("8b", CPU, 8, [*DOCUMENTS, "precision.dtype=float32", "parallel.context=2", *A2A]),
     "8b-fp8-delayed": ("8b", H100, 8, [*TP2, *FP8]),
     "8b-fp8-tensorwise": ("8b", H100, 8, [*TP2, *CURRENT]),
     "8b-fp8-blockwise": ("8b", H100, 8, [*TP2, *FP8, "precision.fp8_recipe=blockwise"]),
@@ -198,6 +206,22 @@ ILLEGAL = {
     "attention-head-dim": ("1b", H100, 8, ATTENTION, ["head_dim=128 alone", "64", "use false"]),
     "attention-blockwise": ("8b", H100, 8, [*ATTENTION, "precision.fp8_recipe=blockwise"], ["blockwise", "tensorwise"]),
     "attention-mxfp8": ("8b", B200, 8, [*ATTENTION, "precision.fp8_recipe=mxfp8"], ["mxfp8", "per-tensor scaling"]),
+    "packed-a2a": ("8b", H100, 8, [*DOCUMENTS, *A2A, "parallel.context=2"], ["context_comm=a2a", "2.10", "2.9", "p2p"]),
+    "packed-all-gather": (
+        "8b",
+        H100,
+        8,
+        [*DOCUMENTS, "parallel.context_comm=all_gather", "parallel.context=2"],
+        ["context_comm=all_gather", "2.18", "p2p"],
+    ),
+    "packed-float32": ("8b", H100, 8, [*DOCUMENTS, "precision.dtype=float32"], ["precision.dtype=float32", "bfloat16"]),
+    "packed-align": (
+        "8b",
+        H100,
+        8,
+        [*DOCUMENTS, "parallel.context=4", "data.align=4"],
+        ["data.align=4", "2 x parallel.context=8", "two chunks"],
+    ),
     "attention-packed": ("8b", H100, 8, [*ATTENTION, "data.packing=documents"], ["packing=documents"]),
     "attention-selective": (
         "8b",
