@@ -12,7 +12,6 @@ import argparse
 import gzip
 import json
 import multiprocessing
-import resource
 import statistics
 import subprocess
 import sys
@@ -104,7 +103,8 @@ def index_seconds(lengths: np.ndarray, count: int, row: int, prompt: int) -> dic
 def pack(lengths: np.ndarray, row: int, prompt: int) -> dict:
     from endprompt_megatron.data.packing import Packing, cached_epoch
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
     packing = Packing(row, row - prompt, 2, (prompt,), 1, seed=1)
     with tempfile.TemporaryDirectory() as cache:
         times = []
@@ -113,7 +113,7 @@ def pack(lengths: np.ndarray, row: int, prompt: int) -> dict:
             counts = cached_epoch(lengths, packing, 0, Path(cache), {}).counts
             times.append(time.perf_counter() - started)
         size = sum(path.stat().st_size for path in Path(cache).iterdir())
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    peak = resident("VmHWM") - before
     found = {"documents": len(lengths), "row": row, "seconds": times[0], "found_s": times[1], "peak_gib": peak}
     found |= {"tokens": counts.context_tokens, "real": counts.efficiency(row), "cache_mib": size / 2**20}
     print(
@@ -123,6 +123,12 @@ def pack(lengths: np.ndarray, row: int, prompt: int) -> dict:
         flush=True,
     )
     return found
+
+
+def resident(name: str) -> float:
+    """This process's memory now (VmRSS) or at its highest (VmHWM), in GiB."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) / 2**20
 
 
 def dataset(prefix: Path, scratch: Path, row: int, prompt: list[int], method: str, packing: str, rows: int = 1):
@@ -173,16 +179,23 @@ def reading(prefix: Path, scratch: Path, prompt: list[int], rounds: int) -> list
 
 
 def stepping(prefix: Path, scratch: Path, prompt: list[int], rounds: int, length: int, threads: int) -> dict:
-    """Seconds of a training step of SmolLM2's shape over a packed row and over one of the stream, in turn."""
+    """Seconds of a training step of SmolLM2's shape over a packed row and over one of the stream, in turn.
+
+    Of the packed rows, those with the most sequences: a call of the attention each.
+    """
     import torch
     import training_step
 
-    from endprompt_megatron.data.batch import MicroBatches
+    from endprompt_megatron.data.batch import MicroBatches, join_rows
 
     torch.set_num_threads(threads)
+    packed, stream = (
+        dataset(prefix, scratch, length, prompt, "end_prompt", packing, 100) for packing in ("documents", "stream")
+    )
+    fullest = sorted(range(len(packed)), key=lambda row: -len(packed.rows.samples(row)))[: rounds + 1]
     kinds = {
-        packing: MicroBatches(dataset(prefix, scratch, length, prompt, "end_prompt", packing, 100), 0, 1, 0, 1)
-        for packing in ("documents", "stream")
+        "documents": iter([join_rows([packed[row]]) for row in fullest]),
+        "stream": MicroBatches(stream, 0, 1, 0, 1),
     }
     with tempfile.TemporaryDirectory() as directory:
         config = dict(training_step.SMOLLM2, model_type="llama", architectures=["LlamaForCausalLM"])
