@@ -19,6 +19,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from endprompt_megatron.data.fingerprint import refuse_other_tokenizer
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
 from endprompt_megatron.data.samples import SampleBuilder
 from endprompt_megatron.errors import InputError
@@ -137,13 +138,15 @@ def build_datasets(
     valid_samples: int = 0,
     cache_dir: Path | str | None = None,
     vocab_size: int | None = None,
+    tokenizer: Path | str | None = None,
 ) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
     """The training and the validation dataset (None where `valid` is None or `valid_samples` 0).
 
     `train` and `valid` list (PREFIX, weight); `valid` may instead split the documents of `train`, "99,1"
     giving the last hundredth to validation.  A dataset holds at least the samples asked for, over as many
-    epochs as they take.  `prompts` are token ids; `vocab_size` is the model's.  Works with torch.distributed
-    and without; with it, all ranks must call.  Raises InputError, on every rank alike.
+    epochs as they take.  `prompts` are token ids; `vocab_size` is the model's, `tokenizer` its directory, None to
+    take any dataset's ids.  Works with torch.distributed and without; with it, all ranks must call.  Raises
+    InputError, on every rank alike.
     """
     builder = SampleBuilder(method, physical_len, target_len, prompts, prompt_loss_weight, seed, chunks)
     if vocab_size is not None and builder.highest_prompt_id >= vocab_size:
@@ -158,6 +161,8 @@ def build_datasets(
         valid = None
     blends = [("data.train", train)] + ([("data.valid", valid)] if isinstance(valid, list) else [])
     indices = {prefix: _check(key, prefix, weight, vocab_size) for key, blend in blends for prefix, weight in blend}
+    if tokenizer is not None:
+        refuse_other_tokenizer(blends, tokenizer)
     cache = Path(cache_dir) if cache_dir is not None else Path(f"{train[0][0]}-index")
     with disk_errors(cache, "data.cache"):
         cache.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ class Feed:
             valid_samples=self.valid_samples if recipe.data.valid else 0,
             cache_dir=recipe.data.cache or recipe.run_dir / "index",
             vocab_size=shape.vocab_size,
+            tokenizer=recipe.model.hf,
         )
 
     def global_batch(self, consumed_samples: int) -> list[MicroBatch]:

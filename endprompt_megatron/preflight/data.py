@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from endprompt_megatron.config import Recipe
+from endprompt_megatron.data.fingerprint import refuse_other_tokenizer
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.preflight.model import context_lengths
 from endprompt_megatron.preflight.table import OK, WARN, Finding, many
 from endprompt_megatron.shape import ModelShape
-from endprompt_megatron.tokenizer import fingerprint
 
 _WINDOW = 1 << 16  # tokens
 _WINDOWS = 256  # of the sample; a smaller dataset is read whole
@@ -36,7 +36,7 @@ def _dataset(key: str, blend: list[tuple[str, float]], recipe: Recipe, shape: Mo
     samples = recipe.train.steps * recipe.train.global_batch_size if key == "data.train" else recipe.train.valid_samples
     context = max(context_lengths(recipe, shape))
     shares = sum(weight for _, weight in blend)
-    said, epochs, other = [], [], []
+    said, epochs = [], []
     for prefix, weight in blend:
         if not weight > 0:
             raise InputError(f"{key}: weight {weight} of {prefix} should be above 0; leave out what is not used")
@@ -48,11 +48,8 @@ def _dataset(key: str, blend: list[tuple[str, float]], recipe: Recipe, shape: Mo
             raise InputError(f"{key}={prefix}: {tokens} tokens are less than one sample, which takes {context}")
         epochs.append(samples * context * weight / shares / tokens)
         said.append(f"{prefix} {many(tokens)} tokens (ids to {highest})")
-        if (read_manifest(prefix) or {}).get("tokenizer_sha256") not in (None, fingerprint(recipe.model.hf)):
-            other.append(prefix)
+    refuse_other_tokenizer([(key, blend)], recipe.model.hf)
     found = f"{', '.join(said)}; vocabulary {shape.vocab_size}; {max(epochs):.2f} epochs in {recipe.train.steps} steps"
-    if other:
-        return Finding(key, f"{found}; {other[0]} was prepared with another tokenizer than model.hf's", WARN)
     if key == "data.train" and max(epochs) > 1:
         return Finding(key, f"{found}: tokens are seen again", WARN)
     return Finding(key, found, OK)
