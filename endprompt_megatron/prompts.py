@@ -44,4 +44,4 @@ def _tokenise(tokenizer: Tokenizer, name: str) -> list[int]:
         token = tokenizer.convert(PROMPTS[name])
         token = tokenizer.eos_id if token is None else token
         return [] if token is None else [token]
-    return tokenizer.encode(name.removeprefix(CUSTOM) if name.startswith(CUSTOM) else PROMPTS[name])
+    return tokenizer.encode_prompt(name.removeprefix(CUSTOM) if name.startswith(CUSTOM) else PROMPTS[name])

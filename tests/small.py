@@ -44,6 +44,24 @@ def small_tokenizer(directory: Path, vocab_size: int = 256) -> Path:
     return directory
 
 
+def small_sentencepiece(directory: Path, sentences: list[str] = (), vocab_size: int = 70) -> Path:
+    """Train and save a real SentencePiece model, tokenizer.model, on English-looking text and `sentences`."""
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text(40, seed) for seed in range(40)] + list(sentences)),
+        model_writer=model,
+        vocab_size=vocab_size,
+        minloglevel=3,
+        byte_fallback=False,
+    )
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    return directory
+
+
 def small_llama(directory: Path, *, seed: int = 0, dtype: str = "float32", tokenizer: bool = True, **overrides) -> Path:
     """Save a random LLaMA of 4 layers (GQA 4/2, vocabulary 320, window 64) with safetensors weights and tokenizer.
 

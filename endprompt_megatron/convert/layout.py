@@ -18,6 +18,7 @@ from endprompt_megatron.convert.progress import in_words
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json, write_json, write_text
 from endprompt_megatron.shape import ModelShape
+from endprompt_megatron.tokenizer.files import size_of_model
 
 MANIFEST = "endprompt.json"
 HF_DIRECTORY = "hf"
@@ -195,20 +196,11 @@ def _highest_ids(directory: Path) -> list[tuple[str, int]]:
     elif (directory / "vocab.json").is_file():
         found.append(("vocab.json", max(read_json(directory / "vocab.json", "a vocabulary").values(), default=-1)))
     elif (directory / "tokenizer.model").is_file():
-        found.append(("tokenizer.model", _sentencepiece_size(directory / "tokenizer.model") - 1))
+        found.append(("tokenizer.model", size_of_model(directory / "tokenizer.model") - 1))
     if (directory / "added_tokens.json").is_file():
         added = read_json(directory / "added_tokens.json", "added tokens")
         found.append(("added_tokens.json", max(added.values(), default=-1)))
     return found
-
-
-def _sentencepiece_size(path: Path) -> int:
-    import sentencepiece
-
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
-    except (OSError, RuntimeError):
-        return 0  # tiktoken's ranks go by the same file name; they only travel along
 
 
 def require_space(out: Path, count: int, flag: str = "--out") -> None:

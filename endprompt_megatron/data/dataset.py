@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from endprompt_megatron.data.blend import turns
+from endprompt_megatron.data.fingerprint import refuse_other_tokenizer
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
 from endprompt_megatron.data.packed import Documents, PackedDataset, PackedRows
 from endprompt_megatron.data.samples import SampleBuilder
@@ -101,15 +102,16 @@ def build_datasets(
     content_skip: bool = False,
     packing: str = "stream",
     align: int = 1,
+    tokenizer: Path | str | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The training and the validation dataset (None where `valid` is None or `valid_samples` 0).
 
     `train` and `valid` list (PREFIX, weight) or (PREFIX, weight, prompts); `valid` may instead split the documents of
     `train`, "99,1" giving the last hundredth to validation.  A dataset holds the samples asked for, over as many
-    epochs as they take.  Prompts are token ids; `vocab_size` is the model's.  `cache_dir` keeps large indices
-    (windows.py, packing.py), None keeps none.  With `packing` "documents" a sample is a row of them, each padded to a
-    multiple of `align`.  Works with torch.distributed and without; with it, all ranks must call.  Raises InputError,
-    on every rank alike.
+    epochs as they take.  Prompts are token ids; `vocab_size` is the model's, `tokenizer` its directory,
+    None to take any dataset's ids.  `cache_dir` keeps large indices (windows.py, packing.py), None keeps none.  With
+    `packing` "documents" a sample is a row of them, each padded to a multiple of `align`.  Works with torch.distributed
+    and without; with it, all ranks must call.  Raises InputError, on every rank alike.
     """
     cut = _Cut(
         method=method,
@@ -128,12 +130,15 @@ def build_datasets(
     if train_samples < 1:
         raise ValueError(f"train_samples={train_samples} should be at least 1")
     split = _checked_split(valid) if isinstance(valid, str) else None
+    held_out_blend = valid if split is None and valid_samples else None
+    if tokenizer is not None:
+        refuse_other_tokenizer([("data.train", train), ("data.valid", held_out_blend or [])], tokenizer)
     if split is not None:
         train_set = _blended("data.train", train, cut, train_samples, (0.0, split))
         held_out = _blended("data.train", train, cut, valid_samples, (split, 1.0)) if valid_samples else None
     else:
         train_set = _blended("data.train", train, cut, train_samples)
-        held_out = _blended("data.valid", valid, cut, valid_samples) if valid and valid_samples else None
+        held_out = _blended("data.valid", held_out_blend, cut, valid_samples) if held_out_blend else None
     _prepare([dataset for dataset in (train_set, held_out) if dataset is not None], cut.cache)
     return train_set, held_out
 

@@ -41,6 +41,7 @@ def datasets_of(
         min_document_tokens=d.min_document_tokens,
         content_skip=c.content_skip,
         packing=d.packing,
+        tokenizer=recipe.model.hf,
         align=d.align or 1,
     )
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.data.blend import Source, is_split, sources_of
+from endprompt_megatron.data.fingerprint import refuse_other_tokenizer
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
 from endprompt_megatron.data.statistics import reach, verdict
 from endprompt_megatron.data.windows import Windows
@@ -14,7 +15,6 @@ from endprompt_megatron.errors import InputError
 from endprompt_megatron.preflight.model import context_lengths
 from endprompt_megatron.preflight.table import OK, WARN, Finding, many
 from endprompt_megatron.shape import ModelShape
-from endprompt_megatron.tokenizer import fingerprint
 
 _WINDOW = 1 << 16  # tokens
 _WINDOWS = 256  # of the sample; a smaller dataset is read whole
@@ -53,7 +53,7 @@ def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape)
     ends = "single" if recipe.context.content_skip else recipe.data.document_ends
     least = recipe.data.min_document_tokens
     shares = sum(source.weight for source in sources)
-    said, epochs, other = [], [], []
+    said, epochs = [], []
     for source in sources:
         prefix = source.prefix
         index = read_idx(prefix)
@@ -61,7 +61,10 @@ def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape)
         highest = _highest_token(key, prefix, index, shape.vocab_size)
         tokens = int(index.lengths.sum(dtype=np.int64))
         windows = Windows(index, context, recipe.train.seed, ends=ends, least=least)
-        if not windows.count:
+        count = windows.count
+        if recipe.data.packing == "documents":  # rows of an epoch, about: their prompts and padding are not counted
+            count = -(-windows.tokens // recipe.context.physical) if index.lengths.max(initial=0) > 1 else 0
+        if not count:
             short = (
                 f" in {windows.documents} documents that are long enough"
                 if windows.documents < len(index.lengths)
@@ -70,13 +73,10 @@ def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape)
             raise InputError(
                 f"{key}={prefix}: {windows.tokens} tokens{short} are less than one sample, which takes {context}"
             )
-        epochs.append(samples * source.weight / shares / windows.count)
+        epochs.append(samples * source.weight / shares / count)
         said.append(f"{prefix} {many(tokens)} tokens (ids to {highest})")
-        if (read_manifest(prefix) or {}).get("tokenizer_sha256") not in (None, fingerprint(recipe.model.hf)):
-            other.append(prefix)
+    refuse_other_tokenizer([(key, [(source.prefix,) for source in sources])], recipe.model.hf)
     found = f"{', '.join(said)}; vocabulary {shape.vocab_size}; {max(epochs):.2f} epochs in {recipe.train.steps} steps"
-    if other:
-        return Finding(key, f"{found}; {other[0]} was prepared with another tokenizer than model.hf's", WARN)
     if key == "data.train" and max(epochs) > 1:
         return Finding(key, f"{found}: tokens are seen again", WARN)
     return Finding(key, found, OK)

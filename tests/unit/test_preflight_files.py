@@ -210,7 +210,7 @@ WRONG = {
         FAIL,
         ["foreign: token id 399", "vocabulary of 320"],
     ),
-    "data-with-another-tokenizer": ([], other_tokenizer, "data.train", WARN, ["train was prepared with another"]),
+    "data-with-another-tokenizer": ([], other_tokenizer, "data", FAIL, ["train was prepared with another"]),
     "data-missing": (["data.train=nowhere"], lambda p: None, "data", FAIL, ["nowhere.idx: no such file"]),
     "bin-cut": ([], lambda p: cut(p / "train.bin", 10), "data", FAIL, ["train.bin: 7990 bytes", "expects 8000"]),
     "idx-cut": ([], lambda p: cut(p / "train.idx", 4), "data", FAIL, ["train.idx: cut short"]),

@@ -78,6 +78,11 @@ MODEL = {
         lambda p: (p / "train.json").write_text('{"vocab_size": 400}'),
         ["data.train=train", "vocab_size=400", "320"],
     ),
+    "data-of-another-tokenizer": (
+        [],
+        lambda p: (p / "train.json").write_text('{"tokenizer_sha256": "ids1:0123456789"}'),
+        ["data.train=train", "another tokenizer (ids1:01234567)", "model.hf=hf (ids1:", "prepare it again"],
+    ),
     "valid-nowhere": (["data.valid=nowhere"], lambda p: None, ["nowhere.idx", "no such file"]),
     "valid-split-0": (["data.valid='100,0'"], lambda p: None, ["data.valid=100,0", "above 0"]),
     "valid-split-empty": (["data.valid='99,1'"], lambda p: None, ["for validation", "shorter than one sample"]),

@@ -1,0 +1,53 @@
+"""One small face for the tokenizers that a LLaMA-family checkpoint can bring.
+
+What a directory holds decides: `tokenizer.json` is read by the library that defines it (tokenizers), a lone
+`tokenizer.model` by sentencepiece (LLaMA-2, Mistral) or as LLaMA-3's tiktoken file, whichever its content is, and
+anything else through transformers.  transformers is not asked for ids where there is a choice: version 5 replaces
+the rules in a LLaMA-2 tokenizer.json by its own, and turns a tokenizer.model into something that differs from
+sentencepiece in runs of blanks.  BOS and EOS of a Hugging Face directory are those that transformers uses.
+
+No special token is ever added here, and none is found in a text: prepare.py and prompts.py place them knowingly.
+"""
+
+from pathlib import Path
+
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.tokenizer.base import Tokenizer
+from endprompt_megatron.tokenizer.files import HUGGING_FACE, TIKTOKEN, find
+
+__all__ = ["Tokenizer", "fingerprint", "load_tokenizer"]
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer of a directory, or of a `tokenizer.model` given itself.
+
+    Raises InputError if there is none or it cannot be read.
+    """
+    kind, place = find(Path(path))
+    try:
+        if kind == HUGGING_FACE:
+            from endprompt_megatron.tokenizer.huggingface import HuggingFace
+
+            return HuggingFace(place)
+        if kind == TIKTOKEN:
+            from endprompt_megatron.tokenizer.llama3 import Llama3
+
+            return Llama3(place)
+        from endprompt_megatron.tokenizer.sentence_piece import SentencePiece
+
+        return SentencePiece(place)
+    except InputError:
+        raise
+    except Exception as error:  # each backend has its own errors for broken files, down to bare Exception
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: the tokenizer cannot be read ({reason})") from None
+
+
+def fingerprint(path: Path | str) -> str:
+    """What stands for the ids that a tokenizer gives: equal fingerprints tokenise alike (sums.py).
+
+    Raises InputError where `load_tokenizer` does.
+    """
+    from endprompt_megatron.tokenizer.sums import fingerprint_of
+
+    return fingerprint_of(load_tokenizer(path))

@@ -1,0 +1,143 @@
+"""Tokenizers in Hugging Face's form: `tokenizer.json`, or the files that transformers makes one of.
+
+transformers takes seconds to import, and worker processes need nothing of it: it is asked for BOS and EOS, and for
+everything where there is no tokenizer.json, when that is first wanted.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.files import read_json
+from endprompt_megatron.tokenizer.base import Tokenizer, refuse_surrogates
+from endprompt_megatron.tokenizer.files import TOKENIZER_CONFIG, TOKENIZER_JSON
+from endprompt_megatron.tokenizer.sums import pruned, sum_of_files
+
+
+class HuggingFace(Tokenizer):
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._backend = _read(directory)
+        if self._backend is None:
+            self._backend = getattr(self._transformers, "backend_tokenizer", None)
+        if self._backend is not None:  # a tokenizer.json may carry both, and they would cut texts silently
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = True  # that is, as the text that they are
+
+    @functools.cached_property
+    def _transformers(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
+        except Exception as error:  # down to bare Exception
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{self._directory}: the tokenizer cannot be read ({reason})") from None
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return max((self._backend or self._transformers).get_vocab().values()) + 1
+
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        return self._transformers.bos_token_id
+
+    @functools.cached_property
+    def eos_id(self) -> int | None:
+        return self._transformers.eos_token_id
+
+    @functools.cached_property
+    def starts_with_bos(self) -> bool:
+        return self.bos_id is not None and self._transformers("a").input_ids[:1] == [self.bos_id]
+
+    @functools.cached_property
+    def _ranks(self) -> dict[bytes, int] | None:
+        from endprompt_megatron.tokenizer.llama3 import ranks_of
+
+        return None if self._backend is None else ranks_of(json.loads(self._backend.to_str()))
+
+    @functools.cached_property
+    def _tiktoken(self) -> Any:
+        """tiktoken's encoder where it gives the same ids, which it does several times faster; otherwise None."""
+        from endprompt_megatron.tokenizer.llama3 import encoding
+
+        return None if self._ranks is None else encoding(self._ranks, {})
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        refuse_surrogates(texts)
+        if self._backend is None:  # tokenizers that transformers writes in Python
+            return [
+                self._transformers.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts
+            ]
+        if self._tiktoken is None:
+            return self._by_backend(texts)
+        from endprompt_megatron.tokenizer.llama3 import has_long_run
+
+        # tiktoken's stack would not hold the longest runs.
+        return [
+            self._by_backend([text])[0] if has_long_run(text) else self._tiktoken.encode_ordinary(text)
+            for text in texts
+        ]
+
+    def _by_backend(self, texts: list[str]) -> list[list[int]]:
+        # encode_batch_fast leaves out character offsets, which nobody here asks for.
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        refuse_surrogates([text])
+        if self._backend is None:
+            return self._transformers.encode(text, add_special_tokens=False)
+        self._backend.encode_special_tokens = False
+        try:
+            return self._by_backend([text])[0]
+        finally:
+            self._backend.encode_special_tokens = True
+
+    def decode(self, ids: list[int]) -> str:
+        if self._backend is not None:
+            return self._backend.decode(ids, skip_special_tokens=False)
+        return self._transformers.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def convert(self, token: str) -> int | None:
+        if self._backend is not None:
+            return self._backend.token_to_id(token)
+        return self._transformers.get_vocab().get(token)
+
+    def rules(self) -> object:
+        if self._backend is None:
+            return {"files": sum_of_files(self._directory)}
+        if self._ranks is not None:
+            from endprompt_megatron.tokenizer.llama3 import rules_of
+
+            return rules_of(self._ranks)
+        # Of the added tokens those count that are found in texts.
+        content = json.loads(self._backend.to_str())
+        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+        vocabulary = {key: content["model"].pop(key) for key in ("vocab", "merges") if key in content["model"]}
+        rest = {key: content[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        return [vocabulary, pruned(rest)]
+
+
+def _read(directory: Path) -> Any | None:
+    """tokenizer.json by its own library; None if there is none, or if other files add tokens to it."""
+    file = directory / TOKENIZER_JSON
+    if not file.is_file():
+        return None
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(file))
+    known = backend.get_vocab()
+    return backend if _tokens_of_other_files(directory) <= known.keys() else None
+
+
+def _tokens_of_other_files(directory: Path) -> set[str]:
+    named: set[str] = set()
+    if (directory / "added_tokens.json").is_file():
+        named |= read_json(directory / "added_tokens.json", "added tokens").keys()
+    if (directory / TOKENIZER_CONFIG).is_file():
+        decoder = read_json(directory / TOKENIZER_CONFIG, "a tokenizer's configuration").get("added_tokens_decoder")
+        named |= {token["content"] for token in (decoder or {}).values()}
+    return named
