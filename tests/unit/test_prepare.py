@@ -12,8 +12,10 @@ import pytest
 from small import ROOT, assert_one_line_error, mpirun, run_tool, small_tokenizer, text
 
 from endprompt_megatron.data.indexed import read_idx, token_dtype, write_idx
-from endprompt_megatron.data.prepare import prepare, shares
-from endprompt_megatron.data.sources import Piece, Reading, documents, pieces_of, place
+from endprompt_megatron.data.pieces import Piece, Reading, pieces_of, shares
+from endprompt_megatron.data.prepare import prepare
+from endprompt_megatron.data.readers import documents, place
+from endprompt_megatron.data.sources import sources_of
 from endprompt_megatron.errors import InputError
 
 EOS = 1
@@ -144,25 +146,26 @@ def test_pieces_of_a_jsonl_give_each_line_once_with_its_number(tmp_path, cut):
     lines = [json.dumps({"text": "x" * (number % 5)}) for number in range(12)]
     source.write_text("\n".join(lines))
     size = source.stat().st_size
-    pieces = [Piece(str(source), ".jsonl", start, min(start + cut, size), cut) for start in range(0, size, cut)]
+    [found] = sources_of([str(source)], None, "text")
+    pieces = [Piece(found, start, min(start + cut, size), cut) for start in range(0, size, cut)]
     found = [(place(piece, number), t) for piece in pieces for number, t in documents(piece, Reading())]
     assert found == [(f"{source}:{number + 1}", "x" * (number % 5)) for number in range(12)]
 
 
 def test_pieces_depend_on_the_files_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("endprompt_megatron.data.sources._PIECE_BYTES", 100)
+    monkeypatch.setattr("endprompt_megatron.data.pieces._PIECE_BYTES", 100)
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "abc"}\n' * 50)
-    pieces = pieces_of([str(source)], Reading())
+    pieces = pieces_of(sources_of([str(source)], None, "text"), Reading())
     assert len(pieces) == 8
     assert sum(len(list(documents(piece, Reading()))) for piece in pieces) == 50
 
 
 def test_shares_are_balanced_and_complete():
-    pieces = [Piece("", ".txt", 0, work, work) for work in (900, 10, 10, 400, 500, 20)]
-    owned = shares(pieces, 2)
+    sizes = [900, 10, 10, 400, 500, 20]
+    owned = shares(sizes, 2)
     assert sorted(number for share in owned for number in share) == list(range(6))
-    assert sorted(sum(pieces[number].work for number in share) for share in owned) == [920, 920]
+    assert sorted(sum(sizes[number] for number in share) for share in owned) == [920, 920]
 
 
 def _jsonl(*lines: bytes) -> bytes:
@@ -180,14 +183,15 @@ GOOD = b'{"text": "fine"}'
         ("a.jsonl", _jsonl(GOOD, b'{"body": "x"}'), ["a.jsonl:2: no field 'text'", "--text-field"]),
         ("a.jsonl", _jsonl(GOOD, b'{"text": 3}'), ["a.jsonl:2", "is int, not text"]),
         ("a.jsonl", _jsonl(GOOD, b'{"text": "\\ud800"}'), ["a.jsonl:2: lone surrogate"]),
-        ("a.jsonl", _jsonl(GOOD, b'{"text": "\xff"}'), ["a.jsonl:2: not JSON"]),
-        ("a.jsonl", b"", ["not a single token"]),
-        ("a.txt", b"", ["not a single token"]),
+        ("a.jsonl", _jsonl(GOOD, b'{"text": "\xff"}'), ["a.jsonl:2: not UTF-8 at byte 10 of the line"]),
+        ("a.jsonl", b"", ["empty file"]),
+        ("a.jsonl", b'{"text": ""}', ["not a single token", "1 empty"]),
+        ("a.txt", b"", ["empty file"]),
         ("a.txt", b"caf\xe9", ["not UTF-8 at byte 3"]),
         ("a.jsonl.gz", gzip.compress(GOOD + b"\n" + b"[1]"), ["a.jsonl.gz:2: no field 'text' (list)"]),
         ("a.jsonl.gz", gzip.compress(GOOD * 50)[:-10], ["broken gzip"]),
         ("a.jsonl.gz", b"plain", ["broken gzip after line 0"]),
-        ("a.parquet", b"PAR1 not really", ["not a readable .parquet"]),
+        ("a.parquet", b"PAR1 not really", ["broken parquet file after row 0"]),
         ("a.csv", b"text", ["unknown kind of file", ".jsonl.gz"]),
         ("a.txt", None, ["no such file"]),
     ],
@@ -222,14 +226,15 @@ def test_the_tool_gives_one_line_and_exit_code_2(tokenizer, tmp_path):
     source.write_bytes(_jsonl(GOOD, b"{oops"))
     arguments = ["--input", source, "--out", tmp_path / "out"]
     # From a worker process as well: two pieces, two workers.
-    again = [*arguments[:2], source, *arguments[2:]]
+    (tmp_path / "b.jsonl").write_bytes(GOOD)
+    again = [*arguments[:2], tmp_path / "b.jsonl", *arguments[2:]]
     assert_one_line_error(
         run_tool("prepare_data", *again, "--tokenizer", tokenizer, "--workers", 2), "a.jsonl:2: not JSON"
     )
     assert_one_line_error(run_tool("prepare_data", *arguments, "--tokenizer", tmp_path), "holds no tokenizer")
     (tmp_path / "out.idx").write_text("")
     assert_one_line_error(run_tool("prepare_data", *arguments, "--tokenizer", tokenizer), "out.idx: already exists")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "out.idx"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "out.idx"]
 
 
 def test_places_that_cannot_be_written_are_refused(tokenizer, tmp_path):
@@ -251,7 +256,7 @@ def test_a_full_disk_is_one_line(tokenizer, tmp_path, monkeypatch):
 
     source = tmp_path / "a.txt"
     source.write_text("some text")
-    monkeypatch.setattr("endprompt_megatron.data.prepare.write_idx", full)
+    monkeypatch.setattr("endprompt_megatron.data.join.write_idx", full)
     with pytest.raises(InputError, match="no space left"):
         prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=1)
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
