@@ -9,6 +9,7 @@ taken for one of that kind by its own description (`cut_of`), never by name; any
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +27,17 @@ _BEFORE_SPACE = "[S]*[^S]+|[S]+"
 # LLaMA-3: line ends can belong to the punctuation before them; after the last of several a part always ends.
 _AFTER_LINES = "[H]*[^S]+(?:[S]*[\r\n])?|[S]*[\r\n]|[S]+"
 
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits are split off before that, and then end the white space before them as the end of a text does.
+_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}+| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
-_CUTS = {_LLAMA3: _AFTER_LINES, _QWEN2: _AFTER_LINES}
 
-# A piece not met before is cut further: letters end where something else begins, and one line end before a letter
-# stands alone.  Then most are plain words, which are one part each.
-_FURTHER = re.compile(r"(?<=[A-Za-z])(?=[^A-Za-z\u0080-\U0010ffff])|(?<=\A\n)(?=[A-Za-z])").split
-_PLAIN_WORD = re.compile(" ?[A-Za-z]+").fullmatch
-_SPACE_AS_LETTER = "\u0120"  # what ByteLevel makes of a space; ASCII letters stay as they are
+# What ByteLevel makes of the bytes that are ASCII.
+_AS_LETTERS = {byte: 0x100 + (byte if byte <= 32 else 33) for byte in (*range(33), 127)}
 
 _MOST_BYTES = 96 << 20  # what the words of one process may take, about
 _WORD_OVERHEAD = 200  # bytes of a word in the dictionary besides its characters and ids
@@ -46,14 +46,16 @@ _LONG_TEXT = 1 << 20  # characters; longer texts are cut and tokenised in parts 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where texts may be cut: the backend of the tokenizers library, and the pieces as a regular expression.
+    """Where texts may be cut: the backend of the tokenizers library, and regular expressions.
 
-    A piece with one of the characters `whole` is not cut further: an added token may begin there.
+    `pieces` are cut off any text.  `parts` are all that the tokenizer itself makes of a piece of ASCII, unless
+    `added`, the beginnings of its added tokens, are found there.
     """
 
     backend: Any
     pieces: str
-    whole: str
+    parts: str
+    added: str
 
 
 def cut_of(tokenizer: Tokenizer) -> Cut | None:
@@ -62,40 +64,40 @@ def cut_of(tokenizer: Tokenizer) -> Cut | None:
     if backend is None:
         return None
     described = json.loads(backend.to_str())
-    for token in described["added_tokens"]:
-        # Found before the text is split, and so never across a cut if there is no space in them.
-        if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            return None
-        if re.search(r"\s", token["content"]) or not re.search(r"[^A-Za-z]", token["content"]):
-            return None
+    added = described["added_tokens"]
+    # They are found before the text is split, and so never across a cut if there is no space in them.
+    if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):
+        return None
+    if any(re.search(r"\s", token["content"]) for token in added):
+        return None
     model = described["model"]
     if model["type"] != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix"):
         return None
     if model.get("end_of_word_suffix") or described["normalizer"] not in (None, {"type": "NFC"}):
         return None
-    pieces = _pieces_of(described["pre_tokenizer"])
-    if pieces is None:
+    if (rules := _rules_of(described["pre_tokenizer"])) is None:
         return None
-    begins = sorted({token["content"][0] for token in described["added_tokens"]})
-    # NFC makes plain letters of some others (the sign for Kelvin), and so could make an added token.
-    whole = "".join(map(re.escape, begins)) + ("\x80-\U0010ffff" if described["normalizer"] else "")
-    return Cut(backend, pieces, f"[{whole}]" if whole else "(?!)")
+    pieces, parts = rules
+    begins = sorted({re.escape(token["content"][:3]) for token in added})
+    return Cut(backend, pieces, parts, "|".join(begins) or "(?!)")
 
 
-def _pieces_of(splitter: dict | None) -> str | None:
+def _rules_of(splitter: dict | None) -> tuple[str, str] | None:
+    """Pieces and parts of a known way to split."""
     steps = (splitter or {}).get("pretokenizers") or [splitter or {}]
     *before, last = steps
-    if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"] or len(before) > 1:
         return None
     if last["use_regex"]:
-        # SmolLM2: digits are split off first; they are no white space, and so in the middle of a piece.
-        return _BEFORE_SPACE if all(step["type"] == "Digits" for step in before) else None
-    if len(before) != 1 or before[0]["type"] != "Split":
+        if not before:
+            return _BEFORE_SPACE, _GPT2
+        if before[0]["type"] == "Digits":
+            return _BEFORE_SPACE, _DIGITS.replace("N}+", "N}") if before[0]["individual_digits"] else _DIGITS
         return None
-    [split] = before
-    if split["behavior"] != "Isolated" or split["invert"]:
+    if not before or before[0]["type"] != "Split" or before[0]["behavior"] != "Isolated" or before[0]["invert"]:
         return None
-    return _CUTS.get(split["pattern"].get("Regex"))
+    parts = before[0]["pattern"].get("Regex")
+    return (_AFTER_LINES, parts) if parts in (_LLAMA3, _QWEN2) else None
 
 
 class WholeTexts:
@@ -113,36 +115,42 @@ class Words:
     """The same bytes as WholeTexts, by a Cut; it remembers up to about 100 MB of words."""
 
     def __init__(self, cut: Cut, dtype: np.dtype) -> None:
-        self._backend, self._model, self._dtype = cut.backend, cut.backend.model, dtype
+        self._backend, self._dtype = cut.backend, dtype
         self._backend.no_truncation()
         self._backend.no_padding()
-        # Most texts are plain ASCII, and the shorter list of spaces is quicker to go through.
-        self._ascii, self._any = (re.compile(_filled(cut.pieces, more)).findall for more in ("", _MORE_SPACE))
-        self._whole = re.compile(cut.whole).search
+        self._pieces_of_ascii, self._pieces_of_any = (
+            re.compile(_filled(cut.pieces, more)).findall for more in ("", _MORE_SPACE)
+        )
+        self._parts = re.compile(_of_ascii(cut.parts), re.ASCII).findall
+        self._added = re.compile(cut.added).search
         self._known: dict[str, bytes] = {}
         self._bytes = 0
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """Ids of each text, which must be valid Unicode."""
         if any(len(text) > _LONG_TEXT for text in texts):
-            return [b"".join(self._encode([part])[0] for part in self._parts(text)) for text in texts]
+            return [b"".join(self._encode([part])[0] for part in self._stretches(text)) for text in texts]
         return self._encode(texts)
 
     def _encode(self, texts: list[str]) -> list[bytes]:
         if self._bytes > _MOST_BYTES:
             self._known.clear()
             self._bytes = 0
-        cuts = [self._pieces(text) for text in texts]
+        cuts = [self._parts(text) if self._is_plain(text) else self._pieces(text) for text in texts]
         self._learn(set().union(*cuts).difference(self._known))
         return [b"".join(map(self._known.__getitem__, cut)) for cut in cuts]
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether the tokenizer's own parts can be told."""
+        return text.isascii() and not _DOUBTFUL.search(text) and not self._added(text)
 
     def _pieces(self, text: str) -> list[str]:
         if _DOUBTFUL.search(text):
             return [text]
-        return self._ascii(text) if text.isascii() else self._any(text)
+        return self._pieces_of_ascii(text) if text.isascii() else self._pieces_of_any(text)
 
-    def _parts(self, text: str):
-        """A long text in a few parts, each of whole pieces."""
+    def _stretches(self, text: str) -> Iterator[str]:
+        """A long text in a few stretches, each of whole pieces."""
         if _DOUBTFUL.search(text):
             yield text
             return
@@ -159,25 +167,27 @@ class Words:
         yield text[begin:]
 
     def _learn(self, unseen: set[str]) -> None:
-        finer = {word: parts for word in unseen if len(parts := _FURTHER(word)) > 1 and not self._whole(word)}
-        single = unseen.difference(finer).union(*finer.values()).difference(self._known)
-        plain = list(filter(_PLAIN_WORD, single))
-        others = list(single.difference(plain))
-        tokenize = self._model.tokenize
-        self._add(plain, [[token.id for token in tokenize(word.replace(" ", _SPACE_AS_LETTER))] for word in plain])
-        self._add(others, [e.ids for e in self._backend.encode_batch_fast(others, add_special_tokens=False)])
-        for word, parts in finer.items():
-            self._known[word] = b"".join(map(self._known.__getitem__, parts))
-            self._bytes += len(word) + len(self._known[word]) + _WORD_OVERHEAD
+        parts = {word: self._parts(word) for word in unseen if self._is_plain(word)}
+        single = set().union(*parts.values()).difference(self._known)
+        tokenize = self._backend.model.tokenize
+        self._add(single, [[token.id for token in tokenize(part.translate(_AS_LETTERS))] for part in single])
+        for word, own in parts.items():
+            if len(own) > 1:
+                self._remember(word, b"".join(map(self._known.__getitem__, own)))
+        others = unseen.difference(parts)
+        self._add(others, [e.ids for e in self._backend.encode_batch_fast(list(others), add_special_tokens=False)])
 
-    def _add(self, words: list[str], ids: list[list[int]]) -> None:
+    def _add(self, words: set[str], ids: list[list[int]]) -> None:
         together = np.array(list(itertools.chain.from_iterable(ids)), dtype=self._dtype).tobytes()
         begin = 0
         for word, own in zip(words, ids, strict=True):
             end = begin + len(own) * self._dtype.itemsize
-            self._known[word] = together[begin:end]
+            self._remember(word, together[begin:end])
             begin = end
-        self._bytes += len(together) + sum(map(len, words)) + _WORD_OVERHEAD * len(words)
+
+    def _remember(self, word: str, ids: bytes) -> None:
+        self._known[word] = ids
+        self._bytes += len(word) + len(ids) + _WORD_OVERHEAD
 
 
 def _filled(pieces: str, more: str) -> str:
@@ -185,3 +195,13 @@ def _filled(pieces: str, more: str) -> str:
     for name, characters in (("[S]", f"[{space}]"), ("[^S]", f"[^{space}]"), ("[H]", f"[\t\x0b\x0c {more}]")):
         pieces = pieces.replace(name, characters)
     return pieces
+
+
+def _of_ascii(parts: str) -> str:
+    """The expression as Python writes it, for texts of ASCII alone."""
+
+    def in_class(expression: str) -> str:
+        return expression.replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
+
+    parts = re.sub(r"\[[^\]]*\]", lambda found: in_class(found[0]), parts)
+    return parts.replace(r"\p{L}", "[a-zA-Z]").replace(r"\p{N}", "[0-9]")
