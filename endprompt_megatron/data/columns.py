@@ -45,50 +45,61 @@ def sizes_of(source: Source) -> list[int]:
 
 def rows(source: Source, start: int, stop: int) -> Iterator[tuple[int, str | Bad]]:
     """(number, text) of each row of the row groups or record batches `start`..`stop`, numbered from 1 in the file."""
-    import pyarrow
+    kind = source.kind.lstrip(".")
+    batches = _batches if source.kind == ARROW else _groups
+    # A row group stands by itself: one that is damaged does not take the others with it.
+    alone = source.kind == ".parquet" and start < stop
+    for begin, end in [(group, group + 1) for group in range(start, stop)] if alone else [(start, stop)]:
+        try:
+            for before, column in batches(source, begin, end):
+                yield from enumerate(_texts(column, source.text_field), start=before + 1)
+        except _Broken as broken:
+            yield 0, Bad("broken_file", f"broken {kind} file after row {broken.rows} ({broken.reason})")
+        else:
+            if start == stop:
+                yield 0, Bad("empty_file", f"{kind} file without a row")
 
-    number, kind = 0, source.kind.lstrip(".")
-    try:
-        batches = _batches if source.kind == ARROW else _groups
-        for number, column in batches(source, start, stop):
-            for text in _texts(column, source.text_field):
-                number += 1
-                yield number, text
-    except (pyarrow.ArrowException, OSError) as error:
-        yield 0, Bad("broken_file", f"broken {kind} file after row {number} ({' '.join(str(error).split())})")
-    else:
-        if start == stop:
-            yield 0, Bad("empty_file", f"{kind} file without a row")
+
+class _Broken(Exception):
+    """A file that cannot be read on after so many rows."""
+
+    def __init__(self, rows: int, reason: object) -> None:
+        self.rows, self.reason = rows, " ".join(str(reason).split())
 
 
 def _groups(source: Source, start: int, stop: int) -> Iterator[tuple[int, Any]]:
     """(rows before it, column) of a few rows at a time."""
-    with _open(source.path) as file:
-        number = sum(file.metadata.row_group(group).num_rows for group in range(start))
-        groups = list(range(start, stop))
-        for batch in file.iter_batches(_ROWS, groups, [source.text_field], use_threads=False):
-            yield number, batch.column(0)
-            number += len(batch)
+    import pyarrow
+
+    number = 0
+    try:
+        with _open(source.path) as file:
+            number = sum(file.metadata.row_group(group).num_rows for group in range(start))
+            for batch in file.iter_batches(_ROWS, list(range(start, stop)), [source.text_field], use_threads=False):
+                yield number, batch.column(0)
+                number += len(batch)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _Broken(number, error) from None
 
 
 def _batches(source: Source, start: int, stop: int) -> Iterator[tuple[int, Any]]:
     import pyarrow
 
     number = 0
-    with pyarrow.memory_map(source.path) as file:
-        reader = pyarrow.ipc.open_stream(file)
-        index = _column(reader.schema, source)
-        for count in range(stop):
-            try:
+    try:
+        with pyarrow.memory_map(source.path) as file:
+            reader = pyarrow.ipc.open_stream(file)
+            index = _column(reader.schema, source)
+            for count in range(stop):
                 batch = reader.read_next_batch()
-            except StopIteration:
-                if _cut_short(source):
-                    raise OSError("cut short") from None
-                return
-            if count >= start:
-                for first in range(0, len(batch), _ROWS):
-                    yield number + first, batch.column(index).slice(first, _ROWS)
-            number += len(batch)
+                if count >= start:
+                    for first in range(0, len(batch), _ROWS):
+                        yield number + first, batch.column(index).slice(first, _ROWS)
+                number += len(batch)
+    except StopIteration:  # there is one batch less than sizes_of counted
+        raise _Broken(number, "cut short") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _Broken(number, error) from None
 
 
 def _texts(column: Any, field: str) -> Iterator[str | Bad]:

@@ -1,11 +1,9 @@
 """The documents of a piece: lines of .jsonl, plain or compressed, parts of a .txt; columns.py has the rest."""
 
-import gzip
 import io
 import json
 import mmap
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import orjson
 
 from endprompt_megatron.data import columns
 from endprompt_megatron.data.bad import Bad
+from endprompt_megatron.data.compressed import CompressionError, Decompressed
 from endprompt_megatron.data.pieces import Piece, Reading
 from endprompt_megatron.data.sources import ARROW
 
@@ -64,23 +63,15 @@ def _lines(piece: Piece) -> Iterator[bytes | Bad]:
     read = 0
     name = "gzip" if piece.source.kind == ".jsonl.gz" else "zstd"
     try:
-        with _decompressed(piece.source.path, name) as file:
-            for line in file:
+        with open(piece.source.path, "rb") as file:
+            for line in io.BufferedReader(Decompressed(file, name), _BLOCK):
                 read += 1
                 yield line
-    except (EOFError, zlib.error, OSError) as error:
+    except CompressionError as error:
         yield Bad("broken_file", f"broken {name} after line {read} ({error})")
     else:
         if read == 0:
             yield Bad("empty_file", f"{name} of an empty file")
-
-
-def _decompressed(path: str, name: str) -> io.BufferedIOBase:
-    if name == "gzip":
-        return gzip.open(path, "rb")
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), _BLOCK)
 
 
 def _lines_within(piece: Piece) -> Iterator[bytes]:

@@ -130,6 +130,8 @@ def _saved_dataset(directory: Path, where: str, field: str) -> Iterator[Source]:
     files = state.get("_data_files")
     if not isinstance(files, list) or not all(isinstance(file, dict) and "filename" in file for file in files):
         raise InputError(f"{directory}/state.json: names no data files; save the dataset again with save_to_disk")
+    if not files:
+        raise InputError(f"{where} {directory}: a saved dataset without a row; leave it out")
     if state.get("_indices_files"):
         raise InputError(
             f"{where} {directory}: its rows are selected by an index file; call flatten_indices() before save_to_disk"

