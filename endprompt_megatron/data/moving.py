@@ -17,6 +17,7 @@ from endprompt_megatron.files import read_json, refuse_existing, write_json
 
 _SUFFIXES = (".bin", ".json", ".idx")  # the index comes last: a dataset without it is refused as incomplete
 _NOTE = ".finishing.json"
+_LAST = (_NOTE, ".job.json", ".lock")
 
 
 def refuse_taken(out: str, outputs: Iterable[str]) -> None:
@@ -69,4 +70,8 @@ def _rename(staging: Path, pairs: list[tuple[Path, Path]]) -> None:
     for source, target in pairs:
         if source.exists():
             source.rename(target)
+    for path in staging.iterdir():
+        if path.name not in _LAST:
+            path.unlink()
+    (staging / _NOTE).unlink()  # after everything that takes time
     shutil.rmtree(staging)
