@@ -109,31 +109,56 @@ def sums_of(directory: Path, known: list[dict]) -> dict[str, dict]:
 def resumable_directory(out: Path, job: dict, flag: str = "--out") -> Iterator[Path]:
     """Yield `.OUT.partial` beside `out`; rename it to `out` if the block succeeds.
 
-    What a run of the same `job` (JSON) left there when it was killed or interrupted is still there; anything else
-    is removed first, and so is everything if the block raises an error.  Hidden files do not outlive the block.
-    Raises InputError as staged_directory does, and if another process is writing `out`.
+    Raises InputError as staged_directory does, and as locked_staging.
     """
     refuse_existing(out, flag)
+    with locked_staging(out, job, flag) as staging:
+        refuse_existing(out, flag)  # it may have been finished a moment ago
+        yield staging
+        for hidden in staging.glob(".*"):
+            hidden.unlink()
+        if out.is_dir():
+            out.rmdir()
+        staging.rename(out)
+
+
+@contextlib.contextmanager
+def locked_staging(out: Path, job: dict, flag: str = "--out") -> Iterator[Path]:
+    """Yield `.OUT.partial` beside `out`, held by this process alone.
+
+    What a run of the same `job` (JSON) left there when it was killed or interrupted is still there; anything else
+    is removed first, and so is everything if the block raises an error.  Raises InputError for a full disk and the
+    like, and if another process is writing `out`.
+    """
     staging = out.with_name(f".{out.name}.partial")
     with disk_errors(out, flag):
-        staging.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(staging / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _locked(staging, out, flag)
     try:
-        _lock(descriptor, out, flag)
         try:
             with disk_errors(out, flag):
-                refuse_existing(out, flag)  # it may have been finished a moment ago
                 _keep_only(staging, job)
                 yield staging
-                for hidden in staging.glob(".*"):
-                    hidden.unlink()
-                if out.is_dir():
-                    out.rmdir()
-                staging.rename(out)
         except Exception:
             shutil.rmtree(staging, ignore_errors=True)
             raise
     finally:
+        os.close(descriptor)
+
+
+def _locked(staging: Path, out: Path, flag: str) -> int:
+    """A descriptor of the directory's lock, which is ours."""
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(staging / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, out, flag)
+            with contextlib.suppress(FileNotFoundError):
+                # Who held it before may have removed the directory since it was opened here.
+                if os.path.samestat(os.fstat(descriptor), os.stat(staging / ".lock")):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 

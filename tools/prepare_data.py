@@ -1,7 +1,8 @@
 """Tokenise text files into Megatron's indexed dataset: PREFIX.bin, PREFIX.idx and a manifest PREFIX.json.
 
 python tools/prepare_data.py --input books.txt web.jsonl more.jsonl.gz --tokenizer HF_DIR --out data/corpus
-mpirun -n 64 python tools/prepare_data.py --input shards/*.parquet --tokenizer HF_DIR --out data/corpus
+python tools/prepare_data.py --input shards/ --tokenizer HF_DIR --out data/corpus --dedup --held-out 0.01
+mpirun -n 64 python tools/prepare_data.py --input 'shards/*.parquet' --tokenizer HF_DIR --out data/corpus
 """
 
 import argparse
@@ -15,13 +16,20 @@ from endprompt_megatron.errors import run_cli
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".txt, .jsonl, .jsonl.gz, .parquet")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help=".txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; a directory of them, a glob, a saved `datasets`",
+    )
+    parser.add_argument("--manifest", metavar="FILE", help="more inputs: one a line, relative to FILE, or JSON lines")
     parser.add_argument(
         "--tokenizer", required=True, metavar="DIR", help="Hugging Face directory, or SentencePiece tokenizer.model"
     )
     parser.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, PREFIX.json")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one a CPU (mpirun: one a rank)")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="of .jsonl and .parquet; default: text")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="of lines and rows; default: text")
     parser.add_argument(
         "--split-blank-lines",
         type=int,
@@ -31,23 +39,39 @@ def main() -> None:
     )
     parser.add_argument("--no-bos", action="store_true", help="no BOS before documents, whatever the family expects")
     parser.add_argument("--no-eos", action="store_true", help="no EOS after documents")
+    parser.add_argument("--min-tokens", type=int, default=0, metavar="N", help="leave out shorter documents")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="leave out longer documents")
+    parser.add_argument("--dedup", action="store_true", help="of documents with the same text keep the first")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="put this share of the documents into PREFIX-valid, chosen by a hash of their text",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --held-out; default: 0")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out what is no document, and count it")
     args = parser.parse_args()
 
+    from endprompt_megatron.data.filters import Filters
+    from endprompt_megatron.data.manifest import summary
     from endprompt_megatron.data.prepare import prepare
 
     manifest = prepare(
         args.input,
         args.tokenizer,
         args.out,
+        manifest=args.manifest,
         workers=args.workers,
         text_field=args.text_field,
         split_blank_lines=args.split_blank_lines,
         bos=not args.no_bos,
         eos=not args.no_eos,
+        filters=Filters(args.min_tokens, args.max_tokens, args.dedup, args.held_out, args.seed),
+        skip_bad=args.skip_bad,
     )
     if manifest is not None:
-        empty = f", {manifest['empty_documents']} empty texts left out" if manifest["empty_documents"] else ""
-        print(f"{args.out}: {manifest['documents']} documents, {manifest['tokens']} tokens{empty}")
+        print(summary(args.out, manifest))
 
 
 if __name__ == "__main__":

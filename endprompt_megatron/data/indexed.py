@@ -17,6 +17,7 @@ from endprompt_megatron.files import read_json
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
+_BLOCK = 1 << 20  # documents
 _TOKEN_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16")
 
 
@@ -33,12 +34,20 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def write_idx(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
     """Write the index of a .bin file whose documents have these `lengths` (tokens), one sequence each."""
     lengths = np.asarray(lengths, dtype=np.int32)
-    ends = np.cumsum(lengths, dtype=np.int64)
+    count = len(lengths)
     with open(path, "wb") as file:
-        file.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype.name], len(lengths), len(lengths) + 1))
-        file.write(lengths.tobytes())
-        file.write(((ends - lengths) * dtype.itemsize).tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+        file.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype.name], count, count + 1))
+        # In blocks: of a large corpus, all pointers together would take gigabytes.
+        blocks = [slice(start, start + _BLOCK) for start in range(0, count, _BLOCK)]
+        for block in blocks:
+            file.write(lengths[block].tobytes())
+        begin = 0
+        for block in blocks:
+            ends = begin + np.cumsum(lengths[block], dtype=np.int64)
+            file.write(((ends - lengths[block]) * dtype.itemsize).tobytes())
+            begin = int(ends[-1])
+        for start in range(0, count + 1, _BLOCK):
+            file.write(np.arange(start, min(start + _BLOCK, count + 1), dtype=np.int64).tobytes())
 
 
 @dataclass(frozen=True)

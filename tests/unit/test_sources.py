@@ -1,0 +1,230 @@
+"""What --input and --manifest may name, and that every way of storing the same documents gives the same dataset."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from small import small_tokenizer, text
+from unit.preparing import expected_documents, stored_documents, write_jsonl
+
+from endprompt_megatron.data import pieces
+from endprompt_megatron.data.pieces import Reading, pieces_of
+from endprompt_megatron.data.prepare import prepare
+from endprompt_megatron.data.readers import documents
+from endprompt_megatron.data.sources import sources_of
+from endprompt_megatron.errors import InputError
+
+TEXTS = [text(3 + number, number) + "é" * (number % 2) for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"), 300)
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """Files in directories, some of which are none of ours."""
+    for name in ("b/two.jsonl", "a.jsonl", "b/one.txt", "c[1].txt", ".hidden/x.jsonl", "b/.x.txt", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    return tmp_path
+
+
+def names(root: Path, inputs: list[str], manifest: Path | None = None) -> list[str]:
+    found = sources_of([str(root / name) for name in inputs], manifest and str(manifest), "text")
+    return [os.path.relpath(source.path, root) for source in found]
+
+
+def read(source: Path | str, step: int | None = None, split_blank_lines: int = 0) -> list:
+    """All documents, in pieces of about `step` bytes."""
+    reading = Reading(split_blank_lines)
+    with pytest.MonkeyPatch.context() as patch:
+        if step:
+            patch.setattr(pieces, "_PIECE_BYTES", step)
+        cut = pieces_of(sources_of([str(source)], None, "text"), reading)
+    return [document for piece in cut for _, document in documents(piece, reading)]
+
+
+def test_directories_and_globs_are_sorted_and_hidden_names_left_out(tree):
+    assert names(tree, ["."]) == ["a.jsonl", "b/one.txt", "b/two.jsonl", "c[1].txt"]
+    assert names(tree, ["b", "a.jsonl"]) == ["b/one.txt", "b/two.jsonl", "a.jsonl"]
+    assert names(tree, ["*.jsonl"]) == ["a.jsonl"]
+    assert names(tree, ["**/*.txt"]) == ["b/one.txt", "c[1].txt"]
+    assert names(tree, ["c[1].txt"]) == ["c[1].txt"]
+
+
+def test_a_manifest_names_files_from_where_it_stands(tree, monkeypatch):
+    manifest = tree / "b" / "list"
+    manifest.write_text('two.jsonl\n\n{"path": "../a.jsonl", "text_field": "body"}\n  ../c*.txt  \n')
+    monkeypatch.chdir("/")
+    assert names(tree, ["b/one.txt"], manifest) == ["b/one.txt", "b/two.jsonl", "a.jsonl", "c[1].txt"]
+    fields = [source.text_field for source in sources_of([], str(manifest), "text")]
+    assert fields == ["text", "body", "text"]
+
+
+@pytest.mark.parametrize(
+    ("content", "needle"),
+    [
+        ("nothing.txt", "list:1: "),
+        ('a.jsonl\n{"path": 3}', 'list:2: expected {"path": "FILE"'),
+        ('{"path": "a.jsonl", "field": "x"}', "unknown key 'field'"),
+        ('{"path": "a.jsonl"', "list:1: not JSON"),
+        ("a.jsonl\nb/../a.jsonl", "is named twice"),
+        ("", "nothing is named"),
+    ],
+)
+def test_a_manifest_that_cannot_be_meant_is_refused_with_its_line(tree, content, needle):
+    (tree / "list").write_text(content)
+    with pytest.raises(InputError, match=needle.replace("{", "[{]")) as refused:
+        sources_of([], str(tree / "list"), "text")
+    assert "\n" not in str(refused.value)
+
+
+def test_names_that_stand_for_nothing_are_refused(tree):
+    refused = {"*.parquet": "no file matches", ".hidden/y.jsonl": "no such file", "README.md": "unknown kind"}
+    (tree / "empty").mkdir()
+    refused["empty"] = "no file in this directory"
+    for name, needle in refused.items():
+        with pytest.raises(InputError, match=needle):
+            names(tree, [name])
+    with pytest.raises(InputError, match="named twice"):
+        names(tree, ["a.jsonl", "."])
+    with pytest.raises(InputError, match="cannot be read"):
+        sources_of([], str(tree / "nowhere"), "text")
+
+
+def jsonl_bytes(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": piece}) + "\n" for piece in texts).encode()
+
+
+@pytest.mark.parametrize("tool", ["gzip", "zstd", "zstd --long=27 --ultra -22", "zstd -T2 --rsyncable"])
+def test_files_of_the_real_compressors_are_read(tmp_path, tool):
+    """Also several of them one after the other, which is a file of the same kind."""
+    name, *options = tool.split()
+    if shutil.which(name) is None:
+        pytest.skip(f"there is no {name}")
+    suffix = {"gzip": "gz", "zstd": "zst"}[name]
+    halves = [
+        subprocess.run([name, "-c", *options], input=jsonl_bytes(part), capture_output=True, check=True).stdout
+        for part in (TEXTS[:30], TEXTS[30:])
+    ]
+    source = tmp_path / f"a.jsonl.{suffix}"
+    source.write_bytes(b"".join(halves))
+    assert read(source) == TEXTS
+
+
+@pytest.mark.parametrize("step", [50, 400, 10**6])
+def test_parquet_of_every_string_type_compression_and_row_group(tmp_path, step):
+    import pyarrow
+    import pyarrow.parquet
+
+    for number, kind in enumerate((pyarrow.string(), pyarrow.large_string())):
+        table = pyarrow.table({"n": list(range(40)), "text": pyarrow.array(TEXTS, kind)})
+        for compression in ("snappy", "zstd", "none"):
+            source = tmp_path / f"{number}{compression}.parquet"
+            pyarrow.parquet.write_table(table, source, row_group_size=3, compression=compression)
+            assert read(source, step) == TEXTS
+
+
+@pytest.mark.parametrize("step", [50, 400, 10**6])
+def test_datasets_saved_to_disk_are_read_in_the_order_of_their_rows(tmp_path, step):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"n": list(range(40)), "text": TEXTS})
+    dataset.save_to_disk(tmp_path / "plain", num_shards=3)
+    assert read(tmp_path / "plain", step) == [dataset[n]["text"] for n in range(40)]
+    shuffled = dataset.shuffle(seed=1).select(range(25))
+    shuffled.save_to_disk(tmp_path / "shuffled")
+    assert read(tmp_path / "shuffled", step) == [row["text"] for row in shuffled]
+    both = datasets.DatasetDict({"train": dataset.select(range(30)), "a_test": dataset.select(range(30, 40))})
+    both.save_to_disk(tmp_path / "both")
+    assert read(tmp_path / "both", step) == TEXTS
+    assert read(tmp_path / "both" / "a_test", step) == TEXTS[30:]
+
+
+def test_a_saved_dataset_that_an_index_file_selects_from_is_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "plain")
+    state = json.loads((tmp_path / "plain/state.json").read_text())
+    state["_indices_files"] = [{"filename": "indices.arrow"}]
+    (tmp_path / "plain/state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="flatten_indices"):
+        read(tmp_path / "plain")
+
+
+def test_a_saved_dataset_that_is_cut_short_or_empty_is_told(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"text": TEXTS * 60})
+    dataset.save_to_disk(tmp_path / "cut")
+    [arrow] = (tmp_path / "cut").glob("*.arrow")
+    whole = arrow.read_bytes()
+    for keep in (len(whole) - 8, len(whole) - 9, len(whole) // 2, 100, 8):
+        arrow.write_bytes(whole[:keep])
+        *texts, bad = read(tmp_path / "cut", 400)
+        assert texts == (TEXTS * 60)[: len(texts)]
+        assert len(texts) == 2400 or keep < len(whole) - 8
+        assert bad.kind == "broken_file"
+        assert f"after row {len(texts)} " in bad.message
+    datasets.Dataset.from_dict({"text": [""]}).select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(InputError, match="without a row"):
+        read(tmp_path / "none")
+
+
+def test_every_way_of_storing_them_gives_the_same_dataset(tmp_path, tokenizer):
+    import pyarrow
+    import pyarrow.parquet
+
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wb") as file:
+        file.write(jsonl_bytes(TEXTS))
+    with pyarrow.output_stream(tmp_path / "c.jsonl.zst", compression="zstd") as file:
+        file.write(jsonl_bytes(TEXTS))
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "d.parquet")
+    (tmp_path / "e.txt").write_text("\n\n\n\n".join(TEXTS))
+    sources = ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.txt"]
+    try:
+        import datasets
+    except ImportError:
+        pass
+    else:
+        datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "f")
+        sources.append("f")
+    found = []
+    for name in sources:
+        prepare([str(tmp_path / name)], str(tokenizer), str(tmp_path / "out" / name), workers=1, split_blank_lines=2)
+        found.append(stored_documents(tmp_path / "out" / name))
+    assert found == [expected_documents(TEXTS, tokenizer)] * len(sources)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 8, 13, 10**6])
+@pytest.mark.parametrize("blank_lines", [1, 2])
+def test_pieces_of_a_split_txt_give_each_document_once(tmp_path, step, blank_lines):
+    import re
+
+    content = "one\n\nstill one\n\n\ntwo\n \n\n\n  three é\n\r\n\r\n\nfour\n\n\n \t \n  \n\n\nfive five\n\n\n\n\n"
+    source = tmp_path / "a.txt"
+    source.write_bytes(content.encode())
+    expected = [part.strip("\r\n") for part in re.split(rf"\n(?:[ \t\r]*\n){{{blank_lines},}}", content)]
+    assert read(source, step, blank_lines) == [part for part in expected if part]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer, monkeypatch):
+    source = tmp_path / "a.jsonl"
+    write_jsonl(source, TEXTS)
+    from endprompt_megatron.data import prepare as module
+
+    original = module._sha256_once
+
+    def appended(*arguments):
+        with open(source, "a") as file:
+            file.write('{"text": "late"}\n')
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "_sha256_once", appended)
+    with pytest.raises(InputError, match="changed while it was read"):
+        prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
