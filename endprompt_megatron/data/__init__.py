@@ -1,7 +1,7 @@
 """From a corpus to a rank's micro-batches.
 
-prepare.py tokenises a corpus into an indexed dataset (indexed.py is its format): sources.py finds the files,
-pieces.py cuts them into work, readers.py and columns.py take the documents out, words.py has their ids,
-tokenise.py writes a piece, join.py joins them.  dataset.py makes two-segment samples of it, batch.py gives a rank its own.  Importing the package imports
-nothing heavy: the worker processes of prepare.py start from here.
+prepare.py makes an indexed dataset of a corpus (indexed.py is its format): sources.py finds the files, readers.py
+takes documents out, words.py has their ids.  windows.py and stream.py, or packing.py and packed.py, say which tokens
+a sample takes, samples.py makes two-segment samples of them, dataset.py blends sources, batch.py gives a rank its
+own.  Importing the package imports nothing heavy: the worker processes of prepare.py start from here.
 """

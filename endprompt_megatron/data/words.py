@@ -60,7 +60,7 @@ class Cut:
 
 def cut_of(tokenizer: Tokenizer) -> Cut | None:
     """How the tokenizer's texts may be cut without another id coming out; None for not at all."""
-    backend = getattr(tokenizer, "_backend", None)
+    backend = getattr(tokenizer, "backend", None)
     if backend is None:
         return None
     described = json.loads(backend.to_str())
@@ -116,8 +116,10 @@ class Words:
 
     def __init__(self, cut: Cut, dtype: np.dtype) -> None:
         self._backend, self._dtype = cut.backend, dtype
+        # Settings of the tokenizer that a copy in another process does not have.
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._backend.encode_special_tokens = True
         self._pieces_of_ascii, self._pieces_of_any = (
             re.compile(_filled(cut.pieces, more)).findall for more in ("", _MORE_SPACE)
         )

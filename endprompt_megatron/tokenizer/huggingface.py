@@ -19,13 +19,13 @@ from endprompt_megatron.tokenizer.sums import pruned, sum_of_files
 class HuggingFace(Tokenizer):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._backend = _read(directory)
-        if self._backend is None:
-            self._backend = getattr(self._transformers, "backend_tokenizer", None)
-        if self._backend is not None:  # a tokenizer.json may carry both, and they would cut texts silently
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            self._backend.encode_special_tokens = True  # that is, as the text that they are
+        self.backend = _read(directory)
+        if self.backend is None:
+            self.backend = getattr(self._transformers, "backend_tokenizer", None)
+        if self.backend is not None:  # a tokenizer.json may carry both, and they would cut texts silently
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            self.backend.encode_special_tokens = True  # that is, as the text that they are
 
     @functools.cached_property
     def _transformers(self) -> Any:
@@ -39,7 +39,7 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        return max((self._backend or self._transformers).get_vocab().values()) + 1
+        return max((self.backend or self._transformers).get_vocab().values()) + 1
 
     @functools.cached_property
     def bos_id(self) -> int | None:
@@ -57,7 +57,7 @@ class HuggingFace(Tokenizer):
     def _ranks(self) -> dict[bytes, int] | None:
         from endprompt_megatron.tokenizer.llama3 import ranks_of
 
-        return None if self._backend is None else ranks_of(json.loads(self._backend.to_str()))
+        return None if self.backend is None else ranks_of(json.loads(self.backend.to_str()))
 
     @functools.cached_property
     def _tiktoken(self) -> Any:
@@ -68,7 +68,7 @@ class HuggingFace(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         refuse_surrogates(texts)
-        if self._backend is None:  # tokenizers that transformers writes in Python
+        if self.backend is None:  # tokenizers that transformers writes in Python
             return [
                 self._transformers.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts
             ]
@@ -84,37 +84,37 @@ class HuggingFace(Tokenizer):
 
     def _by_backend(self, texts: list[str]) -> list[list[int]]:
         # encode_batch_fast leaves out character offsets, which nobody here asks for.
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_prompt(self, text: str) -> list[int]:
         refuse_surrogates([text])
-        if self._backend is None:
+        if self.backend is None:
             return self._transformers.encode(text, add_special_tokens=False)
-        self._backend.encode_special_tokens = False
+        self.backend.encode_special_tokens = False
         try:
             return self._by_backend([text])[0]
         finally:
-            self._backend.encode_special_tokens = True
+            self.backend.encode_special_tokens = True
 
     def decode(self, ids: list[int]) -> str:
-        if self._backend is not None:
-            return self._backend.decode(ids, skip_special_tokens=False)
+        if self.backend is not None:
+            return self.backend.decode(ids, skip_special_tokens=False)
         return self._transformers.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def convert(self, token: str) -> int | None:
-        if self._backend is not None:
-            return self._backend.token_to_id(token)
+        if self.backend is not None:
+            return self.backend.token_to_id(token)
         return self._transformers.get_vocab().get(token)
 
     def rules(self) -> object:
-        if self._backend is None:
+        if self.backend is None:
             return {"files": sum_of_files(self._directory)}
         if self._ranks is not None:
             from endprompt_megatron.tokenizer.llama3 import rules_of
 
             return rules_of(self._ranks)
         # Of the added tokens those count that are found in texts.
-        content = json.loads(self._backend.to_str())
+        content = json.loads(self.backend.to_str())
         content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
         vocabulary = {key: content["model"].pop(key) for key in ("vocab", "merges") if key in content["model"]}
         rest = {key: content[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}

@@ -1,5 +1,7 @@
 """Cutting texts into words before they are tokenised changes no id, whatever the text."""
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,6 +83,15 @@ def test_a_long_text_in_parts_gives_the_same_ids(tokenizer, texts, limit):
         patch.setattr(words, "_LONG_TEXT", limit)
         found, expected = both(tokenizer, texts)
     assert found == expected
+
+
+def test_another_process_takes_names_of_special_tokens_for_text_too(tokenizer):
+    sent = pickle.loads(pickle.dumps(cut_of(tokenizer)))
+    texts = ["the end <|eot_id|> is not <|end_of_text|>\n", "<|begin_of_text|>the 00", "x<|eot_id|>"]
+    whole = WholeTexts(tokenizer, DTYPE).encode(texts)
+    assert Words(sent, DTYPE).encode(texts) == whole
+    specials = {tokenizer.convert(name) for name in ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")}
+    assert not specials & set(np.frombuffer(b"".join(whole), DTYPE).tolist())
 
 
 def test_forgetting_words_changes_nothing(tokenizer, monkeypatch):
