@@ -7,6 +7,7 @@
 #   HF_MODEL           whose tokenizer to use, a Hugging Face directory
 #   DATA               PREFIX to write: PREFIX.bin and PREFIX.idx
 #   WORKERS            processes [the node's cores]
+#   OPTIONS            more options of tools/prepare_data.py, such as "--dedup --held-out 0.01" []
 #SBATCH --job-name=prepare_data
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -30,5 +31,7 @@ if [ "${#OVERRIDES[@]}" = 0 ]; then
 fi
 container_options "$HF_MODEL" "$(dirname "$DATA")" "$(dirname "${OVERRIDES[0]}")"
 logs "$(dirname "$DATA")"
+read -r -a options <<< "${OPTIONS:-}"
 alone prepare "$PYTHON" tools/prepare_data.py \
-    --input "${OVERRIDES[@]}" --tokenizer "$HF_MODEL" --out "$DATA" --workers "${WORKERS:-${SLURM_CPUS_ON_NODE:-1}}"
+    --input "${OVERRIDES[@]}" --tokenizer "$HF_MODEL" --out "$DATA" --workers "${WORKERS:-${SLURM_CPUS_ON_NODE:-1}}" \
+    ${options[@]+"${options[@]}"}

@@ -98,7 +98,7 @@ def tokenise_piece(job: Job, number: int, piece: Piece, encoder: Encoder) -> Par
         outputs = {name: stack.enter_context(_Output(job, number, name)) for name in job.outputs}
         for texts in _batches(_good(job, piece, skipped)):
             for text, ids in zip(texts, encoder.encode(texts), strict=True):
-                tokens = len(bos + ids + eos) // job.dtype.itemsize
+                tokens = (len(bos) + len(ids) + len(eos)) // job.dtype.itemsize
                 if not ids:
                     left_out["empty"] += 1
                 elif tokens < filters.min_tokens:

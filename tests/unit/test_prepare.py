@@ -1,6 +1,7 @@
 """Corpora to indexed datasets: the tokenizer's own ids, Megatron's own bytes, any number of workers, clear refusals."""
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from endprompt_megatron.data.readers import documents, place
 from endprompt_megatron.data.sources import sources_of
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.preflight.data import _consistent
+from endprompt_megatron.tokenizer import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,11 @@ def test_every_kind_of_file_gives_the_tokenizers_ids_in_order(corpus, tokenizer,
     assert manifest["tokens"] == sum(map(len, expected))
     assert (manifest["vocab_size"], manifest["dtype"], manifest["eos"]) == (300, "uint16", EOS)
     assert manifest["max_token_id"] == max(map(max, expected))
+    assert manifest["tokenizer_sha256"] == fingerprint(tokenizer)
+    for file, source in zip(files, manifest["sources"], strict=True):
+        content = Path(file).read_bytes()
+        told = (source["path"], source["bytes"], source["sha256"])
+        assert told == (file, len(content), hashlib.sha256(content).hexdigest())
     assert f"{len(texts)} documents, {manifest['tokens']} tokens" in result.stdout
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json"]
 
