@@ -7,9 +7,13 @@ wonderwords tenacity transformers.  What is compared and how: benchmarks/ruler_g
 """
 
 import argparse
+import ast
 import hashlib
+import itertools
 import json
 import os
+import re
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -40,7 +44,7 @@ def arguments() -> argparse.Namespace:
     for name, file in FILES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="FILE", help=file)
     parser.add_argument("--punkt", type=Path, metavar="DIR", help="NLTK's punkt_tab/english, or another")
-    parser.add_argument("--golden", type=Path, metavar="FILE", help="write checksums of NVIDIA's samples here")
+    parser.add_argument("--golden", type=Path, metavar="FILE", help="add checksums of NVIDIA's samples, and its scores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times here")
     parser.add_argument("--make", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # our side, in its own process
     return parser.parse_args()
@@ -131,6 +135,19 @@ class Nvidia:
         script = self.data / "synthetic" / f"{row['task']}.py"
         return [self.options.python, str(script), *(str(each) for name in flags for each in (f"--{name}", flags[name]))]
 
+    def score(self, task: str, rows: list[dict]) -> float:
+        """Of `answer` to these samples by NVIDIA's own functions; evaluate.py itself wants NeMo and a command line."""
+        folder = self.data.parent / "eval"
+        metric = runpy.run_path(str(folder / "synthetic" / "constants.py"))["TASKS"][self.yaml[task]["task"]][
+            "metric_fn"
+        ]
+        tree = ast.parse((folder / "evaluate.py").read_text())
+        names: dict = {"re": re}
+        [function] = [node for node in tree.body if getattr(node, "name", None) == "postprocess_pred"]
+        exec(compile(ast.Module([function], []), "evaluate.py", "exec"), names)
+        said = [names["postprocess_pred"](answer(row["outputs"], number), {}) for number, row in enumerate(rows)]
+        return metric(said, [row["outputs"] for row in rows])
+
     @property
     def environment(self) -> dict[str, str]:
         return {**os.environ, "NLTK_DATA": str(self.scratch / "nltk")}
@@ -150,9 +167,33 @@ def rows(file: Path) -> list[dict]:
 
 
 def checksum(row: dict) -> str:
-    """Of a prompt, its answer prefix and its references."""
+    """Of a prompt, its answer prefix, its references and its length in tokens."""
     content = json.dumps([row["input"], row["answer_prefix"], row["outputs"], row["length"]])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def answer(references: list[str], number: int) -> str:
+    """Something that a model could have said: all of it, part of it, nothing, or another thing, by turns."""
+    said = {
+        0: "\n ".join(references),
+        1: f"\tIt is\x07{references[0].upper()}.",
+        2: "",
+        3: ", ".join(references[1:]).lower(),
+        4: "I do not know: 1234567, the of and",
+    }
+    return said[number % len(said)]
+
+
+def our_score(task: str, rows: list[dict]) -> float:
+    """Of `answer` to these samples, in percent."""
+    from endprompt_megatron.evaluate.question import Question
+    from endprompt_megatron.evaluate.ruler import score, summary
+
+    scored = []
+    for number, row in enumerate(rows):
+        question = Question("ruler", task, 0, number, [], 0, row["outputs"])
+        scored.append((question, score(question, answer(row["outputs"], number))))
+    return summary(scored)["scores"][task]["0"]
 
 
 def main() -> None:
@@ -167,22 +208,21 @@ def main() -> None:
         nvidia, ours = Nvidia(options, Path(directory)), Path(directory) / "ours.jsonl"
         print(f"seconds for {options.samples} samples")
         print(f"{'task':<16} {'length':>7}  {'NVIDIA':>8}  {'ours':>8}  {'ratio':>6}")
-        for length in settings.lengths:
-            for task in settings.asked:
-                spent = times[f"{task}/{length}"] = {"nvidia": [], "ours": []}
-                for _ in range(options.rounds):
-                    spent["nvidia"].append(timed(nvidia.command(task, length), nvidia.environment))
-                    given = [*sys.argv[1:], "--make", str(ours), "--tasks", task, "--lengths", str(length)]
-                    spent["ours"].append(timed([sys.executable, str(Path(__file__).resolve()), *given]))
-                theirs = rows(Path(directory) / "out" / task / "validation.jsonl")
-                sums = [checksum(row) for row in theirs]
-                golden[f"{task}/{length}"] = sums
-                same = len(sums) == options.samples and [checksum(row) for row in rows(ours)] == sums
-                if not same:
-                    different.append(f"{task} at {length}")
-                slow, fast = (statistics.median(spent[side]) for side in ("nvidia", "ours"))
-                note = "" if same else "   DIFFERENT"
-                print(f"{task:<16} {length:>7}  {slow:>8.1f}  {fast:>8.1f}  {slow / fast:>6.2f}{note}", flush=True)
+        for length, task in itertools.product(settings.lengths, settings.asked):
+            spent = times[f"{task}/{length}"] = {"nvidia": [], "ours": []}
+            for _ in range(options.rounds):
+                spent["nvidia"].append(timed(nvidia.command(task, length), nvidia.environment))
+                given = [*sys.argv[1:], "--make", str(ours), "--tasks", task, "--lengths", str(length)]
+                spent["ours"].append(timed([sys.executable, str(Path(__file__).resolve()), *given]))
+            theirs, made = rows(Path(directory) / "out" / task / "validation.jsonl"), rows(ours)
+            sums, score = list(map(checksum, theirs)), nvidia.score(task, theirs)
+            golden[f"{options.template}/{task}/{length}"] = {"samples": sums, "score": score}
+            same = len(sums) == options.samples and list(map(checksum, made)) == sums and our_score(task, made) == score
+            if not same:
+                different.append(f"{task} at {length}")
+            slow, fast = (statistics.median(spent[side]) for side in ("nvidia", "ours"))
+            note = "" if same else "   DIFFERENT"
+            print(f"{task:<16} {length:>7}  {slow:>8.1f}  {fast:>8.1f}  {slow / fast:>6.2f}{note}", flush=True)
     totals = [
         [sum(spent[side][number] for spent in times.values()) for number in range(options.rounds)]
         for side in ("nvidia", "ours")
@@ -192,12 +232,14 @@ def main() -> None:
         f"all: NVIDIA {statistics.median(totals[0]):.1f} s, ours {statistics.median(totals[1]):.1f} s, ratio "
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} over {options.rounds} rounds)"
     )
-    for path, value in ((options.golden, golden), (options.json, times)):
-        if path is not None:
-            path.write_text(json.dumps(value, indent=1) + "\n")
+    if options.golden is not None:
+        before = json.loads(options.golden.read_text()) if options.golden.exists() else {}
+        options.golden.write_text(json.dumps({**before, **golden}, indent=1) + "\n")
+    if options.json is not None:
+        options.json.write_text(json.dumps(times, indent=1) + "\n")
     if different:
         raise InputError(f"not the same as NVIDIA's: {', '.join(different)}")
-    print(f"the same prompts, answer prefixes, references and lengths: {sum(map(len, golden.values()))} samples")
+    print(f"the same prompts, answer prefixes, references, lengths and scores: {options.samples * len(times)} samples")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from endprompt_megatron.errors import InputError
 from endprompt_megatron.evaluate.ruler.fitting import Room, Sample, shuffled
 from endprompt_megatron.evaluate.ruler.sources import Sources
 from endprompt_megatron.evaluate.ruler.tasks import Task
@@ -45,6 +46,11 @@ class CommonWords:
 
     def _list(self, count: int, common_repeats: int, other_repeats: int) -> tuple[str, list[str]]:
         pool = self.words if count <= len(self.words) else self.sources.english_words
+        if count > len(pool):
+            raise InputError(
+                f"--english-words: {len(pool)} words are too few for cwe in {self.room.length} tokens, which may take "
+                f"{count}; give a longer list"
+            )
         drawn = self.rng.sample(pool, count)
         common, others = drawn[:COMMON], drawn[COMMON:]
         listed = shuffled(common * common_repeats + others * other_repeats, self.seed)
