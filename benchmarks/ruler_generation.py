@@ -87,7 +87,7 @@ class Nvidia:
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         import yaml
 
-        from endprompt_megatron.evaluate.ruler.sources import PUNKT_FILES, sources_of
+        from endprompt_megatron.evaluate.ruler.sources import sources_of
 
         self.options, self.scratch = options, scratch
         scripts = options.nvidia / "scripts"
@@ -104,11 +104,10 @@ class Nvidia:
         for name in ("haystack", "squad", "hotpotqa", "english_words"):
             if getattr(settings, name) is not None:
                 shutil.copy(getattr(settings, name), folder / FILES[name])
-        sources.split  # noqa: B018  (downloads the default)
         punkt = scratch / "nltk" / "tokenizers" / "punkt_tab" / "english"
         punkt.mkdir(parents=True)
-        for name in PUNKT_FILES:
-            shutil.copy((settings.punkt or settings.cache / "punkt_tab" / "english") / name, punkt)
+        for name, text in sources.punkt.items():
+            (punkt / name).write_text(text, encoding="utf-8")
 
     def command(self, task: str, length: int) -> list[str]:
         """As scripts/data/prepare.py puts it together, without the shell."""

@@ -1,6 +1,7 @@
 """Counting: the ten words of a list that stand in it most often (cwe), the three of a coded text (fwe)."""
 
 import bisect
+import dataclasses
 import random
 import string
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ class CommonWords:
     def __init__(self, task: Task, template: Template, room: Room, seed: int, sources: Sources) -> None:
         self.room, self.seed, self.rng, self.sources = room, seed, random.Random(seed), sources
         self.template = template.of(task)
-        self.words = shuffled(single_words(), seed)
+        self.words, self.long_list = shuffled(single_words(), seed), False
         # Different words of the example, and how often common and other words stand in it and in the list.
         self.example, self.repeats = (40, 10, 3), (30, 3)
         if room.length < 4096:
@@ -35,7 +36,7 @@ class CommonWords:
         high = max(int(self.room.length // tokens) * 2, 20)
         units = self.room.search(self._draw, 10, high)
         while True:
-            yield self.room.sample(self._draw, units, 10)
+            yield dataclasses.replace(self.room.sample(self._draw, units, 10), long_list=self.long_list)
 
     def _draw(self, units: int) -> tuple[str, list[str]]:
         context, common = self._list(*self.example)
@@ -45,7 +46,10 @@ class CommonWords:
         return f"{example}\n{self.template.format(context=context)}", common
 
     def _list(self, count: int, common_repeats: int, other_repeats: int) -> tuple[str, list[str]]:
-        pool = self.words if count <= len(self.words) else self.sources.english_words
+        pool = self.words
+        if count > len(pool):
+            # Even if only the search comes here: the random stream goes on from it.
+            pool, self.long_list = self.sources.english_words, True
         if count > len(pool):
             raise InputError(
                 f"--english-words: {len(pool)} words are too few for cwe in {self.room.length} tokens, which may take "

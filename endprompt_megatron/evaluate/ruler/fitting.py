@@ -18,11 +18,15 @@ Draw = Callable[[int], tuple[str, list[str]]]  # units of haystack -> prompt, re
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt that fits: its text, the same as token ids (no BOS), and the answers."""
+    """A prompt that fits: its text, the same as token ids (no BOS), and the answers.
+
+    `long_list`: english_words.json had a part in it (cwe).
+    """
 
     text: str
     ids: list[int]
     references: list[str]
+    long_list: bool = False
 
 
 class Unlucky(Exception):

