@@ -17,6 +17,7 @@ from endprompt_megatron.evaluate.longbench import (
     default_max_length,
     questions,
     score,
+    sources,
     summary,
 )
 from endprompt_megatron.evaluate.longbench.prompts import cut_middle, is_published
@@ -64,11 +65,8 @@ def extended(copy):
     return LongBenchSettings(data=copy, max_length=100_000, extended=True)
 
 
-def as_the_original_asks(directory, record, template, max_length, build_chat):
+def as_the_original_asks(tokenizer, record, template, max_length, build_chat):
     """Ids that pred.py gives to the model: its calls of transformers' tokenizer, in its order."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     prompt = template.format(**record)
     ids = tokenizer(prompt, truncation=False).input_ids
     if len(ids) > max_length:
@@ -103,7 +101,10 @@ def test_prompts_leave_the_room_that_the_original_leaves(window, length):
 @pytest.mark.parametrize("max_length", [100_000, 301, 120])
 @pytest.mark.parametrize("wrapper", [None, "[INST]{prompt}[/INST]"])
 def test_prompts_are_those_of_the_original(which, max_length, wrapper, request):
+    from transformers import AutoTokenizer
+
     directory = request.getfixturevalue(which)
+    original = AutoTokenizer.from_pretrained(directory)
     settings = LongBenchSettings(data=RECORDS, max_length=max_length, chat=wrapper)
     templates = json.loads((RECORDS / "config" / "dataset2prompt.json").read_text())
     asked = 0
@@ -112,7 +113,7 @@ def test_prompts_are_those_of_the_original(which, max_length, wrapper, request):
         record = json.loads(lines[question.number])
         few_shot_or_code = question.task in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
         chat = None if few_shot_or_code or wrapper is None else lambda prompt: f"[INST]{prompt}[/INST]"
-        wanted = as_the_original_asks(directory, record, templates[question.task], max_length, chat)
+        wanted = as_the_original_asks(original, record, templates[question.task], max_length, chat)
         assert question.prompt == wanted, question.task
         assert question.extra["cut"] == (max_length < 1000)
         assert question.references == record["answers"]
@@ -222,6 +223,8 @@ def test_own_prompts_are_not_passed_off_as_the_published_ones(directory):
     published = [replace(question, extra={**question.extra, "published_prompt": True}) for question in asked]
     assert summary([(question, 1.0) for question in published])["prompts"] == "published"
     assert not is_published(TASKS["lcc"], "{context}")
+    prompts = RECORDS / "config" / "dataset2prompt.json"
+    assert sources(SETTINGS) == {"data": RECORDS, "prompts": prompts, "published_prompts": False}
 
 
 def test_longbench_e_is_scored_by_length(extended, directory):

@@ -85,6 +85,16 @@ def score(question: Question, answer: str) -> float:
     return max(0.0, *(metric(answer, reference, question.extra["classes"]) for reference in question.references))
 
 
+def sources(settings: LongBenchSettings) -> dict:
+    """What the questions are made from.  Raises InputError as `check` does for missing files."""
+    tasks, data, templates = _open(settings)
+    return {
+        "data": data.path,
+        "prompts": find_prompts(data.path, settings.prompts),
+        "published_prompts": all(is_published(task, templates[task.name]) for task in tasks),
+    }
+
+
 def _open(settings: LongBenchSettings) -> tuple[list[Task], Data, dict[str, str]]:
     """Tasks, data and templates.  Raises InputError for settings that cannot be."""
     every = EXTENDED_TASKS if settings.extended else tuple(TASKS)
@@ -108,5 +118,5 @@ def _open(settings: LongBenchSettings) -> tuple[list[Task], Data, dict[str, str]
             f"{settings.data}: {len(missing)} of {len(tasks)} files are missing: {', '.join(missing)}; "
             "get them, or name the tasks to ask"
         )
-    file = find_prompts(Path(settings.data), settings.prompts)
+    file = find_prompts(data.path, settings.prompts)
     return tasks, data, read_prompts(file, tasks)
