@@ -101,10 +101,13 @@ def read_weights(weights: list[Weight], checkpoint: Checkpoint | HfSource) -> No
     with together():
         for weight, reader in zip(weights, readers, strict=True):
             if reader == group.rank():
+                tensor = weight.tensor
+                into = tensor.data if tensor.device.type == "cpu" and tensor.is_contiguous() else None
                 value = checkpoint.read(
-                    weight.key, weight.offset, weight.shape, weight.tensor.dtype, zero_outside=weight.padded
+                    weight.key, weight.offset, weight.shape, tensor.dtype, zero_outside=weight.padded, into=into
                 )
-                weight.tensor.copy_(value)
+                if into is None:
+                    tensor.copy_(value)
     if group.size() > 1:
         sources = dist.get_process_group_ranks(group)
         for weight, reader in zip(weights, readers, strict=True):

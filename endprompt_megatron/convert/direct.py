@@ -73,8 +73,10 @@ class HfSource:
         """Put what lies in both `piece` and `target`, which starts at `offset`, into it; returns how much that is."""
         piece_row = piece.offset[1] if piece.per_layer else piece.offset[0]
         first, last = offset[0] - piece_row, offset[0] - piece_row + target.shape[0]
-        filled = 0
-        for name, begin, count, row in llama.spans(piece, max(first, 0), min(last, piece.rows)):
+        filled, spans = 0, list(llama.spans(piece, max(first, 0), min(last, piece.rows)))
+        for name, begin, count, _ in spans:
+            self.weights.expect(name, begin, count)
+        for name, begin, count, row in spans:
             rows = target[row - first : row - first + count]
             self.weights.read_into(rows, name, (begin, *offset[1:]))
             filled += rows.numel()

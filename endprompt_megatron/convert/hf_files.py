@@ -7,6 +7,7 @@ safetensors library, which wants all tensors of a file in memory: the format is 
 import itertools
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -149,6 +150,13 @@ class HfWeights:
             read_into(target, file, record, offset)
         except ValueError as error:
             raise InputError(f"{self.directory / self.entries[tensor][0]}: {tensor}: {error}") from None
+
+    def expect(self, tensor: str, first: int, count: int) -> None:
+        """Let the disk begin with rows that are asked for next: of queries, keys and values a few here, a few there."""
+        if tensor in self.records and not self.once and hasattr(os, "posix_fadvise"):
+            file, record = self.records[tensor]
+            row = math.prod(record.shape[1:]) * record.dtype.itemsize
+            os.posix_fadvise(file.fileno(), record.begin + first * row, count * row, os.POSIX_FADV_WILLNEED)
 
     def part(self, tensor: str, box: tuple[slice, ...]) -> torch.Tensor:
         """A part of one tensor, a slice an axis; no more than that is read."""
