@@ -96,9 +96,10 @@ class MegatronEngine:
         count = tokens.shape[1] - 1 if last is None else min(last, tokens.shape[1] - 1)
         if position_ids is not None:
             position_ids = torch.as_tensor(np.asarray(position_ids, dtype=np.int64), device=tokens.device)
-        # The last token predicts nothing inside the input.
-        (logprobs, ranks), _ = self._read(tokens[:, :-1], position_ids, tokens[:, -count:], tokens.shape[1])
-        return -logprobs, ranks == 0
+        # The last token predicts nothing inside the input, but belongs to its length: any target will do for it.
+        targets = torch.cat((tokens[:, -count:], tokens[:, :1]), dim=1)
+        (logprobs, ranks), _ = self._read(tokens, position_ids, targets, tokens.shape[1])
+        return -logprobs[:, :-1], ranks[:, :-1] == 0
 
     def generate(self, prompt_ids: list[int], max_new_tokens: int, ended: Ended | None = None) -> list[int]:
         """See Engine."""
