@@ -36,11 +36,10 @@ def tiny(monkeypatch):
     return turn
 
 
-def ask(model_dir, out, engine, *, baseline=None, part=None, merge=False, **options):
+def ask(model_dir, out, model, *, part=None, merge=False, **options):
     settings = Settings(**{"suites": ["ruler"], "lengths": [24, 48], "dtype": "float32"} | options)
-    paths = {"baseline": baseline, "extended": model_dir} if baseline else {"extended": model_dir}
-    models = {label: Model(path, path) for label, path in paths.items()}
-    return evaluate(settings, models, out, lambda _: engine, ranks=Alone(part or Part()), merge=merge)
+    models = {"extended": Model(model_dir, model_dir)}
+    return evaluate(settings, models, out, lambda _: model, ranks=Alone(part or Part()), merge=merge)
 
 
 def questions(settings, model_dir):
@@ -165,7 +164,7 @@ def test_parts_in_any_order_give_the_table_of_one_process(tmp_path, model_dir, t
     settings = tiny()
     whole = ask(model_dir, tmp_path / "whole", knowing(model_dir, settings, right))
     engines = []
-    with pytest.raises(InputError, match="--merge: .*: nothing was asked of the extended model"):
+    with pytest.raises(InputError, match=r"--merge: .*: nothing was asked of the extended model"):
         ask(model_dir, tmp_path / "out", None, merge=True)
     for index in (2, 0, 1):
         engines.append(knowing(model_dir, settings, right))
@@ -196,7 +195,7 @@ def test_two_processes_do_not_do_the_same_part(tmp_path, model_dir, tiny):
 
 def test_a_question_beyond_the_window_is_one_line_unless_asked_for(tmp_path, model_dir, tiny):
     settings = tiny(lengths=(24, 80))
-    with pytest.raises(InputError, match="--lengths 80: above the window of 64 of .*--beyond-window"):
+    with pytest.raises(InputError, match=r"--lengths 80: above the window of 64 of .*--beyond-window"):
         ask(model_dir, tmp_path / "out", None, lengths=[24, 80])
     # A suite whose prompts are longer than its lengths say.
     with pytest.raises(InputError, match="--suite ruler: first takes 80 tokens, above the model's window of 64"):
@@ -208,7 +207,8 @@ def test_a_question_beyond_the_window_is_one_line_unless_asked_for(tmp_path, mod
 def test_parts_are_named_by_hand_or_by_slurm():
     assert parse_part(None) == Part(0, 1)
     assert parse_part("2/4") == Part(2, 4)
-    array = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(("ID", "MIN", "MAX", "COUNT"), (7, 5, 8, 4))}
+    numbers = {"ID": "7", "MIN": "5", "MAX": "8", "COUNT": "4"}
+    array = {f"SLURM_ARRAY_TASK_{name}": value for name, value in numbers.items()}
     assert parse_part("array", array) == Part(2, 4)
     assert Part(1, 2).split(2, 3) == Part(5, 6)
     for text, environment, message in (
@@ -226,7 +226,7 @@ NATIVE = {
     "suites": ["perplexity", "needle", "virtual"],
     "lengths": [320, 400],
     "scored": 64,
-    "stride": 100,
+    "stride": 30,
     "samples": 12,
     "physical": 32,
     "probe_samples": 2,
@@ -276,7 +276,7 @@ def test_killed_at_any_moment_and_run_again_it_gives_the_same_table(tmp_path, mo
                 kills += 1
             process.join()
             lines = path.read_bytes().count(b"\n")
-            assert lines > seen  # every start gets further
+            assert lines > seen or lines == total  # every start gets further
             seen = lines
     finally:
         os.environ.pop("PYTHONPATH")

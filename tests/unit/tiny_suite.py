@@ -26,7 +26,7 @@ def questions(settings, tokenizer):
             for number in range(settings.samples):
                 rng = np.random.default_rng([length, number, len(task)])
                 words = [str(word) for word in rng.choice(WORDS, 3)]
-                prompt = tokenizer.encode(" ".join(words))
+                prompt = tokenizer.encode(" ".join([str(number), *words]))
                 prompt = (prompt * length)[: length - 8]
                 reference = f"{words[0]} {number}" if task == "first" else words[1]
                 yield Question("tiny", task, length, number, prompt, 8, [reference], settings.stop, {"words": words})
