@@ -15,6 +15,7 @@ from endprompt_megatron.evaluate import needle, perplexity, virtual
 from endprompt_megatron.evaluate.fingerprint import fingerprint
 from endprompt_megatron.evaluate.items import Answered, Item
 from endprompt_megatron.evaluate.settings import EXTENDED, Settings
+from endprompt_megatron.evaluate.short_suite import ShortSuite
 from endprompt_megatron.evaluate.statistics import Series
 from endprompt_megatron.evaluate.suites import KINDS, QuestionSuite
 from endprompt_megatron.evaluate.text import HeldOut, held_out, windows
@@ -58,7 +59,7 @@ class Inputs:
     text: HeldOut | None
     windows: np.ndarray | None
     probes: dict[str, list[dict]]
-    questions: dict[tuple[str, str], QuestionSuite]  # (label, suite)
+    questions: dict[tuple[str, str], QuestionSuite | ShortSuite]  # (label, suite)
     fingerprints: dict[str, str] = field(default_factory=dict)
 
     def items(self, label: str) -> Iterator[Item]:
@@ -120,7 +121,9 @@ class Inputs:
                 continue
             if questions.count is None:
                 return None
-            mean = sum(s.lengths) / len(s.lengths) if KINDS[suite].by_length else questions.settings.max_length
+            mean = 0
+            if suite in KINDS:
+                mean = sum(s.lengths) / len(s.lengths) if KINDS[suite].by_length else questions.settings.max_length
             items, tokens = items + questions.count, tokens + round(questions.count * mean)
         return items, tokens
 
@@ -177,6 +180,8 @@ def prepare(settings: Settings, models: dict[str, Model]) -> Inputs:
         for suite in settings.suites
         if suite in KINDS
     }
+    if "short" in settings.suites:
+        questions |= {(label, "short"): ShortSuite(settings, model.config) for label, model in models.items()}
     inputs = Inputs(settings, models, tokenizer, text, rows, probes, questions)
     inputs.fingerprints = {label: fingerprint(model.weights) for label, model in models.items()}
     return inputs

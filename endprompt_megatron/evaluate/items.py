@@ -37,6 +37,7 @@ class Item:
     ask: Callable[["Engine"], dict] | None = None  # gives the record, JSON; otherwise:
     prompt: "Prompt | None" = None
     read: Callable[[list[int]], dict] | None = None  # the record from what was generated
+    alone: bool = False  # asked of no engine, once there is none in memory
 
     def digest(self, model: str) -> str:
         """Key of the answer of the model with that fingerprint."""

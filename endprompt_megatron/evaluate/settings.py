@@ -78,6 +78,8 @@ class Settings:
             )
         if self.stride is not None and "perplexity" not in self.suites:
             raise InputError(f"--stride {self.stride}: is of the perplexity suite, which --suite does not name")
+        if self.engine == "megatron" and "short" in self.suites:
+            raise InputError("--suite short: lm-eval reads Hugging Face directories; export the model and give --hf")
         if self.engine == "vllm" and "virtual" in self.suites:
             raise InputError(
                 "--suite virtual: vLLM takes no position ids; use --engine transformers or megatron for it"

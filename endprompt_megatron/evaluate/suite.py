@@ -81,6 +81,7 @@ def _ask(
     known = ranks.agree(set(stored.places))
     asked: list[tuple[int, str, object]] = []
     digests: dict[int, str] = {}
+    later: list[Item] = []
     progress.begin(label, inputs.expected(label), ranks.part.count)
 
     def waiting() -> Iterator[Item]:
@@ -91,9 +92,20 @@ def _ask(
             asked.append((place, digest, item.entry))
             if digest in known:
                 progress.known(item)
+                continue
+            digests[id(item)] = digest
+            if item.alone:
+                later.append(item)
             else:
-                digests[id(item)] = digest
                 yield item
+
+    def keep(item: Item, record: dict, began: float) -> float:
+        now = time.monotonic()
+        digest = digests.pop(id(item))
+        if ranks.leads:
+            stored.add(digest, item.entry, record, now - began)
+        progress.answered(item)
+        return now
 
     try:
         engine = None
@@ -105,24 +117,22 @@ def _ask(
             engine = open_engine(inputs.models[label])
         if ranks.leads:
             store.open_state(out, identity, write=True)
+        began = time.monotonic()
         if engine is not None:
             if ranks.leads:
                 write_json(out / "answers" / f"{label}.json", engine.describe())
-            began = time.monotonic()
             for item, record in answers(engine, _with_first(first, items)):
-                now = time.monotonic()
-                digest = digests.pop(id(item))
-                if ranks.leads:
-                    stored.add(digest, item.entry, record, now - began)
-                began = now
-                progress.answered(item)
+                began = keep(item, record, began)
+            # Two models of 8B side by side would not fit: the first goes before the second comes.
+            engine = None
+            gc.collect()
+        for item in later:
+            progress.say(f"{label} {item.entry.suite} {item.entry.task}")
+            began = keep(item, item.ask(None), began)
         if ranks.leads:
             store.write_asked(out, label, ranks.part, job, asked)
     finally:
         stored.close()
-    # Two models of 8B side by side would not fit: the first goes before the second comes.
-    del engine
-    gc.collect()
 
 
 def _with_first(first: Item | None, others: Iterator[Item]) -> Iterator[Item]:
@@ -151,7 +161,7 @@ def _put_together(inputs: Inputs, out: Path, counts: dict[str, int]) -> dict:
         for pair, taken in store.pairs(out, label, count):
             by_suite[pair[0].suite].append(pair)
             seconds[pair[0].suite] += taken
-        results["models"][label] = read_json(out / "answers" / f"{label}.json", "what an engine said of its model")
+        results["models"][label] = _described(inputs.models[label], out / "answers" / f"{label}.json")
         measured = {suite: inputs.result(label, suite, pairs) for suite, pairs in by_suite.items()}
         measured["seconds"] = {suite: round(taken, 2) for suite, taken in seconds.items()}
         results["measurements"][label] = measured
@@ -164,6 +174,13 @@ def _put_together(inputs: Inputs, out: Path, counts: dict[str, int]) -> dict:
     results["versions"] = _versions()
     _write(results, out)
     return results
+
+
+def _described(model: Model, said: Path) -> dict:
+    """What the engine said of its model; what the config says where none was needed."""
+    if said.exists():
+        return read_json(said, "what an engine said of its model")
+    return {"path": str(model.weights), "window": model.window}
 
 
 def _write(results: dict, out: Path) -> None:

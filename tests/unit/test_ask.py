@@ -340,3 +340,33 @@ def test_sliding_perplexity_scores_every_token_once_from_a_window_that_moves(tmp
     read = perplexity.result([*whole, *answered(engine, perplexity.sliding_items(rows, 4096, 20))])["sliding"]
     assert read["window"] == 150
     assert read["loss"] == pytest.approx(np.mean([reference_losses(engine.model, rows, natural(rows))[0]]), rel=1e-5)
+
+
+def test_short_text_is_measured_task_by_task_without_an_engine(tmp_path, model_dir, monkeypatch):
+    import sys
+    import types
+
+    from endprompt_megatron.evaluate import short_suite
+
+    measured = []
+
+    def measure(directory, task, *, limit, dtype, seed):
+        measured.append((directory, task, limit))
+        if task == "gsm8k" and len(measured) == 2:
+            raise KeyboardInterrupt
+        return {"score": 0.5, "samples": 4, "values": [1.0, 0.0, 1.0, 0.0]} if task == "mmlu" else {"score": 0.25}
+
+    module = types.ModuleType("short_double")
+    module.names, module.measure = lambda wanted, limit: wanted or ["mmlu", "gsm8k"], measure
+    monkeypatch.setitem(sys.modules, "short_double", module)
+    monkeypatch.setattr(short_suite, "MODULE", "short_double")
+    with pytest.raises(KeyboardInterrupt):
+        ask(model_dir, tmp_path / "out", None, suites=["short"], limit=4)
+    results = ask(model_dir, tmp_path / "out", None, suites=["short"], limit=4)
+    assert [task for _, task, _ in measured] == ["mmlu", "gsm8k", "gsm8k"]
+    scores = {score["task"]: score for score in results["scores"]["extended"]}
+    assert (scores["mmlu"]["score"], scores["mmlu"]["samples"]) == (0.5, 4)
+    assert scores["gsm8k"]["interval"] is None
+    assert scores["mean"]["score"] == 0.375
+    assert results["models"]["extended"]["window"] == 64
+    assert "52.41" in terminal(results)
