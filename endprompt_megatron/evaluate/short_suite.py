@@ -1,11 +1,7 @@
-"""Short text as a suite: one item a task, each measured by short.py with a model of its own, none of our engines.
-
-short.py has `names(wanted, limit)`, the tasks that will be run, which raises InputError where lm-eval or its data is
-not there; and `measure(directory, task, limit=, dtype=, seed=)`, which gives {"score": 0..1, "samples": count, ...}
-and, if it knows them, "values": the score of every sample.
-"""
+"""Short text as a suite: one item a task, each run by short.py with a model of its own, none of our engines."""
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,37 +16,55 @@ MODULE = "endprompt_megatron.evaluate.short"
 
 
 class ShortSuite:
-    """MMLU, GSM8K, HellaSwag, HumanEval through lm-eval, for one model."""
+    """MMLU, GSM8K, HellaSwag, HumanEval or other tasks of lm-eval, for one model."""
 
     def __init__(self, settings: Settings, directory: Path) -> None:
-        """Raises InputError for tasks that cannot be run here."""
-        try:
-            self.module = importlib.import_module(MODULE)
-        except ModuleNotFoundError as error:
-            raise InputError(f"--suite short: needs {error.name}, which is not installed") from None
+        """Raises InputError where lm-eval is not installed."""
+        self.module = importlib.import_module(MODULE)
+        if importlib.util.find_spec("lm_eval") is None:
+            raise InputError("--suite short: needs lm-eval, which is not installed; `pip install lm-eval`")
         self.settings, self.directory = settings, directory
-        self.tasks = list(self.module.names(settings.short_tasks, settings.limit))
+        self.tasks = settings.short_tasks or list(self.module.TASKS)
         self.count = len(self.tasks)
 
     def items(self) -> Iterator[Item]:
-        """An item a task."""
+        """An item a task: a killed evaluation goes on with the next, at the price of loading the model for each."""
         s = self.settings
+        options = {"backend": "vllm" if s.engine == "vllm" else "hf", "dtype": s.dtype, "chat": s.template == "chat"}
         for task in self.tasks:
 
             def ask(_: object, task: str = task) -> dict:
-                return self.module.measure(self.directory, task, limit=s.limit, dtype=s.dtype, seed=s.seed)
+                return self.module.run(self.directory, [task], s.limit, **options)
 
-            yield Item(Entry("short", task, 0, 0), content_of(task, s.limit, s.seed), 0, ask, alone=True)
+            yield Item(Entry("short", task, 0, 0), content_of(task, s.limit, options), 0, ask, alone=True)
 
     def result(self, pairs: list[Answered]) -> dict:
-        """{"tasks": {name: what was measured}}."""
+        """What short.run says of all the tasks together, scores in percent."""
+        tasks = {name: row for _, record in pairs for name, row in record["tasks"].items()}
+        there = [name for name in self.module.TASKS if name in tasks]
+        missing = [name for name in self.module.TASKS if name not in tasks]
         return {
-            "tasks": {entry.task: {k: v for k, v in record.items() if k != "values"} for entry, record in pairs},
+            "tasks": tasks,
+            "mean": {
+                "score": sum(tasks[name]["score"] for name in there) / len(there) if there else None,
+                "complete": not missing and self.settings.limit is None,
+                "missing": missing,
+            },
             "limit": self.settings.limit,
+            "lm_eval": pairs[0][1]["lm_eval"],
         }
 
     def series(self, pairs: list[Answered]) -> list[Series]:
-        """Scores of the samples by task, and the tasks' mean; where a task does not tell them, its score alone."""
-        found = [(entry.task, np.asarray(record.get("values") or [record["score"]])) for entry, record in pairs]
-        series = [Series("short", task, 0, "score", (values,)) for task, values in found]
-        return [*series, Series("short", "mean", 0, "score", tuple(values for _, values in found))]
+        """Right and wrong answers by task, and the tasks' mean.  lm-eval's answers are counted, not told apart."""
+        found = {name: _values(row) for _, record in pairs for name, row in record["tasks"].items()}
+        series = [Series("short", task, 0, "score", (values,), paired=False) for task, values in found.items()]
+        return [*series, Series("short", "mean", 0, "score", tuple(found.values()), paired=False)]
+
+
+def _values(row: dict) -> np.ndarray:
+    """A 1 for every right answer and a 0 for every other; a lone score where it is not such a share."""
+    score, count = row["score"] / 100, row["questions"]
+    right = round(score * count)
+    if abs(score * count - right) > 1e-6 * count:
+        return np.asarray([score])
+    return np.r_[np.ones(right), np.zeros(count - right)]

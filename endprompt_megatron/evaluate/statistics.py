@@ -85,6 +85,21 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**discordant)
 
 
+def compare_unpaired(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> dict:
+    """Second minus first where it is not known which value belongs to which question; see `compare`."""
+    bounds = None
+    if any(len(values) > 1 for values in (*first, *second)):
+        drawn = resampled_means(second, seed=1) - resampled_means(first, seed=0)
+        bounds = [float(bound) for bound in np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+    return {
+        "samples": int(sum(len(values) for values in second)),
+        "difference": mean(second) - mean(first),
+        "interval": bounds,
+        "p": None,
+        "beyond_noise": bool(bounds and (bounds[0] > 0 or bounds[1] < 0)),
+    }
+
+
 def compare(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> dict:
     """Second minus first, over the same questions in the same order.
 
@@ -116,6 +131,7 @@ class Series:
     length: int
     metric: str
     strata: tuple[np.ndarray, ...]
+    paired: bool = True  # the values are in the order of the questions
 
     @property
     def key(self) -> tuple[str, str, int, str]:
@@ -145,5 +161,6 @@ def comparisons(first: list[Series], second: list[Series]) -> list[dict]:
         if other is None or [len(v) for v in series.strata] != [len(v) for v in other.strata]:
             continue
         named = dict(zip(("suite", "task", "length", "metric"), series.key, strict=True))
-        result.append(named | compare(series.strata, other.strata))
+        compared = compare if series.paired else compare_unpaired
+        result.append(named | compared(series.strata, other.strata))
     return result

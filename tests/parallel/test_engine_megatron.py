@@ -1,8 +1,10 @@
 """The Megatron engine against transformers: the same losses and the same greedy answers, in every layout."""
 
+import json
+
 import numpy as np
 import pytest
-from small import small_llama
+from small import run_tool, small_llama, text
 
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
@@ -124,3 +126,35 @@ def test_the_layout_follows_from_the_ranks_and_wrong_ones_are_refused(ranks, mod
     ):
         with pytest.raises(AssertionError, match=message):
             ranks.run(world, ask_megatron, place / "megatron", layout, 16)
+
+
+@pytest.mark.parametrize("layout", [["--tensor", 2], ["--pipeline", 1]], ids=["tp2", "dp2"])
+def test_the_tool_measures_a_checkpoint_as_it_measures_its_export(models, tmp_path, layout):
+    """The ranks of one model ask the same together; those of two share the questions."""
+    place, _ = models("linear")
+    (tmp_path / "book.txt").write_text(text(1500))
+    options = ["--lengths", "100,300", "--scored", 32, "--samples", 3, "--depths", "0.5", "--needle-lengths", 400]
+    options += ["--physical", 32, "--distances", "32,128", "--text", tmp_path / "book.txt", "--dtype", "float32"]
+    options += ["--beyond-window", "--stride", 40]
+    plain = ["--hf", place / "hf", "--threads", 1]
+    in_place = ["--engine", "megatron", "--megatron", place / "megatron", "--processes", 2, *layout]
+    results = {}
+    for name, model in (("plain", plain), ("in place", in_place)):
+        done = run_tool("evaluate", *model, *options, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Passkey retrieval") == 1
+        results[name] = json.loads((tmp_path / name / "results.json").read_text())
+    for name, found in results.items():
+        assert len(found["scores"]["extended"]) == 2 + 1 + 4 + 8, name
+    for score, expected in zip(*(results[name]["scores"]["extended"] for name in ("in place", "plain")), strict=True):
+        assert score.keys() == expected.keys()
+        for key, value in expected.items():
+            close = key in ("score", "interval")
+            assert score[key] == (pytest.approx(value, rel=1e-4, abs=1e-4) if close else value), (score, expected)
+    described = results["in place"]["models"]["extended"]
+    assert (described["engine"], described["tensor"], described["window"]) == ("megatron", 2 if 2 in layout else 1, 64)
+    parts = sorted(path.name for path in (tmp_path / "in place" / "answers").glob("*.jsonl"))
+    assert len(parts) == (1 if 2 in layout else 2)
+    again = run_tool("evaluate", *in_place, *options, "--out", tmp_path / "in place")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "in place" / "results.json").read_text())["scores"] == results["in place"]["scores"]

@@ -1,5 +1,7 @@
 """Asking, storing and putting together: what was answered is kept, whoever asks it and however that ends."""
 
+import importlib.machinery
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -225,10 +227,10 @@ def test_parts_are_named_by_hand_or_by_slurm():
 
 NATIVE = {
     "suites": ["perplexity", "needle", "virtual"],
-    "lengths": [320, 400],
+    "lengths": [200, 220],
     "scored": 64,
     "stride": 30,
-    "samples": 12,
+    "samples": 8,
     "physical": 32,
     "probe_samples": 2,
     "beyond_window": True,
@@ -256,7 +258,7 @@ def test_killed_at_any_moment_and_run_again_it_gives_the_same_table(tmp_path, mo
     evaluate_here(model_dir, tmp_path / "whole", book)
     whole = json.loads((tmp_path / "whole" / "results.json").read_text())
     total = len((tmp_path / "whole/answers/extended.0-of-1.jsonl").read_text().splitlines())
-    assert total > 80
+    assert total > 60
 
     path, moments = tmp_path / "out/answers/extended.0-of-1.jsonl", random.Random(0)
     context = multiprocessing.get_context("forkserver")
@@ -268,7 +270,7 @@ def test_killed_at_any_moment_and_run_again_it_gives_the_same_table(tmp_path, mo
         while not (tmp_path / "out" / "results.json").exists():
             process = context.Process(target=evaluate_here, args=(model_dir, tmp_path / "out", book))
             process.start()
-            target = seen + moments.randrange(1, total // 4)
+            target = seen + moments.randrange(5, total // 3)
             while process.is_alive() and (path.read_bytes().count(b"\n") if path.exists() else 0) < target:
                 time.sleep(0.002)
             time.sleep(moments.random() * 0.03)
@@ -283,7 +285,7 @@ def test_killed_at_any_moment_and_run_again_it_gives_the_same_table(tmp_path, mo
         os.environ.pop("PYTHONPATH")
         if before is not None:
             os.environ["PYTHONPATH"] = before
-    assert kills >= 3
+    assert kills >= 2
     keys = [json.loads(line)["key"] for line in path.read_bytes().splitlines()]
     assert len(keys) == len(set(keys)) == total  # nothing was asked twice
     found = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -350,16 +352,24 @@ def test_short_text_is_measured_task_by_task_without_an_engine(tmp_path, model_d
 
     measured = []
 
-    def measure(directory, task, *, limit, dtype, seed):
+    def run(directory, tasks, limit, *, backend, dtype, chat):
+        (task,) = tasks
         measured.append((directory, task, limit))
         if task == "gsm8k" and len(measured) == 2:
             raise KeyboardInterrupt
-        return {"score": 0.5, "samples": 4, "values": [1.0, 0.0, 1.0, 0.0]} if task == "mmlu" else {"score": 0.25}
+        row = {"score": 50.0, "stderr": 25.0, "metric": "acc,none", "shots": 5, "questions": 4}
+        return {"tasks": {task: row | ({} if task == "mmlu" else {"score": 25.5})}, "lm_eval": "1.2.3"}
 
     module = types.ModuleType("short_double")
-    module.names, module.measure = lambda wanted, limit: wanted or ["mmlu", "gsm8k"], measure
+    module.TASKS, module.run = {"mmlu": None, "gsm8k": None}, run
     monkeypatch.setitem(sys.modules, "short_double", module)
     monkeypatch.setattr(short_suite, "MODULE", "short_double")
+    if importlib.util.find_spec("lm_eval") is None:
+        with pytest.raises(InputError, match="--suite short: needs lm-eval, which is not installed"):
+            ask(model_dir, tmp_path / "out", None, suites=["short"])
+        installed = types.ModuleType("lm_eval")
+        installed.__spec__ = importlib.machinery.ModuleSpec("lm_eval", None)
+        monkeypatch.setitem(sys.modules, "lm_eval", installed)
     with pytest.raises(KeyboardInterrupt):
         ask(model_dir, tmp_path / "out", None, suites=["short"], limit=4)
     results = ask(model_dir, tmp_path / "out", None, suites=["short"], limit=4)
@@ -367,6 +377,8 @@ def test_short_text_is_measured_task_by_task_without_an_engine(tmp_path, model_d
     scores = {score["task"]: score for score in results["scores"]["extended"]}
     assert (scores["mmlu"]["score"], scores["mmlu"]["samples"]) == (0.5, 4)
     assert scores["gsm8k"]["interval"] is None
-    assert scores["mean"]["score"] == 0.375
+    assert scores["mean"]["score"] == pytest.approx(0.3775)
+    assert results["measurements"]["extended"]["short"]["mean"]["score"] == pytest.approx(37.75)
+    assert (scores["mmlu"]["method"], scores["gsm8k"]["score"]) == ("wilson", 0.255)
     assert results["models"]["extended"]["window"] == 64
     assert "52.41" in terminal(results)

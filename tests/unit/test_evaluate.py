@@ -255,6 +255,18 @@ BAD = {
     "samples": ({"--samples": "0"}, "--samples 0: should be at least 1"),
     "baseline missing": ({"--baseline": "{tmp}/none"}, "none: no such directory"),
     "other tokenizer": ({"--baseline": "{tmp}/other"}, "its tokenizer is not that of"),
+    "beyond the window": ({"--beyond-window": None}, "--lengths 600: above the window of 64 of"),
+    "engine": ({"--engine": "tensorrt"}, "--engine tensorrt: unknown; use one of transformers, vllm, megatron"),
+    "no longbench data": ({"--suite": "longbench"}, "--longbench-data: missing; --suite longbench needs"),
+    "part": ({"--part": "4/4"}, "--part 4/4: should be I/N with I from 0 to N-1"),
+    "nothing to merge": ({"--merge": True}, "nothing was asked of the extended model with these settings"),
+    "stride": ({"--stride": "64"}, "--stride 64: should be below the window of 64"),
+    "megatron": ({"--hf": None, "--engine": "megatron", "--megatron": "{tmp}/none"}, "none: no such directory"),
+    "both": ({"--megatron": "{tmp}/none", "--engine": "megatron"}, "--hf: give it, or --megatron RUN/checkpoints"),
+    "megatron in transformers": ({"--hf": None, "--megatron": "{tmp}"}, "is read by --engine megatron"),
+    "iteration": ({"--iteration": "3"}, "--iteration 3: is of --megatron, which is not given"),
+    "pipeline": ({"--pipeline": "0"}, "--pipeline 0: should be at least 1"),
+    "ruler samples": ({"--ruler-samples": "0"}, "--ruler-samples 0: should be at least 1"),
     "distances": ({"--distances": "16"}, "--distances 16: below the probe's 32 tokens"),
 }
 
@@ -279,7 +291,10 @@ def test_bad_input_gives_one_line(case, places, model_dir, book, monkeypatch, ca
     changes, message = BAD[case]
     options = {"--hf": model_dir, "--lengths": "300,600", "--scored": "64", "--text": book, "--physical": "32"}
     options |= {"--out": places / "out", "--threads": "1"} | changes
-    words = [str(word).format(tmp=places) for pair in options.items() if pair[1] is not None for word in pair]
+    options = {"--beyond-window": True} | options
+    flags = [name for name, value in options.items() if value is True]
+    pairs = [pair for pair in options.items() if pair[1] is not None and pair[1] is not True]
+    words = flags + [str(word).format(tmp=places) for pair in pairs for word in pair]
     words = [f"--lengths={options['--lengths']}" if word == "--lengths" else word for word in words]
     words.remove(options["--lengths"])
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])

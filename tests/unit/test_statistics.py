@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from endprompt_megatron.evaluate.statistics import Series, bootstrap, compare, comparisons, interval, mcnemar, wilson
+from endprompt_megatron.evaluate.statistics import (
+    Series,
+    bootstrap,
+    compare,
+    compare_unpaired,
+    comparisons,
+    interval,
+    mcnemar,
+    wilson,
+)
 
 GRADED = np.random.default_rng(7).beta(0.6, 0.9, 80)
 
@@ -79,6 +88,17 @@ def test_one_question_is_never_beyond_the_noise():
         found = compare([np.array([0.0])], [np.array([value])])
         assert not found["beyond_noise"]
         assert found["interval"] is None
+
+
+def test_without_pairs_the_difference_is_as_wide_as_that_of_two_samples():
+    first, second = np.repeat([0.0, 1.0], [60, 40]), np.repeat([0.0, 1.0], [40, 60])
+    found = compare_unpaired([first], [second])
+    assert found["difference"] == pytest.approx(0.2)
+    half = 1.96 * math.sqrt(2 * 0.4 * 0.6 / 100)
+    assert found["interval"] == pytest.approx([0.2 - half, 0.2 + half], abs=0.012)
+    assert found["beyond_noise"]
+    assert not compare_unpaired([first], [first[::-1]])["beyond_noise"]
+    assert compare_unpaired([np.array([0.1])], [np.array([0.9])])["interval"] is None
 
 
 def test_only_what_both_models_were_asked_is_compared():
