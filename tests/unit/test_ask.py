@@ -314,6 +314,24 @@ def test_doubles_score_100_and_0_on_rulers_own_questions(tmp_path):
         assert "RULER, extended" in terminal(results)
 
 
+def test_doubles_score_100_and_0_on_longbenchs_own_layout(tmp_path):
+    pytest.importorskip("endprompt_megatron.evaluate.longbench")
+    data = Path(__file__).resolve().parent.parent / "longbench"
+    model = small.small_llama(tmp_path / "model", max_position_embeddings=4096)
+    options = {"lengths": [64], "longbench_data": str(data), "suites": ["longbench"], "dtype": "float32"}
+    kind, tokenizer = suites.KINDS["longbench"], load_tokenizer(model)
+    module = pytest.importorskip(kind.module)
+    asked = list(module.questions(kind.settings(module, Settings(**options), model, 4096), tokenizer))
+    for answer, score in ((lambda question: question.references[0], 1.0), (lambda _: "", 0.0)):
+        results = ask(model, tmp_path / str(score), doubles.Knowing(asked, tokenizer, answer), **options)
+        scores = {each["task"]: each for each in results["scores"]["extended"]}
+        assert {each["score"] for each in scores.values()} == {score}
+        assert len(scores) == 21 + 6 + 2  # tasks, groups, means
+        assert scores["mean_21"]["samples"] == len(asked)
+        assert results["measurements"]["extended"]["longbench"]["mean_16"]["score"] == 100 * score
+        assert "LongBench, published" in terminal(results)
+
+
 def test_sliding_perplexity_scores_every_token_once_from_a_window_that_moves(tmp_path, model_dir):
     from unit.test_engine import natural, reference_losses
 
