@@ -73,10 +73,20 @@ def of_questions(results: dict, suite: str, names: list[str]) -> list[str]:
             counts = [score["samples"] for score in there if score is not None]
             rows.append([task, *map(score_text, there), _range(counts)])
         parts.append(f"{title}, {label}: percent (95%)\n{table(header, rows)}")
-        sources = results["measurements"][label][suite].get("sources")
-        if sources:
-            parts[-1] += "\n  made from " + "; ".join(f"{key}: {value}" for key, value in sources.items())
+        parts[-1] += _origin(results["measurements"][label][suite])
     return parts + _published(suite, results)
+
+
+def _origin(summary: dict) -> str:
+    """What a suite's questions were made from, and what keeps its scores from being the published benchmark's."""
+    lines = []
+    if summary.get("sources"):
+        made_of = {key: value for key, value in summary["sources"].items() if value}
+        lines.append("made from " + "; ".join(f"{key}: {value}" for key, value in made_of.items()))
+    if summary.get("prompts", "published") != "published":
+        lines.append(f"prompts: {summary['prompts']}")
+    notes = summary.get("notes") or []
+    return "".join(f"\n  {line}" for line in [*lines, *notes])
 
 
 def _range(counts: list[int]) -> str:
