@@ -64,6 +64,12 @@ def launched_as() -> Launch:
     return Launch(0, 1, 0)
 
 
+def take_device(launch: Launch) -> None:
+    """Give this process its own GPU among those of its host.  A scheduler may show each task its own alone."""
+    if has_cuda():
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+
+
 def start(tensor: int, pipeline: int, virtual_pipeline: int | None, context: int, seed: int) -> Launch:
     """Process group, Megatron's parallel state and seeds for this rank.
 
@@ -72,10 +78,8 @@ def start(tensor: int, pipeline: int, virtual_pipeline: int | None, context: int
     """
     quiet_libraries()
     launch = launched_as()
-    if has_cuda():
-        # A scheduler may show each task its own GPU alone.
-        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
-    else:
+    take_device(launch)
+    if not has_cuda():
         from endprompt_megatron import cpu
 
         cpu.install()

@@ -25,7 +25,7 @@ def text(count: int, seed: int = 0) -> str:
     return " ".join(generator.choice(WORDS) for _ in range(count))
 
 
-def small_tokenizer(directory: Path, vocab_size: int = 256) -> Path:
+def small_tokenizer(directory: Path, vocab_size: int = 256, texts: list[str] | None = None) -> Path:
     """Train and save a real byte-level BPE tokenizer of at most `vocab_size` pieces (at least 260 to be lossless)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -38,7 +38,8 @@ def small_tokenizer(directory: Path, vocab_size: int = 256) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet if vocab_size >= 260 else []
     )
-    tokenizer.train_from_iterator([text(2000), "This is the end of text, please pay attention here End."], trainer)
+    texts = texts or [text(2000), "This is the end of text, please pay attention here End."]
+    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[1])
     fast.save_pretrained(directory)
     return directory

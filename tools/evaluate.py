@@ -1,6 +1,15 @@
-"""Measure a model on long inputs, and a baseline beside it: perplexity, passkey retrieval, virtual distance."""
+#!/usr/bin/env python3
+"""Measure a model on long inputs, and a baseline beside it: RULER, LongBench, passkey, perplexity, virtual distance.
+
+python tools/evaluate.py --hf RUN/hf --baseline DIR --suite ruler,perplexity --lengths 4096,8192 --text FILE --out OUT
+python tools/evaluate.py --engine megatron --megatron RUN/checkpoints --processes 2 --tensor 2 ... --out OUT
+python tools/evaluate.py ... --out OUT --part 0/4      # and 1/4, 2/4, 3/4 elsewhere; the last one makes the tables
+
+Killed, the same command goes on where it stopped.
+"""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -9,72 +18,83 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from endprompt_megatron.errors import InputError, run_cli
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The examples as they stand, and the defaults."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "(default: None)" and "(default: False)" tell nobody anything.
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--hf", required=True, type=Path, metavar="DIR", help="the (extended) Hugging Face model")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
+    parser.add_argument("--hf", type=Path, metavar="DIR", help="the (extended) Hugging Face model")
     parser.add_argument("--suite", default="perplexity,needle,virtual", help="what to measure, with commas")
     parser.add_argument("--lengths", required=True, help="real input lengths in tokens, ascending: 4096,8192,...")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="results.json and the plots go here")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="answers, results.json and plots")
     parser.add_argument("--baseline", type=Path, metavar="DIR", help="the model before extension, measured beside it")
-    parser.add_argument("--text", metavar="FILE", help="held-out text: a UTF-8 file, or PREFIX of a prepared dataset")
-    parser.add_argument("--windows", type=int, default=2, help="inputs a length for perplexity")
-    parser.add_argument("--scored", type=int, default=512, help="tokens scored at the end of each perplexity input")
-    parser.add_argument("--samples", type=int, default=1, help="passkey prompts a cell")
-    parser.add_argument("--depths", default="0.1,0.5,0.9", help="where the passkey stands, as shares of the filler")
-    parser.add_argument("--needle-lengths", metavar="LENGTHS", help="other lengths for the passkey than --lengths")
-    parser.add_argument("--filler", choices=("noise", "text"), default="noise", help="what the passkey hides in")
-    parser.add_argument("--physical", type=int, default=512, help="tokens a row of the virtual-distance probe")
-    parser.add_argument("--distances", help="virtual lengths to probe; by default powers of 2 up to the window")
-    parser.add_argument("--probe-samples", type=int, default=8, help="rows of the virtual-distance probe")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
-    parser.add_argument("--threads", type=int, help="CPU threads; by default all")
+    parser.add_argument("--beyond-window", action="store_true", help="measure past a model's window too")
+    parser.add_argument("--seed", type=int, default=0, help="of keys, probes and questions")
+
+    group = parser.add_argument_group("how the model is run")
+    group.add_argument("--engine", default="transformers", help="transformers, vllm or megatron")
+    group.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
+    group.add_argument("--threads", type=int, help="CPU threads; by default all")
+    group.add_argument("--megatron", type=Path, metavar="DIR", help="RUN/checkpoints instead of --hf: nothing exported")
+    group.add_argument("--iteration", type=int, metavar="N", help="of --megatron; by default the newest")
+    group.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor parallelism of megatron and vllm")
+    group.add_argument("--pipeline", type=int, metavar="P", help="of megatron; by default what the ranks leave")
+    group.add_argument("--processes", type=int, default=1, metavar="N", help="start N ranks on this machine")
+
+    group = parser.add_argument_group("one evaluation by several processes")
+    group.add_argument("--part", metavar="I/N", help="ask every N-th question only; array: as a Slurm array's task")
+    group.add_argument("--merge", action="store_true", help="ask nothing: make the tables of what all parts stored")
+
+    group = parser.add_argument_group("perplexity, needle and virtual")
+    group.add_argument("--text", metavar="FILE", help="held-out text: a UTF-8 file, or PREFIX of a prepared dataset")
+    group.add_argument("--windows", type=int, default=2, help="inputs a length for perplexity")
+    group.add_argument("--scored", type=int, default=512, help="tokens scored at the end of each perplexity input")
+    group.add_argument("--stride", type=int, help="also slide the model's window over the longest inputs, by so many")
+    group.add_argument("--samples", type=int, default=1, help="passkey prompts a cell")
+    group.add_argument("--depths", default="0.1,0.5,0.9", help="where the passkey stands, as shares of the filler")
+    group.add_argument("--needle-lengths", metavar="LENGTHS", help="other lengths for the passkey than --lengths")
+    group.add_argument("--filler", choices=("noise", "text"), default="noise", help="what the passkey hides in")
+    group.add_argument("--physical", type=int, default=512, help="tokens a row of the virtual-distance probe")
+    group.add_argument("--distances", help="virtual lengths to probe; by default powers of 2 up to the window")
+    group.add_argument("--probe-samples", type=int, default=8, help="rows of the virtual-distance probe")
+
+    group = parser.add_argument_group("ruler, longbench and short")
+    group.add_argument("--template", choices=("base", "chat"), default="base", help="how questions are put")
+    group.add_argument("--ruler-tasks", metavar="NAMES", help="some of the 13; by default all")
+    group.add_argument("--ruler-samples", type=int, default=500, metavar="N", help="questions a task and length")
+    group.add_argument("--haystack", metavar="FILE", help="essays for RULER's haystack; without it a named substitute")
+    group.add_argument("--squad", metavar="FILE", help="SQuAD dev-v2.0.json, for RULER's qa_1")
+    group.add_argument("--hotpotqa", metavar="FILE", help="HotpotQA dev-distractor JSON, for RULER's qa_2")
+    group.add_argument("--english-words", metavar="FILE", help="word list for RULER's cwe at 128K and above")
+    group.add_argument("--punkt", metavar="DIR", help="NLTK's punkt_tab/english, which splits RULER's essays")
+    group.add_argument("--ruler-seed", type=int, default=42, metavar="N", help="NVIDIA's is 42")
+    group.add_argument("--longbench-data", metavar="PATH", help="LongBench's data.zip, or the directory with its files")
+    group.add_argument("--longbench-tasks", metavar="NAMES", help="some of the 21; by default all")
+    group.add_argument(
+        "--short-tasks", metavar="NAMES", help="lm-eval tasks; by default mmlu,gsm8k,hellaswag,humaneval"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="only so many questions of each longbench and short task")
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     """Check the command line, measure, print the tables."""
     options = arguments()
-    from endprompt_megatron.evaluate.suite import Settings, evaluate, parse_numbers, parse_suites
+    if options.processes < 1:
+        raise InputError(f"--processes {options.processes}: should be at least 1")
+    if options.processes > 1 and "RANK" not in os.environ:
+        from endprompt_megatron.launch import spawn
 
-    for name in ("windows", "scored", "samples", "physical", "probe_samples", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: should be at least 1")
-    if options.seed < 0:
-        raise InputError(f"--seed {options.seed}: should not be negative")
-    settings = Settings(
-        suites=parse_suites(options.suite),
-        lengths=parse_numbers("--lengths", options.lengths),
-        text=options.text,
-        windows=options.windows,
-        scored=options.scored,
-        depths=parse_numbers("--depths", options.depths, float),
-        samples=options.samples,
-        filler=options.filler,
-        needle_lengths=options.needle_lengths and parse_numbers("--needle-lengths", options.needle_lengths),
-        physical=options.physical,
-        distances=options.distances and parse_numbers("--distances", options.distances),
-        probe_samples=options.probe_samples,
-        seed=options.seed,
-        dtype=options.dtype,
-    )
-    import torch
+        return spawn([__file__, *sys.argv[1:]], options.processes)
+    from endprompt_megatron.evaluate.command import run
 
-    from endprompt_megatron import runtime
-    from endprompt_megatron.evaluate.progress import bar
-    from endprompt_megatron.evaluate.tables import terminal
-
-    runtime.quiet_libraries()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    with bar() as progress:
-        results = evaluate(
-            settings, options.hf, options.out, baseline=options.baseline, device=runtime.device(), progress=progress
-        )
-    print(terminal(results))
-    print(f"\n{results['seconds']:.0f} s; {options.out / 'results.json'} and the plots beside it")
+    return run(options)
 
 
 if __name__ == "__main__":

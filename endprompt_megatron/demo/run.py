@@ -100,6 +100,7 @@ def steps(knobs: Knobs, beside: Path | None = None) -> list[Step]:
     evaluate = [
         *["python", "tools/evaluate.py", "--lengths", lengths, "--windows", "1", "--text", str(held_out)],
         *["--needle-lengths", ",".join(map(str, knobs.lengths[1:3])), "--depths", "0.5", "--probe-samples", "4"],
+        "--beyond-window",  # that the base model collapses there is what is to be seen
     ]
     return [
         Step(

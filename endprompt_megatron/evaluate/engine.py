@@ -1,27 +1,40 @@
-"""A model that answers: the protocol every measurement is written against, and transformers behind it.
+"""A model that answers: the protocol every measurement is written against, and how the engines behind it are opened.
 
-Two things are easy to get wrong and are settled here once:
-
-* transformers, given `attention_mask=None`, no cache and position ids that jump, takes the row for several packed
-  sequences and hides the context from the tail (`find_packed_sequence_indices` in its masking_utils.py).  Every
-  forward here passes an attention mask of ones and explicit position ids.
-* The logits of a 64K input in float32 are larger than the model.  Only the scored rows meet the output layer, a
-  few hundred at a time.
+engine_transformers.py is the default; engine_vllm.py and engine_megatron.py need what their names say.
 """
 
-import time
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.shape import read_shape
-
-if TYPE_CHECKING:
-    import torch
+from endprompt_megatron.files import read_json
 
 DTYPES = ("bfloat16", "float16", "float32")
+ENGINES = ("transformers", "vllm", "megatron")
+Ended = Callable[[list[int]], bool]  # whether an answer is over, asked after each of its tokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What `generate` is given, for many at once."""
+
+    ids: list[int]
+    max_new_tokens: int
+    ended: Ended | None = None
+
+
+class Answer:
+    """A greedy continuation beside the expected one."""
+
+    def __init__(self, generated: list[int], logprobs: np.ndarray, ranks: np.ndarray) -> None:
+        self.generated = generated  # token ids
+        self.logprobs = logprobs  # float32 [len(expected)], nats, each given the true tokens before it
+        self.ranks = ranks  # int64 [len(expected)], 0 where the true token was the most likely one
 
 
 class Engine(Protocol):
@@ -37,223 +50,75 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation, without the prompt, ended by an end-of-text token (which is not returned)."""
+    def generate(self, prompt_ids: list[int], max_new_tokens: int, ended: Ended | None = None) -> list[int]:
+        """Greedy continuation, without the prompt, ended by an end-of-text token (which is not returned).
+
+        An engine may go on after `ended`: whoever asks cuts the answer there.
+        """
         ...
-
-    def answer(self, prompt_ids: list[int], expected: list[int], max_new_tokens: int) -> "Answer":
-        """`generate`, and how likely the expected continuation was, from one reading of the prompt."""
-        ...
-
-
-class Answer:
-    """A greedy continuation beside the expected one."""
-
-    def __init__(self, generated: list[int], logprobs: np.ndarray, ranks: np.ndarray) -> None:
-        self.generated = generated  # token ids
-        self.logprobs = logprobs  # float32 [len(expected)], nats, each given the true tokens before it
-        self.ranks = ranks  # int64 [len(expected)], 0 where the true token was the most likely one
-
-
-class TransformersEngine:
-    """A LLaMA-family Hugging Face directory in transformers, on one device.
-
-    Inputs up to `whole` tokens are read in one forward: causal attention without a mask tensor is the quickest and
-    needs memory linear in the length.  Longer ones go in pieces of `piece` tokens through a KV cache.
-    """
-
-    def __init__(
-        self,
-        directory: Path | str,
-        device: "torch.device | str",
-        *,
-        dtype: str = "bfloat16",
-        whole: int = 32768,
-        piece: int = 4096,
-    ) -> None:
-        """Load the model.  Raises InputError for a directory, weights or dtype that cannot be used."""
-        import torch
-
-        if dtype not in DTYPES:
-            raise InputError(f"--dtype {dtype}: unknown; use one of {', '.join(DTYPES)}")
-        self.directory = Path(directory)
-        self.shape = read_shape(directory)
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.whole, self.piece = whole, piece
-        started = time.monotonic()
-        self.model = _load(self.directory, getattr(torch, dtype)).to(self.device).eval()
-        self.load_seconds = time.monotonic() - started
-        self.rope = dict(self.model.config.rope_parameters or {})
-        ends = self.model.generation_config.eos_token_id
-        self.end_ids = set(ends if isinstance(ends, list) else [ends]) - {None}
-        if self.rope.get("rope_type") == "dynamic":
-            # Its frequencies grow with the input: keys cached from an earlier piece would carry stale ones.
-            self.whole = 2**62
-
-    def token_losses(
-        self, tokens: np.ndarray, position_ids: np.ndarray | None = None, *, last: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See Engine."""
-        import torch
-
-        tokens = self._checked(tokens)
-        if position_ids is not None:
-            position_ids = torch.as_tensor(np.asarray(position_ids, dtype=np.int64), device=self.device)
-        count = tokens.shape[1] - 1 if last is None else min(last, tokens.shape[1] - 1)
-        with torch.inference_mode():
-            # The last token predicts nothing inside the input, so its row is not scored.
-            hidden, _ = self._read(tokens, position_ids, keep=count + 1)
-            logprobs, ranks = self._score(hidden[:, :-1], tokens[:, -count:])
-        return -logprobs.cpu().numpy(), ranks.cpu().numpy() == 0
-
-    def generate(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-        """See Engine."""
-        return self.answer(prompt_ids, [], max_new_tokens).generated
 
     def answer(self, prompt_ids: list[int], expected: list[int], max_new_tokens: int) -> Answer:
-        """See Engine."""
-        import torch
-
-        tokens = self._checked(np.asarray([prompt_ids]))
-        length = tokens.shape[1]
-        with torch.inference_mode():
-            hidden, cache = self._read(tokens, None, keep=1, cached=True)
-            logprobs, ranks = np.zeros(0, np.float32), np.zeros(0, np.int64)
-            if expected:
-                truth = self._checked(np.asarray([expected]))
-                rows = hidden
-                if len(expected) > 1:
-                    more, _ = self._step(truth[:, :-1], cache, length)
-                    rows = torch.cat([hidden, more], dim=1)
-                    cache.crop(-(len(expected) - 1))
-                scored = self._score(rows, truth)
-                logprobs, ranks = scored[0][0].cpu().numpy(), scored[1][0].cpu().numpy()
-            generated: list[int] = []
-            for place in range(max_new_tokens):
-                choice = int(self.model.lm_head(hidden[:, -1]).float().argmax())
-                if choice in self.end_ids:
-                    break
-                generated.append(choice)
-                if place + 1 < max_new_tokens:
-                    hidden, _ = self._step(torch.tensor([[choice]], device=self.device), cache, length + place)
-        return Answer(generated, logprobs, ranks)
+        """`generate`, and how likely the expected continuation was."""
+        ...
 
     def describe(self) -> dict:
         """What was measured, for results.json."""
-        return {
-            "path": str(self.directory),
-            "parameters": self.shape.parameters,
-            "window": self.shape.window,
-            "rope": self.rope,
-            "dtype": self.dtype,
-            "device": str(self.device),
-            "load_seconds": round(self.load_seconds, 2),
-        }
-
-    def _checked(self, tokens: np.ndarray) -> "torch.Tensor":
-        """Tokens on the device, [b, s].  Raises InputError for an id the model does not have."""
-        import torch
-
-        tokens = np.asarray(tokens, dtype=np.int64)
-        if tokens.ndim != 2 or tokens.shape[1] < 1:
-            raise ValueError(f"tokens should be [batch, sequence], got shape {tokens.shape}")
-        if tokens.min() < 0 or tokens.max() >= self.shape.vocab_size:
-            wrong = tokens.max() if tokens.min() >= 0 else tokens.min()
-            raise InputError(
-                f"{self.directory}: token id {wrong} is outside its vocabulary of {self.shape.vocab_size}; "
-                "the text must be tokenised with this model's tokenizer"
-            )
-        return torch.as_tensor(tokens, device=self.device)
-
-    def _read(self, tokens, position_ids, *, keep: int, cached: bool = False):
-        """Final hidden states of the last `keep` tokens [b, keep, hidden], and the KV cache if one was used."""
-        import torch
-        from transformers import DynamicCache
-
-        self._reset_rope()
-        length = tokens.shape[1]
-        piece = length if length <= self.whole else self.piece
-        cache = DynamicCache(config=self.model.config) if cached or piece < length else None
-        kept = []
-        for start in range(0, length, piece):
-            chunk = tokens[:, start : start + piece]
-            positions = None if position_ids is None else position_ids[:, start : start + piece]
-            hidden, cache = self._step(chunk, cache, start, positions)
-            kept.append(hidden[:, max(0, length - keep - start) :])
-        return (kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)), cache
-
-    def _step(self, tokens, cache, start: int, position_ids=None):
-        """Hidden states of `tokens` [b, n], which follow `start` tokens that are in the cache."""
-        import torch
-
-        batch, count = tokens.shape
-        if position_ids is None:
-            position_ids = torch.arange(start, start + count, device=self.device).expand(batch, -1)
-        output = self.model.model(
-            input_ids=tokens,
-            attention_mask=torch.ones(batch, start + count, dtype=torch.int64, device=self.device),
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        return output.last_hidden_state, cache
-
-    def _score(self, hidden, targets):
-        """Log probability (float32) and rank (int64) of `targets` [b, n] given hidden states [b, n, hidden]."""
-        import torch
-
-        batch, count, width = hidden.shape
-        rows, truth = hidden.reshape(-1, width), targets.reshape(-1)
-        logprobs, ranks = [], []
-        for start in range(0, batch * count, 512):
-            logits = self.model.lm_head(rows[start : start + 512]).float()
-            of_truth = logits.gather(1, truth[start : start + 512, None])
-            logprobs.append(of_truth[:, 0] - logits.logsumexp(dim=-1))
-            # Equal logits are common in bfloat16; greedy decoding takes the first of them.
-            earlier = torch.arange(logits.shape[1], device=self.device) < truth[start : start + 512, None]
-            ranks.append(((logits > of_truth) | ((logits == of_truth) & earlier)).sum(dim=-1))
-        logprobs = torch.cat(logprobs) if logprobs else rows.new_zeros(0, dtype=torch.float32)
-        ranks = torch.cat(ranks) if ranks else truth.new_zeros(0)
-        if not bool(torch.isfinite(logprobs).all()):
-            raise InputError(
-                f"{self.directory}: the model's output is not finite in {self.dtype}; "
-                "try --dtype float32, and if that fails as well the weights are broken"
-            )
-        return logprobs.view(batch, count), ranks.view(batch, count)
-
-    def _reset_rope(self) -> None:
-        """Forget how long earlier inputs were: dynamic RoPE keeps the longest one's frequencies otherwise."""
-        rotary = self.model.model.rotary_emb
-        if self.rope.get("rope_type") == "dynamic":
-            rotary.register_buffer("inv_freq", rotary.original_inv_freq.to(self.device).clone(), persistent=False)
-            rotary.max_seq_len_cached = rotary.original_max_seq_len
+        ...
 
 
-def _load(directory: Path, dtype: "torch.dtype"):
-    """The model in eval dtype.  Raises InputError for missing or broken weights."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+def generate_all(engine: Engine, prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, list[int]]]:
+    """Every prompt with its continuation, as they are finished.
 
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    An engine that reads several prompts together has a `generate_all` of its own, which draws them as it has room.
+    """
+    own = getattr(engine, "generate_all", None)
+    if own is not None:
+        yield from own(prompts)
+        return
+    for prompt in prompts:
+        yield prompt, engine.generate(prompt.ids, prompt.max_new_tokens, prompt.ended)
+
+
+def checked_engine(name: str) -> str:
+    """The name.  Raises InputError for an engine that is unknown or not installed."""
+    if name not in ENGINES:
+        raise InputError(f"--engine {name}: unknown; use one of {', '.join(ENGINES)}")
+    package = {"vllm": "vllm", "megatron": "megatron.core", "transformers": "transformers"}[name]
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            output_loading_info=True,
+        found = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the parent package
+        found = False
+    if not found:
+        remedy = "pip install vllm, or use --engine transformers" if name == "vllm" else "see requirements.txt"
+        raise InputError(f"--engine {name}: {package} is not installed here; {remedy}")
+    return name
+
+
+def checked_dtype(dtype: str) -> str:
+    """The name.  Raises InputError for a dtype that models are not read in."""
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: unknown; use one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def checked_tokens(tokens: np.ndarray, vocab_size: int, where: Path | str) -> np.ndarray:
+    """Tokens as int64 [b, s].  Raises InputError for an id the model does not have."""
+    tokens = np.asarray(tokens, dtype=np.int64)
+    if tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ValueError(f"tokens should be [batch, sequence], got shape {tokens.shape}")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = tokens.max() if tokens.min() >= 0 else tokens.min()
+        raise InputError(
+            f"{where}: token id {wrong} is outside its vocabulary of {vocab_size}; "
+            "the text must be tokenised with this model's tokenizer"
         )
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{directory}: the model cannot be loaded ({reason[:200]})") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        # transformers would fill them with random numbers and go on.
-        raise InputError(f"{directory}: {len(missing)} weights are missing, among them {missing[0]}; convert it again")
-    return model
+    return tokens
+
+
+def end_ids(directory: Path) -> set[int]:
+    """Tokens at which an answer ends, as transformers reads them from a Hugging Face directory."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            ends = read_json(directory / name, "a config").get("eos_token_id")
+            return set(ends if isinstance(ends, list) else [ends]) - {None}
+    return set()

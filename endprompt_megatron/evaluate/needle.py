@@ -7,13 +7,16 @@ Each cell of the grid (length x depth) holds several prompts.  Two scores:
 The mean log probability of the key's tokens tells degrees apart where both are 0 or 1.
 """
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.evaluate.engine import Engine
+from endprompt_megatron.evaluate.items import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.statistics import Series
 from endprompt_megatron.tokenizer import Tokenizer
 
 TASK = (
@@ -27,13 +30,7 @@ DEPTHS = (0.1, 0.5, 0.9)
 ANSWER_TOKENS = 12  # room for a space, five digits and a few words around them
 
 
-def work(lengths: list[int], depths: list[float], samples: int) -> int:
-    """Prompts that `needle` will ask, for a progress bar."""
-    return len(lengths) * len(depths) * samples
-
-
-def needle(
-    engine: Engine,
+def items(
     tokenizer: Tokenizer,
     lengths: list[int],
     *,
@@ -41,47 +38,63 @@ def needle(
     samples: int = 1,
     seed: int = 0,
     filler: np.ndarray | None = None,
-    tick: Callable[[str], None] = lambda _: None,
-) -> dict:
-    """Ask for a passkey in `samples` prompts a cell.  `filler` int64 [n]: held-out text; None: repeated noise.
+) -> Iterator[Item]:
+    """`samples` prompts a cell.  `filler` int64 [n]: held-out text; None: repeated noise.
 
-    Prompt and answer together are `length` tokens.  Returns {"cells": [{length, depth, samples, accuracy, recall,
-    logprob, answers: [{key, answer, correct, recalled, logprob, ranks}]}]}; the same seed asks the same.
+    Prompt and answer together are `length` tokens; the same seed asks the same.  Raises InputError for a length that
+    is too short, or longer than the filler.
     """
-    cells = []
-    for length in lengths:
-        for depth in depths:
-            answers = []
-            for sample in range(samples):
-                tick(f"passkey {length} at {depth:.0%}")
-                # Keyed by place, not drawn in order: a cell stays the same when the grid changes.
-                rng = np.random.default_rng([seed, length, round(depth * 10000), sample])
-                answers.append(_ask(engine, tokenizer, length, depth, filler, rng))
-            cells.append(
-                {
-                    "length": length,
-                    "depth": depth,
-                    "samples": samples,
-                    "accuracy": float(np.mean([answer["correct"] for answer in answers])),
-                    "recall": float(np.mean([answer["recalled"] for answer in answers])),
-                    "logprob": float(np.mean([answer["logprob"] for answer in answers])),
-                    "answers": answers,
-                }
-            )
-    return {"filler": "noise" if filler is None else "text", "cells": cells}
+    for length, depth, sample in itertools.product(lengths, depths, range(samples)):
+        # Keyed by place, not drawn in order: a cell stays the same when the grid changes.
+        rng = np.random.default_rng([seed, length, round(depth * 10000), sample])
+        key = str(rng.integers(10000, 100000))
+        prompt = build_prompt(tokenizer, key, length - ANSWER_TOKENS, depth, filler, rng)
+        expected = expected_answer(tokenizer, key)
+
+        def ask(engine: Engine, key: str = key, prompt: list[int] = prompt, expected: list[int] = expected) -> dict:
+            return _ask(engine, tokenizer, key, prompt, expected)
+
+        notes = {"depth": depth, "filler": "noise" if filler is None else "text"}
+        entry = Entry("needle", f"{depth:g}", length, sample, notes)
+        yield Item(entry, content_of(prompt, expected, ANSWER_TOKENS), length, ask)
 
 
-def _ask(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    length: int,
-    depth: float,
-    filler: np.ndarray | None,
-    rng: np.random.Generator,
-) -> dict:
-    key = str(rng.integers(10000, 100000))
-    prompt = build_prompt(tokenizer, key, length - ANSWER_TOKENS, depth, filler, rng)
-    expected = expected_answer(tokenizer, key)
+def result(pairs: list[Answered]) -> dict:
+    """{"filler", "cells": [{length, depth, samples, accuracy, recall, logprob, answers: [{key, answer, correct,
+    recalled, logprob, ranks}]}]}."""
+    cells: dict[tuple[int, float], list[dict]] = {}
+    for entry, record in pairs:
+        cells.setdefault((entry.length, entry.notes["depth"]), []).append(record)
+    return {
+        "filler": pairs[0][0].notes["filler"],
+        "cells": [
+            {
+                "length": length,
+                "depth": depth,
+                "samples": len(answers),
+                "accuracy": float(np.mean([answer["correct"] for answer in answers])),
+                "recall": float(np.mean([answer["recalled"] for answer in answers])),
+                "logprob": float(np.mean([answer["logprob"] for answer in answers])),
+                "answers": answers,
+            }
+            for (length, depth), answers in cells.items()
+        ],
+    }
+
+
+def series(pairs: list[Answered]) -> list[Series]:
+    """Accuracy and recall of every cell, and of every length over its depths."""
+    values: dict[tuple[str, int, str], list[float]] = {}
+    for entry, record in pairs:
+        for metric, value in (("accuracy", record["correct"]), ("recall", record["recalled"])):
+            for task in (f"depth {entry.task}", "all depths"):
+                values.setdefault((task, entry.length, metric), []).append(float(value))
+    return [
+        Series("needle", task, length, metric, (np.asarray(found),)) for (task, length, metric), found in values.items()
+    ]
+
+
+def _ask(engine: Engine, tokenizer: Tokenizer, key: str, prompt: list[int], expected: list[int]) -> dict:
     answer = engine.answer(prompt, expected, ANSWER_TOKENS)
     text = tokenizer.decode(answer.generated)
     found = re.search(r"\d+", text)

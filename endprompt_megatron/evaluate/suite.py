@@ -1,252 +1,196 @@
-"""Runs the measurements on the extended model, and on a baseline beside it, and writes what they gave.
+"""An evaluation from its settings to results.json: ask what is not answered yet, then put the answers together.
 
-results.json holds everything that is needed to repeat them: models, text, lengths, seeds, versions, times.
+Any number of processes do parts of it in one directory (split.py), each answer is stored at once (store.py), and the
+process that finds all parts whole makes the tables.  results.json holds everything that is needed to repeat them:
+models, text, lengths, seeds, versions, times.
 """
 
 import gc
+import os
 import platform
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from endprompt_megatron import __version__
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.evaluate import needle, perplexity, virtual
-from endprompt_megatron.evaluate.engine import Engine, TransformersEngine
-from endprompt_megatron.evaluate.text import HeldOut, held_out, windows
-from endprompt_megatron.files import staged_directory, write_json
-from endprompt_megatron.shape import read_shape
-from endprompt_megatron.tokenizer import Tokenizer, load_tokenizer
+from endprompt_megatron.evaluate import store
+from endprompt_megatron.evaluate.engine import Engine
+from endprompt_megatron.evaluate.inputs import Inputs, Model, prepare
+from endprompt_megatron.evaluate.items import Answered, Item, answers
+from endprompt_megatron.evaluate.progress import Progress
+from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED, Settings
+from endprompt_megatron.evaluate.split import Alone, ModelRanks, Part
+from endprompt_megatron.evaluate.statistics import Series, comparisons
+from endprompt_megatron.files import disk_errors, read_json, write_json
 
-SUITES = ("perplexity", "needle", "virtual")
-LATER_SUITES = ("ruler", "longbench")
-EXTENDED, BASELINE = "extended", "baseline"
-
-
-@dataclass
-class Settings:
-    """What to measure.  Lengths in tokens."""
-
-    suites: list[str]
-    lengths: list[int]
-    text: str | None = None
-    windows: int = 2
-    scored: int = 512
-    depths: list[float] = field(default_factory=lambda: list(needle.DEPTHS))
-    samples: int = 1
-    filler: str = "noise"
-    needle_lengths: list[int] | None = None  # None: `lengths`
-    physical: int = 512
-    distances: list[int] | None = None  # None: virtual.default_distances up to the extended model's window
-    probe_samples: int = 8
-    seed: int = 0
-    dtype: str = "bfloat16"
-
-
-@dataclass
-class Inputs:
-    """What the measurements read, made and checked before any model is loaded."""
-
-    settings: Settings
-    tokenizer: Tokenizer
-    text: HeldOut | None
-    windows: np.ndarray | None
-    probes: dict[str, list[dict]]
-
-
-def parse_suites(value: str) -> list[str]:
-    """Names of suites from a comma-separated list.  Raises InputError for what this version does not have."""
-    names = [name.strip() for name in value.split(",") if name.strip()]
-    for name in names:
-        if name in LATER_SUITES:
-            raise InputError(f"--suite {name}: comes in a later version; this one has {', '.join(SUITES)}")
-        if name not in SUITES:
-            raise InputError(f"--suite {name}: unknown; this version has {', '.join(SUITES)}")
-    if not names:
-        raise InputError(f"--suite {value!r}: names no suite; use some of {', '.join(SUITES)}")
-    return [name for name in SUITES if name in names]
-
-
-def parse_numbers(flag: str, value: str, kind: type = int) -> list:
-    """Ascending positive numbers from a comma-separated list.  Raises InputError naming `flag`."""
-    example = "4096,8192" if kind is int else "0.1,0.5,0.9"
-    try:
-        numbers = [kind(item) for item in value.split(",")]
-    except ValueError:
-        what = "integers" if kind is int else "numbers"
-        raise InputError(f"{flag} {value}: should be {what} with commas between them, such as {example}") from None
-    if numbers != sorted(set(numbers)):
-        raise InputError(
-            f"{flag} {value}: should ascend without repeats; use {','.join(map(str, sorted(set(numbers))))}"
-        )
-    if numbers[0] < (1 if kind is int else 0) or (kind is float and numbers[-1] > 1):
-        wanted = "positive" if kind is int else "between 0 and 1"
-        raise InputError(f"{flag} {value}: should be {wanted}, such as {example}")
-    return numbers
-
-
-def prepare(settings: Settings, extended: Path, baseline: Path | None) -> Inputs:
-    """Read the text and build every input, so that what is wrong shows before a model is loaded.
-
-    Raises InputError.
-    """
-    shape = read_shape(extended)
-    tokenizer = load_tokenizer(extended)
-    text = None
-    if settings.text is not None:
-        text = held_out(settings.text, tokenizer)
-    elif {"perplexity", "virtual"} & set(settings.suites) or settings.filler == "text":
-        raise InputError(
-            "--text: missing; perplexity, virtual and --filler text measure on held-out text: give a UTF-8 text file "
-            "that the training has not seen, a book for example, or the PREFIX of a prepared dataset"
-        )
-    if baseline is not None:
-        _same_tokenizer(tokenizer, extended, baseline)
-    rows, probes = None, {}
-    if "perplexity" in settings.suites:
-        if settings.lengths[0] <= settings.scored:
-            raise InputError(
-                f"--lengths {settings.lengths[0]}: should be above the {settings.scored} scored tokens; "
-                "use longer inputs or a smaller --scored"
-            )
-        rows = windows(text.tokens, settings.lengths[-1], settings.windows)
-    if "needle" in settings.suites:
-        filler = text.tokens if settings.filler == "text" else None
-        for length in settings.needle_lengths or settings.lengths:
-            rng = np.random.default_rng(0)
-            needle.build_prompt(tokenizer, "12345", length - needle.ANSWER_TOKENS, 0.5, filler, rng)
-    if "virtual" in settings.suites:
-        probes = _probes(settings, text, shape.window)
-    return Inputs(settings, tokenizer, text, rows, probes)
-
-
-def _probes(settings: Settings, text: HeldOut, window: int) -> dict[str, list[dict]]:
-    if settings.physical < 16:
-        raise InputError(f"--physical {settings.physical}: a probe needs 16 tokens or more")
-    if len(text.tokens) < settings.physical:
-        raise InputError(
-            f"--physical {settings.physical}: the held-out text has {len(text.tokens)} tokens only; give a longer one"
-        )
-    if settings.distances is None and window < settings.physical:
-        raise InputError(f"--physical {settings.physical}: above the model's window of {window}; use a smaller one")
-    distances = settings.distances or virtual.default_distances(settings.physical, window)
-    if distances[0] < settings.physical:
-        raise InputError(f"--distances {distances[0]}: below the probe's {settings.physical} tokens; see --physical")
-    return {
-        kind: virtual.probe_inputs(
-            text.tokens,
-            physical_len=settings.physical,
-            distances=distances,
-            samples=settings.probe_samples,
-            seed=settings.seed,
-            kind=kind,
-        )
-        for kind in virtual.KINDS
-    }
-
-
-def _same_tokenizer(tokenizer: Tokenizer, extended: Path, baseline: Path) -> None:
-    sample = needle.TASK + needle.NOISE + needle.NEEDLE.format(key="12345") + "\n\nÀ l'heure, 3.14 (x_1)"
-    read_shape(baseline)
-    if load_tokenizer(baseline).encode(sample) != tokenizer.encode(sample):
-        raise InputError(f"--baseline {baseline}: its tokenizer is not that of {extended}; losses cannot be compared")
-
-
-def measure(engine: Engine, inputs: Inputs, tick: Callable[[str], None]) -> dict:
-    """All suites on one model: {suite: results}, and "seconds" by suite."""
-    settings, result, seconds = inputs.settings, {}, {}
-    for suite in settings.suites:
-        started = time.monotonic()
-        if suite == "perplexity":
-            result[suite] = perplexity.perplexity(
-                engine, inputs.windows, settings.lengths, scored=settings.scored, tick=tick
-            )
-        elif suite == "needle":
-            result[suite] = needle.needle(
-                engine,
-                inputs.tokenizer,
-                settings.needle_lengths or settings.lengths,
-                depths=settings.depths,
-                samples=settings.samples,
-                seed=settings.seed,
-                filler=inputs.text.tokens if settings.filler == "text" else None,
-                tick=tick,
-            )
-        else:
-            result[suite] = {"physical": settings.physical, "samples": settings.probe_samples}
-            result[suite] |= {kind: _probe(engine, probes, tick) for kind, probes in inputs.probes.items()}
-        seconds[suite] = round(time.monotonic() - started, 2)
-    return {**result, "seconds": seconds}
-
-
-def _probe(engine: Engine, probes: list[dict], tick: Callable[[str], None]) -> dict:
-    """{distance: {loss, accuracy}} of one kind of virtual-distance probe."""
-    result = {}
-    for probe in probes:
-        tick(f"virtual {probe['distance']}")
-        scored = probe["scored"]
-        first = int(scored.any(axis=0).argmax())
-        last = scored.shape[1] - first
-        losses, correct = engine.token_losses(probe["tokens"], probe["position_ids"], last=last)
-        result[str(probe["distance"])] = virtual.summarise(losses, correct, scored[:, first:])
-    return result
-
-
-def work(inputs: Inputs) -> int:
-    """Ticks that `measure` will give for one model."""
-    settings, total = inputs.settings, 0
-    if "perplexity" in settings.suites:
-        total += perplexity.work(settings.lengths, settings.windows)
-    if "needle" in settings.suites:
-        total += needle.work(settings.needle_lengths or settings.lengths, settings.depths, settings.samples)
-    return total + sum(len(probes) for probes in inputs.probes.values())
+OpenEngine = Callable[[Model], Engine]
 
 
 def evaluate(
     settings: Settings,
-    extended: Path,
+    models: dict[str, Model],
     out: Path,
+    open_engine: OpenEngine,
     *,
-    baseline: Path | None = None,
-    device: str = "cpu",
-    progress: Callable[[int], Callable[[str], None]] = lambda _: lambda _: None,
-) -> dict:
-    """Measure, write `out`/results.json and the plots, and return the results.
+    ranks: Alone | ModelRanks | None = None,
+    progress: Progress | None = None,
+    merge: bool = False,
+) -> dict | None:
+    """Ask this process's part, and write `out`/results.json and the plots if nothing is left to ask by anyone.
 
-    `progress(total)` gives a function that is called with a description before each input is read.  `out` appears
-    when it is whole.  Raises InputError.
+    `models`: the extended one, and the baseline before it if there is one.  `merge`: ask nothing.  Returns the
+    results, None where other parts are not whole yet or another rank writes.  Killed and called again, it goes on.
+    Raises InputError.
     """
+    ranks, progress = ranks or Alone(Part()), progress or Progress()
+    store.refuse_foreign(out)
+    inputs = prepare(settings, models)
+    identity = {"engine": settings.engine, "dtype": settings.dtype, "models": inputs.fingerprints}
+    store.open_state(out, identity, write=False)
+    if not merge:
+        for label in models:
+            _ask(inputs, label, out, identity, open_engine, ranks, progress)
+        ranks.wait()
+        if not ranks.first:
+            return None
+    counts = {label: store.whole_count(out, label, inputs.job(label)) for label in models}
+    for label, count in counts.items():
+        if count is None and merge:
+            raise InputError(f"--merge: {store.what_is_missing(out, label, inputs.job(label))}")
+    return None if None in counts.values() else _put_together(inputs, out, counts)
+
+
+def _ask(
+    inputs: Inputs,
+    label: str,
+    out: Path,
+    identity: dict,
+    open_engine: OpenEngine,
+    ranks: Alone | ModelRanks,
+    progress: Progress,
+) -> None:
+    """Have the model answer what it has not answered yet of this process's part, and store that."""
+    job, print_of_model = inputs.job(label), inputs.fingerprints[label]
+    if ranks.all(store.is_whole(out, label, ranks.part, job)):
+        return
+    stored = store.Answers(out, label, ranks.part)
+    known = ranks.agree(set(stored.places))
+    asked: list[tuple[int, str, object]] = []
+    digests: dict[int, str] = {}
+    later: list[Item] = []
+    progress.begin(label, inputs.expected(label), ranks.part.count)
+
+    def waiting() -> Iterator[Item]:
+        for place, item in enumerate(inputs.items(label)):
+            if not ranks.part.has(place):
+                continue
+            digest = item.digest(print_of_model)
+            asked.append((place, digest, item.entry))
+            if digest in known:
+                progress.known(item)
+                continue
+            digests[id(item)] = digest
+            if item.alone:
+                later.append(item)
+            else:
+                yield item
+
+    def keep(item: Item, record: dict, began: float) -> float:
+        now = time.monotonic()
+        digest = digests.pop(id(item))
+        if ranks.leads:
+            stored.add(digest, item.entry, record, now - began)
+        progress.answered(item)
+        return now
+
+    try:
+        engine = None
+        items = waiting()
+        # What is answered already needs no model; but ranks that hold one together load it together.
+        first = None if ranks.together else next(items, None)
+        if ranks.together or first is not None:
+            progress.say(f"loading {label}")
+            engine = open_engine(inputs.models[label])
+        if ranks.leads:
+            store.open_state(out, identity, write=True)
+        began = time.monotonic()
+        if engine is not None:
+            if ranks.leads:
+                write_json(out / "answers" / f"{label}.json", engine.describe())
+            for item, record in answers(engine, _with_first(first, items)):
+                began = keep(item, record, began)
+            # Two models of 8B side by side would not fit: the first goes before the second comes.
+            engine = None
+            gc.collect()
+        for item in later:
+            progress.say(f"{label} {item.entry.suite} {item.entry.task}")
+            began = keep(item, item.ask(None), began)
+        if ranks.leads:
+            store.write_asked(out, label, ranks.part, job, asked)
+    finally:
+        stored.close()
+
+
+def _with_first(first: Item | None, others: Iterator[Item]) -> Iterator[Item]:
+    if first is not None:
+        yield first
+    yield from others
+
+
+def _put_together(inputs: Inputs, out: Path, counts: dict[str, int]) -> dict:
+    """Results of all parts' answers, written to `out`."""
+    settings = inputs.settings
+    results: dict = {
+        "format": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "settings": settings.as_dict(),
+        "text": inputs.text.describe() if inputs.text else None,
+        "models": {},
+        "measurements": {},
+        "scores": {},
+    }
+    series: dict[str, list[Series]] = {}
+    total = 0.0
+    for label, count in counts.items():
+        by_suite: dict[str, list[Answered]] = {suite: [] for suite in settings.suites}
+        seconds = dict.fromkeys(settings.suites, 0.0)
+        for pair, taken in store.pairs(out, label, count):
+            by_suite[pair[0].suite].append(pair)
+            seconds[pair[0].suite] += taken
+        results["models"][label] = _described(inputs.models[label], out / "answers" / f"{label}.json")
+        measured = {suite: inputs.result(label, suite, pairs) for suite, pairs in by_suite.items()}
+        measured["seconds"] = {suite: round(taken, 2) for suite, taken in seconds.items()}
+        results["measurements"][label] = measured
+        series[label] = [each for suite, pairs in by_suite.items() for each in inputs.series(label, suite, pairs)]
+        results["scores"][label] = [each.score() for each in series[label]]
+        total += sum(seconds.values())
+    if BASELINE in series:
+        results["comparisons"] = comparisons(series[BASELINE], series[EXTENDED])
+    results["seconds"] = round(total, 2)
+    results["versions"] = _versions()
+    _write(results, out)
+    return results
+
+
+def _described(model: Model, said: Path) -> dict:
+    """What the engine said of its model; what the config says where none was needed."""
+    if said.exists():
+        return read_json(said, "what an engine said of its model")
+    return {"path": str(model.weights), "window": model.window}
+
+
+def _write(results: dict, out: Path) -> None:
     from endprompt_megatron.evaluate.plots import write_plots
 
-    with staged_directory(out) as staging:
-        inputs = prepare(settings, extended, baseline)
-        models = {EXTENDED: extended} if baseline is None else {BASELINE: baseline, EXTENDED: extended}
-        tick = progress(work(inputs) * len(models))
-        started = time.monotonic()
-        results = {
-            "format": 1,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "settings": asdict(settings),
-            "text": inputs.text.describe() if inputs.text else None,
-            "models": {},
-            "measurements": {},
-        }
-        for label, directory in models.items():
-            tick(f"loading {label}")
-            engine = TransformersEngine(directory, device, dtype=settings.dtype)
-            results["models"][label] = engine.describe()
-            results["measurements"][label] = measure(engine, inputs, lambda what, label=label: tick(f"{label}: {what}"))
-            # Two models of 8B side by side would not fit: the first goes before the second comes.
-            del engine
-            gc.collect()
-        results["seconds"] = round(time.monotonic() - started, 2)
-        results["versions"] = _versions()
-        write_json(staging / "results.json", results)
-        write_plots(results, staging)
-    return results
+    with disk_errors(out, "--out"), tempfile.TemporaryDirectory(prefix=".plots-", dir=out) as staging:
+        write_plots(results, Path(staging))
+        for plot in Path(staging).iterdir():
+            os.replace(plot, out / plot.name)
+        write_json(out / "results.json", results)
 
 
 def _versions() -> dict:

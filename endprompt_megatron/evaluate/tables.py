@@ -1,16 +1,14 @@
 """Evaluation results as plain text tables for a terminal, the models side by side."""
 
-from endprompt_megatron.evaluate.suite import BASELINE, EXTENDED
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns aligned to the right, the first to the left."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = []
-    for row in [header, ["-" * width for width in widths], *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(lines)
+from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED
+from endprompt_megatron.evaluate.tables_of_scores import (
+    bounds_text,
+    differences,
+    lookup,
+    of_questions,
+    scores_by_key,
+    table,
+)
 
 
 def labels(results: dict) -> list[str]:
@@ -30,39 +28,83 @@ def perplexity_text(value: float) -> str:
 
 
 def terminal(results: dict) -> str:
-    """Every measurement in `results` as a titled table."""
-    parts, measured, names = [], results["measurements"], labels(results)
-    first = measured[names[0]]
-    if "perplexity" in first:
-        scored = first["perplexity"]["scored"]
-        header = ["length", *(f"{name} {what}" for name in names for what in ("loss", "ppl"))]
-        rows = [
-            [str(entries[0]["length"]), *(f(entry) for entry in entries for f in (loss_text, _perplexity_of))]
-            for entries in zip(*(measured[name]["perplexity"]["by_length"] for name in names), strict=True)
-        ]
-        parts.append(f"Held-out text, last {scored} tokens of real inputs\n" + table(header, rows))
-    if "needle" in first:
-        header = ["length", "depth", *(f"{name} {what}" for name in names for what in ("found", "recall", "logprob"))]
-        rows = []
-        for cells in zip(*(measured[name]["needle"]["cells"] for name in names), strict=True):
-            row = [str(cells[0]["length"]), f"{cells[0]['depth']:.0%}"]
-            for cell in cells:
-                row += [f"{cell['accuracy']:.0%}", f"{cell['recall']:.0%}", f"{cell['logprob']:.2f}"]
-            rows.append(row)
-        parts.append("Passkey retrieval at real input lengths\n" + table(header, rows))
-    if "virtual" in first:
-        for kind, title in (("repeat", "recalling a passage"), ("continue", "going on with the text")):
-            header = ["virtual length", *(f"{name} {what}" for name in names for what in ("loss", "right"))]
-            rows = []
-            for distance in first["virtual"][kind]:
-                row = [distance]
-                for name in names:
-                    entry = measured[name]["virtual"][kind][distance]
-                    row += [f"{entry['loss']:.3f}", f"{entry['accuracy']:.0%}"]
-                rows.append(row)
-            physical = first["virtual"]["physical"]
-            parts.append(f"Virtual distance, {title} ({physical} physical tokens)\n" + table(header, rows))
+    """Every measurement in `results` as a titled table, with intervals of 95%."""
+    names = labels(results)
+    first = results["measurements"][names[0]]
+    parts = []
+    for suite, tables in (("perplexity", _perplexity), ("needle", _needle), ("virtual", _virtual)):
+        if suite in first:
+            parts += tables(results, names)
+    for suite in ("ruler", "longbench", "short"):
+        if suite in first:
+            parts += of_questions(results, suite, names)
+    parts += differences(results)
     return "\n\n".join(parts)
+
+
+def _perplexity(results: dict, names: list[str]) -> list[str]:
+    measured, scores = results["measurements"], scores_by_key(results)
+    first = measured[names[0]]["perplexity"]
+    header = ["length", *(f"{name} {what}" for name in names for what in ("loss", "95%", "ppl"))]
+    rows = []
+    for entries in zip(*(measured[name]["perplexity"]["by_length"] for name in names), strict=True):
+        row = [str(entries[0]["length"])]
+        for name, entry in zip(names, entries, strict=True):
+            interval = bounds_text(lookup(scores, name, "perplexity", "by_length", entry["length"], "loss"), 1, 3)
+            row += [loss_text(entry), interval, _perplexity_of(entry)]
+        rows.append(row)
+    title = f"Held-out text, last {first['scored']} tokens of real inputs"
+    parts = [f"{title}\n{table(header, rows)}"]
+    slid = {name: measured[name]["perplexity"].get("sliding") for name in names}
+    if all(slid.values()):
+        header = ["model", "window", "stride", "tokens", "loss", "ppl"]
+        rows = [
+            [
+                name,
+                *(str(entry[key]) for key in ("window", "stride", "tokens")),
+                loss_text(entry),
+                _perplexity_of(entry),
+            ]
+            for name, entry in slid.items()
+        ]
+        parts.append(f"Held-out text, every token of the longest inputs, sliding window\n{table(header, rows)}")
+    return parts
+
+
+def _needle(results: dict, names: list[str]) -> list[str]:
+    measured, scores = results["measurements"], scores_by_key(results)
+    header = [
+        "length",
+        "depth",
+        *(f"{name} {what}" for name in names for what in ("found", "95%", "recall", "logprob")),
+    ]
+    rows = []
+    for cells in zip(*(measured[name]["needle"]["cells"] for name in names), strict=True):
+        row = [str(cells[0]["length"]), f"{cells[0]['depth']:.0%}"]
+        for name, cell in zip(names, cells, strict=True):
+            score = lookup(scores, name, "needle", f"depth {cell['depth']:g}", cell["length"], "accuracy")
+            found = f"{round(cell['accuracy'] * cell['samples'])} of {cell['samples']}"
+            row += [found, bounds_text(score, 100, 0), f"{cell['recall']:.0%}", f"{cell['logprob']:.2f}"]
+        rows.append(row)
+    return ["Passkey retrieval at real input lengths\n" + table(header, rows)]
+
+
+def _virtual(results: dict, names: list[str]) -> list[str]:
+    measured, scores = results["measurements"], scores_by_key(results)
+    parts = []
+    for kind, title in (("repeat", "recalling a passage"), ("continue", "going on with the text")):
+        header = ["virtual length", *(f"{name} {what}" for name in names for what in ("loss", "right", "95%"))]
+        rows = []
+        for distance in measured[names[0]]["virtual"][kind]:
+            row = [distance]
+            for name in names:
+                entry = measured[name]["virtual"][kind][distance]
+                score = lookup(scores, name, "virtual", kind, int(distance), "accuracy")
+                row += [f"{entry['loss']:.3f}", f"{entry['accuracy']:.0%}", bounds_text(score, 100, 0)]
+            rows.append(row)
+        physical = measured[names[0]]["virtual"]["physical"]
+        parts.append(f"Virtual distance, {title} ({physical} physical tokens)\n" + table(header, rows))
+    return parts
 
 
 def _perplexity_of(entry: dict) -> str:

@@ -16,7 +16,13 @@ What it cannot show: D tokens of real text compete for attention in a real input
 training loop runs the same rows through the Megatron model as validation.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
+
+from endprompt_megatron.evaluate.engine import Engine
+from endprompt_megatron.evaluate.items import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.statistics import Series
 
 KINDS = ("repeat", "continue")
 
@@ -93,3 +99,42 @@ def summarise(losses: np.ndarray, correct: np.ndarray, scored: np.ndarray) -> di
         "loss": float(np.asarray(losses, dtype=np.float64)[scored].mean()),
         "accuracy": float(np.asarray(correct, dtype=np.float64)[scored].mean()),
     }
+
+
+def items(probes: dict[str, list[dict]]) -> Iterator[Item]:
+    """An item a kind and distance.  `probes`: what `probe_inputs` gave, by kind."""
+    for kind, of_kind in probes.items():
+        for probe in of_kind:
+            tokens, positions, scored = probe["tokens"], probe["position_ids"], probe["scored"]
+
+            def ask(
+                engine: Engine, tokens: np.ndarray = tokens, positions: np.ndarray = positions, scored=scored
+            ) -> dict:
+                first = int(scored.any(axis=0).argmax())
+                losses, correct = engine.token_losses(tokens, positions, last=scored.shape[1] - first)
+                rows = [summarise(*row) for row in zip(losses, correct, scored[:, first:], strict=True)]
+                return {key: [row[key] for row in rows] for key in ("loss", "accuracy")}
+
+            notes = {"physical": tokens.shape[1], "samples": tokens.shape[0]}
+            entry = Entry("virtual", kind, probe["distance"], 0, notes)
+            yield Item(entry, content_of(tokens, positions, scored), tokens.size, ask)
+
+
+def result(pairs: list[Answered]) -> dict:
+    """{"physical", "samples", kind: {distance: {loss, accuracy}}}."""
+    first = pairs[0][0].notes
+    found: dict = {"physical": first["physical"], "samples": first["samples"]}
+    for entry, record in pairs:
+        # Every row has as many scored places, so the mean of the rows' means is that of all places.
+        values = {key: float(np.mean(rows)) for key, rows in record.items()}
+        found.setdefault(entry.task, {})[str(entry.length)] = values
+    return found
+
+
+def series(pairs: list[Answered]) -> list[Series]:
+    """Loss and accuracy of the rows, by kind and distance."""
+    return [
+        Series("virtual", entry.task, entry.length, metric, (np.asarray(record[metric]),))
+        for entry, record in pairs
+        for metric in ("loss", "accuracy")
+    ]

@@ -37,7 +37,7 @@ def model_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(model_dir):
-    from endprompt_megatron.evaluate.engine import TransformersEngine
+    from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
 
     return TransformersEngine(model_dir, "cpu", dtype="float32")
 

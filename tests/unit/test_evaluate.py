@@ -9,8 +9,12 @@ import small
 from unit.test_engine import natural, reference_losses
 
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.evaluate import needle, perplexity, suite, text, virtual
-from endprompt_megatron.evaluate.engine import TransformersEngine
+from endprompt_megatron.evaluate import needle, perplexity, text, virtual
+from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
+from endprompt_megatron.evaluate.inputs import Model
+from endprompt_megatron.evaluate.items import answered
+from endprompt_megatron.evaluate.settings import Settings
+from endprompt_megatron.evaluate.suite import evaluate
 from endprompt_megatron.tokenizer import load_tokenizer
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
@@ -88,6 +92,10 @@ class Answering:
         return Answer(self.tokenizer.encode(self.form.format(key=key)), np.full(len(expected), -0.5), ranks)
 
 
+def ask_needle(engine, tokenizer, lengths, **options):
+    return needle.result(answered(engine, needle.items(tokenizer, lengths, **options)))
+
+
 @pytest.mark.parametrize(
     ("form", "correct"),
     [(" {key}.", 1.0), (": **{key}**", 1.0), (" {key}7", 0.0), (" 1 {key}", 0.0), (" the pass key", 0.0)],
@@ -95,7 +103,7 @@ class Answering:
 def test_passkey_counts_exact_digits_and_repeats_by_seed(model_dir, form, correct):
     tokenizer = load_tokenizer(model_dir)
     results = [
-        needle.needle(Answering(tokenizer, form), tokenizer, [400, 800], depths=[0.2, 0.8], samples=2, seed=seed)
+        ask_needle(Answering(tokenizer, form), tokenizer, [400, 800], depths=[0.2, 0.8], samples=2, seed=seed)
         for seed in (1, 1, 2)
     ]
     assert results[0] == results[1]
@@ -109,9 +117,9 @@ def test_passkey_counts_exact_digits_and_repeats_by_seed(model_dir, form, correc
 def test_passkey_too_short_names_the_least_length(model_dir):
     tokenizer = load_tokenizer(model_dir)
     with pytest.raises(InputError, match=r"--lengths 50: .* use (\d+) or more") as caught:
-        needle.needle(Answering(tokenizer, ""), tokenizer, [50])
+        ask_needle(Answering(tokenizer, ""), tokenizer, [50])
     least = int(str(caught.value).split("use ")[1].split()[0])
-    needle.needle(Answering(tokenizer, ""), tokenizer, [least])
+    ask_needle(Answering(tokenizer, ""), tokenizer, [least])
 
 
 @pytest.mark.parametrize("kind", virtual.KINDS)
@@ -167,10 +175,20 @@ def book(tmp_path_factory):
     return path
 
 
+def models(extended, baseline=None):
+    labels = {"baseline": baseline, "extended": extended}
+    return {label: Model(path, path) for label, path in labels.items() if path is not None}
+
+
+def in_transformers(model):
+    return TransformersEngine(model.weights, "cpu", dtype="float32")
+
+
 def test_tool_measures_two_models_and_repeats_exactly(tmp_path, model_dir, book):
     base = small.small_llama(tmp_path / "base", seed=1)
     arguments = ["--hf", model_dir, "--baseline", base, "--lengths", "300,600", "--scored", 64, "--text", book]
     arguments += ["--physical", 32, "--distances", "32,64,128", "--depths", "0.5", "--dtype", "float32"]
+    arguments += ["--beyond-window"]
     first = small.run_tool("evaluate", *arguments, "--out", tmp_path / "a", "--threads", 1)
     assert first.returncode == 0, first.stderr
     results = json.loads((tmp_path / "a" / "results.json").read_text())
@@ -179,8 +197,8 @@ def test_tool_measures_two_models_and_repeats_exactly(tmp_path, model_dir, book)
         assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     for key in ("settings", "text", "versions", "models", "seconds", "created"):
         assert results[key]
-    settings = suite.Settings(**results["settings"])
-    again = suite.evaluate(settings, model_dir, tmp_path / "b", baseline=base)
+    settings = Settings(**results["settings"])
+    again = evaluate(settings, models(model_dir, base), tmp_path / "b", in_transformers)
     for label in ("baseline", "extended"):
         old, new = results["measurements"][label], again["measurements"][label]
         for length in (0, 1):
@@ -220,7 +238,6 @@ def test_held_out_text_may_be_a_prepared_dataset(tmp_path, model_dir, book):
 
 BAD = {
     "no model": ({"--hf": "{tmp}/none"}, "none: no such directory"),
-    "ruler": ({"--suite": "needle,ruler"}, "--suite ruler: comes in a later version; this one has perplexity, needle"),
     "unknown suite": ({"--suite": "neddle"}, "--suite neddle: unknown"),
     "no suite": ({"--suite": ","}, "names no suite"),
     "lengths not numbers": ({"--lengths": "4k"}, "--lengths 4k: should be integers"),
@@ -232,12 +249,24 @@ BAD = {
     "text not utf-8": ({"--text": "{tmp}/latin.txt"}, "latin.txt: cannot be read as UTF-8"),
     "text too short": ({"--lengths": "100000"}, "the held-out text has"),
     "scored too many": ({"--scored": "300"}, "should be above the 300 scored tokens"),
-    "out exists": ({"--out": "{tmp}/full"}, "full: already exists"),
+    "out exists": ({"--out": "{tmp}/full"}, "full: already exists and holds no evaluation"),
     "dtype": ({"--dtype": "int4"}, "--dtype int4: unknown"),
     "depths": ({"--depths": "0.5,1.5"}, "should be between 0 and 1"),
     "samples": ({"--samples": "0"}, "--samples 0: should be at least 1"),
     "baseline missing": ({"--baseline": "{tmp}/none"}, "none: no such directory"),
     "other tokenizer": ({"--baseline": "{tmp}/other"}, "its tokenizer is not that of"),
+    "beyond the window": ({"--beyond-window": None}, "--lengths 600: above the window of 64 of"),
+    "engine": ({"--engine": "tensorrt"}, "--engine tensorrt: unknown; use one of transformers, vllm, megatron"),
+    "no longbench data": ({"--suite": "longbench"}, "--longbench-data: missing; --suite longbench needs"),
+    "part": ({"--part": "4/4"}, "--part 4/4: should be I/N with I from 0 to N-1"),
+    "nothing to merge": ({"--merge": True}, "nothing was asked of the extended model with these settings"),
+    "stride": ({"--stride": "64"}, "--stride 64: should be below the window of 64"),
+    "megatron": ({"--hf": None, "--engine": "megatron", "--megatron": "{tmp}/none"}, "none: no such directory"),
+    "both": ({"--megatron": "{tmp}/none", "--engine": "megatron"}, "--hf: give it, or --megatron RUN/checkpoints"),
+    "megatron in transformers": ({"--hf": None, "--megatron": "{tmp}"}, "is read by --engine megatron"),
+    "iteration": ({"--iteration": "3"}, "--iteration 3: is of --megatron, which is not given"),
+    "pipeline": ({"--pipeline": "0"}, "--pipeline 0: should be at least 1"),
+    "ruler samples": ({"--ruler-samples": "0"}, "--ruler-samples 0: should be at least 1"),
     "distances": ({"--distances": "16"}, "--distances 16: below the probe's 32 tokens"),
 }
 
@@ -262,7 +291,10 @@ def test_bad_input_gives_one_line(case, places, model_dir, book, monkeypatch, ca
     changes, message = BAD[case]
     options = {"--hf": model_dir, "--lengths": "300,600", "--scored": "64", "--text": book, "--physical": "32"}
     options |= {"--out": places / "out", "--threads": "1"} | changes
-    words = [str(word).format(tmp=places) for pair in options.items() if pair[1] is not None for word in pair]
+    options = {"--beyond-window": True} | options
+    flags = [name for name, value in options.items() if value is True]
+    pairs = [pair for pair in options.items() if pair[1] is not None and pair[1] is not True]
+    words = flags + [str(word).format(tmp=places) for pair in pairs for word in pair]
     words = [f"--lengths={options['--lengths']}" if word == "--lengths" else word for word in words]
     words.remove(options["--lengths"])
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])

@@ -22,7 +22,9 @@ SOURCES = sorted([*(ROOT / "endprompt_megatron").rglob("*.py"), *(ROOT / "tools"
 # Module -> distribution, where the names differ.
 DISTRIBUTIONS = {"megatron": "megatron-core", "yaml": "pyyaml", "google": "protobuf"}
 # Used if there, never required: each import is guarded where it stands.
-OPTIONAL = {"lm_eval", "transformer_engine", "mpi4py", "wandb", "apex", "pynvml", "nvidia_resiliency_ext"}
+OPTIONAL = {
+    *("lm_eval", "transformer_engine", "mpi4py", "wandb", "apex", "pynvml", "nvidia_resiliency_ext", "vllm"),
+}
 
 
 def requirements(name: str) -> dict[str, Requirement]:

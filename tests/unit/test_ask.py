@@ -1,0 +1,402 @@
+"""Asking, storing and putting together: what was answered is kept, whoever asks it and however that ends."""
+
+import importlib.machinery
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+from unit import doubles, tiny_suite
+
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.evaluate import store, suites
+from endprompt_megatron.evaluate.inputs import Model
+from endprompt_megatron.evaluate.settings import Settings
+from endprompt_megatron.evaluate.split import Alone, Part, parse_part
+from endprompt_megatron.evaluate.suite import evaluate
+from endprompt_megatron.evaluate.tables import terminal
+from endprompt_megatron.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The small suite in RULER's place; returns what turns its settings."""
+    made = {"settings": tiny_suite.TinySettings()}
+    kind = suites.Kind("unit.tiny_suite", lambda *_: made["settings"], by_length=True)
+    monkeypatch.setitem(suites.KINDS, "ruler", kind)
+
+    def turn(**options):
+        made["settings"] = tiny_suite.TinySettings(**options)
+        return made["settings"]
+
+    return turn
+
+
+def ask(model_dir, out, model, *, part=None, merge=False, **options):
+    settings = Settings(**{"suites": ["ruler"], "lengths": [24, 48], "dtype": "float32"} | options)
+    models = {"extended": Model(model_dir, model_dir)}
+    return evaluate(settings, models, out, lambda _: model, ranks=Alone(part or Part()), merge=merge)
+
+
+def questions(settings, model_dir):
+    return list(tiny_suite.questions(settings, load_tokenizer(model_dir)))
+
+
+def knowing(model_dir, settings, answer, kind=doubles.Knowing):
+    return kind(questions(settings, model_dir), load_tokenizer(model_dir), answer)
+
+
+def right(question):
+    return question.references[0]
+
+
+def stable(results):
+    """What two runs of the same have in common: all but clocks."""
+    plain = json.loads(json.dumps(results))
+    for measured in plain["measurements"].values():
+        measured.pop("seconds")
+    return {key: plain[key] for key in ("measurements", "scores", "settings", "text", "comparisons") if key in plain}
+
+
+@pytest.mark.parametrize("kind", [doubles.Knowing, doubles.AllAtOnce])
+@pytest.mark.parametrize(("answer", "score"), [(right, 1.0), (lambda _: "", 0.0)], ids=["perfect", "empty"])
+def test_a_perfect_model_scores_100_everywhere_and_an_empty_one_0(tmp_path, model_dir, tiny, kind, answer, score):
+    engine = knowing(model_dir, tiny(), answer, kind)
+    results = ask(model_dir, tmp_path / "out", engine)
+    assert engine.asked == 20
+    scores = results["scores"]["extended"]
+    assert {each["score"] for each in scores} == {score}
+    assert {(s["task"], s["length"]): s["samples"] for s in scores} == {
+        **{(task, length): 5 for task in ("first", "second") for length in (24, 48)},
+        **{("mean", 24): 10, ("mean", 48): 10, ("mean", 0): 20},
+    }
+    measured = results["measurements"]["extended"]["ruler"]
+    assert measured["tasks"]["first"] == {"score": 100 * score, "questions": 10}
+    assert measured["sources"] == {"words": "eight colours"}
+    shown = terminal(results)
+    assert f"{100 * score:.1f} (" in shown
+    assert "eight colours" in shown
+    assert "76.03" in shown  # the published row
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_intervals_and_comparison_are_those_of_the_stored_answers(tmp_path, model_dir, tiny):
+    """The baseline knows the answers to the even numbers, the extended model all: 3 of 5 against 5 of 5."""
+    settings = tiny(samples=40)
+    base = small.small_llama(tmp_path / "base", seed=1)
+    engines = iter(
+        [
+            knowing(model_dir, settings, lambda q: right(q) if q.number % 2 == 0 else ""),
+            knowing(model_dir, settings, right),
+        ]
+    )
+    models = {"baseline": Model(base, base), "extended": Model(model_dir, model_dir)}
+    asked = Settings(suites=["ruler"], lengths=[24, 48], dtype="float32")
+    results = evaluate(asked, models, tmp_path / "out", lambda _: next(engines))
+    (score,) = [s for s in results["scores"]["baseline"] if (s["task"], s["length"]) == ("second", 24)]
+    assert (score["score"], score["method"], score["samples"]) == (0.5, "wilson", 40)
+    compared = {(c["task"], c["length"]): c for c in results["comparisons"]}
+    assert compared["second", 24]["difference"] == 0.5
+    assert compared["second", 24]["p"] == pytest.approx(2 * 0.5**20)
+    assert compared["mean", 0]["p"] is None
+    assert compared["mean", 0]["beyond_noise"]
+    assert "beyond noise" in terminal(results)
+
+
+def test_an_answer_is_cut_at_the_first_stop(tmp_path, model_dir, tiny):
+    settings = tiny(stop=("STOP", "\n"))
+    ask(model_dir, tmp_path / "out", knowing(model_dir, settings, lambda q: f"{right(q)}\nred STOP"))
+    stored = (tmp_path / "out/answers/extended.0-of-1.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["record"]["answer"] for line in stored]
+    assert answers == [right(question) for question in questions(settings, model_dir)]
+
+
+def test_run_again_asks_nothing_and_more_questions_ask_only_the_new_ones(tmp_path, model_dir, tiny):
+    engine = knowing(model_dir, tiny(samples=8), right)
+    tiny(samples=5)
+    first = ask(model_dir, tmp_path / "out", engine)
+    assert engine.asked == 20
+    assert stable(ask(model_dir, tmp_path / "out", None)) == stable(first)  # no engine is opened
+    tiny(samples=8)
+    more = ask(model_dir, tmp_path / "out", engine, ruler_samples=8)
+    assert engine.asked == 32
+    assert more["scores"]["extended"][0]["samples"] == 8
+
+
+def test_a_changed_prompt_is_asked_again_and_a_changed_model_refused(tmp_path, model_dir, tiny, monkeypatch):
+    engine = knowing(model_dir, tiny(), right)
+    ask(model_dir, tmp_path / "out", engine)
+    monkeypatch.setattr(tiny_suite, "WORDS", ["gold", *tiny_suite.WORDS[1:]])
+    shutil.rmtree(tmp_path / "out" / "asked")  # another version of the suite would make another job of it
+    changed = knowing(model_dir, tiny(), right)
+    results = ask(model_dir, tmp_path / "out", changed)
+    assert 0 < changed.asked < 20  # where the word was drawn
+    assert results["scores"]["extended"][0]["score"] == 1.0
+    other = small.small_llama(tmp_path / "other", seed=2)
+    with pytest.raises(InputError, match="holds answers of another extended model, or of this one before its weights"):
+        ask(other, tmp_path / "out", None)
+    with pytest.raises(InputError, match="given with --dtype float32, this is --dtype bfloat16; choose another --out"):
+        ask(model_dir, tmp_path / "out", None, dtype="bfloat16")
+    with pytest.raises(InputError, match="given with --engine transformers, this is --engine megatron"):
+        ask(model_dir, tmp_path / "out", None, engine="megatron")
+
+
+@pytest.mark.parametrize("keep", [1, 60, -1, -2], ids=["one byte", "sixty bytes", "no newline", "one byte less"])
+def test_a_line_cut_by_a_kill_is_asked_again(tmp_path, model_dir, tiny, keep):
+    first = ask(model_dir, tmp_path / "out", knowing(model_dir, tiny(), right))
+    path = tmp_path / "out/answers/extended.0-of-1.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:7]) + lines[7][:keep])
+    shutil.rmtree(tmp_path / "out" / "asked")
+    (tmp_path / "out" / "results.json").unlink()
+    engine = knowing(model_dir, tiny(), right)
+    assert stable(ask(model_dir, tmp_path / "out", engine)) == stable(first)
+    assert engine.asked == 13
+    for line in path.read_bytes().splitlines():
+        json.loads(line)
+
+
+def test_parts_in_any_order_give_the_table_of_one_process(tmp_path, model_dir, tiny):
+    settings = tiny()
+    whole = ask(model_dir, tmp_path / "whole", knowing(model_dir, settings, right))
+    engines = []
+    with pytest.raises(InputError, match=r"--merge: .*: nothing was asked of the extended model"):
+        ask(model_dir, tmp_path / "out", None, merge=True)
+    for index in (2, 0, 1):
+        engines.append(knowing(model_dir, settings, right))
+        results = ask(model_dir, tmp_path / "out", engines[-1], part=Part(index, 3))
+        if index != 1:
+            assert results is None
+            assert not (tmp_path / "out" / "results.json").exists()
+            with pytest.raises(InputError, match=r"of 3 parts of the extended model are not whole; run --part \d/3"):
+                ask(model_dir, tmp_path / "out", None, merge=True)
+    assert sorted(engine.asked for engine in engines) == [6, 7, 7]
+    assert stable(results) == stable(whole)
+    assert stable(ask(model_dir, tmp_path / "out", None, merge=True)) == stable(whole)
+    # Split in another way, nothing is asked again.
+    assert ask(model_dir, tmp_path / "out", None, part=Part(0, 2)) is not None
+
+
+def test_two_processes_do_not_do_the_same_part(tmp_path, model_dir, tiny):
+    ask(model_dir, tmp_path / "out", knowing(model_dir, tiny(), right))
+    first, second = (store.Answers(tmp_path / "out", "extended", Part()) for _ in range(2))
+    entry = store.Entry("ruler", "first", 24, 0)
+    first.add("a", entry, {}, 1.0)
+    with pytest.raises(InputError, match="another process does part 0-of-1"):
+        second.add("b", entry, {}, 1.0)
+    first.close()
+    second.add("b", entry, {}, 1.0)
+    second.close()
+
+
+def test_a_question_beyond_the_window_is_one_line_unless_asked_for(tmp_path, model_dir, tiny):
+    settings = tiny(lengths=(24, 80))
+    with pytest.raises(InputError, match=r"--lengths 80: above the window of 64 of .*--beyond-window"):
+        ask(model_dir, tmp_path / "out", None, lengths=[24, 80])
+    # A suite whose prompts are longer than its lengths say.
+    with pytest.raises(InputError, match="--suite ruler: first takes 80 tokens, above the model's window of 64"):
+        ask(model_dir, tmp_path / "out", knowing(model_dir, settings, right))
+    results = ask(model_dir, tmp_path / "more", knowing(model_dir, settings, right), beyond_window=True)
+    assert results["scores"]["extended"][-1]["score"] == 1.0
+
+
+def test_parts_are_named_by_hand_or_by_slurm():
+    assert parse_part(None) == Part(0, 1)
+    assert parse_part("2/4") == Part(2, 4)
+    numbers = {"ID": "7", "MIN": "5", "MAX": "8", "COUNT": "4"}
+    array = {f"SLURM_ARRAY_TASK_{name}": value for name, value in numbers.items()}
+    assert parse_part("array", array) == Part(2, 4)
+    assert Part(1, 2).split(2, 3) == Part(5, 6)
+    for text, environment, message in (
+        ("4/4", {}, "should be I/N with I from 0 to N-1"),
+        ("half", {}, "should be I/N"),
+        ("array", {}, "SLURM_ARRAY_TASK_ID is not set"),
+        ("array", array | {"SLURM_ARRAY_TASK_MAX": "11"}, "not numbered one by one; use --array=0-3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_part(text, environment)
+    assert sorted(place for index in range(3) for place in range(10) if Part(index, 3).has(place)) == list(range(10))
+
+
+NATIVE = {
+    "suites": ["perplexity", "needle", "virtual"],
+    "lengths": [200, 220],
+    "scored": 64,
+    "stride": 30,
+    "samples": 8,
+    "physical": 32,
+    "probe_samples": 2,
+    "beyond_window": True,
+    "dtype": "float32",
+}
+
+
+def evaluate_here(model_dir, out, text):
+    """In a process of its own, which may be killed."""
+    import torch
+
+    from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
+
+    torch.set_num_threads(1)
+
+    def engine(model):
+        return TransformersEngine(model.weights, "cpu", dtype="float32")
+
+    evaluate(Settings(**NATIVE, text=str(text)), {"extended": Model(model_dir, model_dir)}, out, engine)
+
+
+def test_killed_at_any_moment_and_run_again_it_gives_the_same_table(tmp_path, model_dir):
+    book = tmp_path / "book.txt"
+    book.write_text(small.text(1500))
+    evaluate_here(model_dir, tmp_path / "whole", book)
+    whole = json.loads((tmp_path / "whole" / "results.json").read_text())
+    total = len((tmp_path / "whole/answers/extended.0-of-1.jsonl").read_text().splitlines())
+    assert total > 60
+
+    path, moments = tmp_path / "out/answers/extended.0-of-1.jsonl", random.Random(0)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["unit.test_ask", "endprompt_megatron.evaluate.engine_transformers"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, (small.ROOT / "tests", small.ROOT, before))))
+    kills, seen = 0, 0
+    try:
+        while not (tmp_path / "out" / "results.json").exists():
+            process = context.Process(target=evaluate_here, args=(model_dir, tmp_path / "out", book))
+            process.start()
+            target = seen + moments.randrange(5, total // 3)
+            while process.is_alive() and (path.read_bytes().count(b"\n") if path.exists() else 0) < target:
+                time.sleep(0.002)
+            time.sleep(moments.random() * 0.03)
+            if process.is_alive():
+                process.kill()
+                kills += 1
+            process.join()
+            lines = path.read_bytes().count(b"\n")
+            assert lines > seen or lines == total  # every start gets further
+            seen = lines
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    assert kills >= 2
+    keys = [json.loads(line)["key"] for line in path.read_bytes().splitlines()]
+    assert len(keys) == len(set(keys)) == total  # nothing was asked twice
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert stable(found) == stable(whole)
+
+
+OFFLINE = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe"]  # RULER's that need no essays
+
+
+def test_doubles_score_100_and_0_on_rulers_own_questions(tmp_path):
+    module = pytest.importorskip("endprompt_megatron.evaluate.ruler")
+    model = small.small_llama(tmp_path / "model", max_position_embeddings=8192, vocab_size=2000, tokenizer=False)
+    # Its worked examples are made for tokenizers that know words.
+    texts = [path.read_text() for path in Path(module.__file__).parent.glob("*.py")]
+    small.small_tokenizer(model, vocab_size=2000, texts=texts)
+    options = {"lengths": [4096, 8192], "ruler_samples": 2, "ruler_tasks": OFFLINE, "suites": ["ruler"]}
+    made = suites.KINDS["ruler"].settings(module, Settings(**options), model, 8192)
+    tokenizer = load_tokenizer(model)
+    asked = list(module.questions(made, tokenizer))
+    for answer, score in ((lambda question: ", ".join(question.references), 1.0), (lambda _: "", 0.0)):
+        engine = doubles.Knowing(asked, tokenizer, answer)
+        results = ask(model, tmp_path / str(score), engine, **options)
+        assert {each["score"] for each in results["scores"]["extended"]} == {score}
+        assert {each["task"] for each in results["scores"]["extended"]} == {*OFFLINE, "mean"}
+        assert results["measurements"]["extended"]["ruler"]["mean"] == 100 * score
+        assert "RULER, extended" in terminal(results)
+
+
+def test_doubles_score_100_and_0_on_longbenchs_own_layout(tmp_path):
+    pytest.importorskip("endprompt_megatron.evaluate.longbench")
+    data = Path(__file__).resolve().parent.parent / "longbench"
+    model = small.small_llama(tmp_path / "model", max_position_embeddings=4096)
+    options = {"lengths": [64], "longbench_data": str(data), "suites": ["longbench"], "dtype": "float32"}
+    kind, tokenizer = suites.KINDS["longbench"], load_tokenizer(model)
+    module = pytest.importorskip(kind.module)
+    asked = list(module.questions(kind.settings(module, Settings(**options), model, 4096), tokenizer))
+    for answer, score in ((lambda question: question.references[0], 1.0), (lambda _: "", 0.0)):
+        results = ask(model, tmp_path / str(score), doubles.Knowing(asked, tokenizer, answer), **options)
+        scores = {each["task"]: each for each in results["scores"]["extended"]}
+        assert {each["score"] for each in scores.values()} == {score}
+        assert len(scores) == 21 + 6 + 2  # tasks, groups, means
+        assert scores["mean_21"]["samples"] == len(asked)
+        assert results["measurements"]["extended"]["longbench"]["mean_16"]["score"] == 100 * score
+        assert "LongBench, published" in terminal(results)
+
+
+def test_sliding_perplexity_scores_every_token_once_from_a_window_that_moves(tmp_path, model_dir):
+    from unit.test_engine import natural, reference_losses
+
+    from endprompt_megatron.evaluate import perplexity
+    from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
+    from endprompt_megatron.evaluate.items import answered
+
+    engine = TransformersEngine(model_dir, "cpu", dtype="float32")
+    rows = np.random.default_rng(0).integers(3, 300, (2, 150))
+    pairs = answered(engine, perplexity.sliding_items(rows, 64, 20))
+    expected = []
+    for row in rows:
+        done = 1
+        for end in (64, 84, 104, 124, 144, 150):
+            window = row[None, end - 64 : end]
+            losses, _ = reference_losses(engine.model, window, natural(window))
+            expected += losses[0, -(end - done) :].tolist()
+            done = end
+    assert len(expected) == 2 * 149
+    whole = answered(engine, perplexity.items(rows, [100, 150], scored=32))
+    found = perplexity.result([*whole, *pairs])["sliding"]
+    assert (found["window"], found["stride"], found["tokens"]) == (64, 20, 298)
+    assert found["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert "sliding" not in perplexity.result(whole)
+    # A window as long as the text is the text read whole.
+    read = perplexity.result([*whole, *answered(engine, perplexity.sliding_items(rows, 4096, 20))])["sliding"]
+    assert read["window"] == 150
+    assert read["loss"] == pytest.approx(np.mean([reference_losses(engine.model, rows, natural(rows))[0]]), rel=1e-5)
+
+
+def test_short_text_is_measured_task_by_task_without_an_engine(tmp_path, model_dir, monkeypatch):
+    import sys
+    import types
+
+    from endprompt_megatron.evaluate import short_suite
+
+    measured = []
+
+    def run(directory, tasks, limit, *, backend, dtype, chat):
+        (task,) = tasks
+        measured.append((directory, task, limit))
+        if task == "gsm8k" and len(measured) == 2:
+            raise KeyboardInterrupt
+        row = {"score": 50.0, "stderr": 25.0, "metric": "acc,none", "shots": 5, "questions": 4}
+        return {"tasks": {task: row | ({} if task == "mmlu" else {"score": 25.5})}, "lm_eval": "1.2.3"}
+
+    module = types.ModuleType("short_double")
+    module.TASKS, module.run = {"mmlu": None, "gsm8k": None}, run
+    monkeypatch.setitem(sys.modules, "short_double", module)
+    monkeypatch.setattr(short_suite, "MODULE", "short_double")
+    if importlib.util.find_spec("lm_eval") is None:
+        with pytest.raises(InputError, match="--suite short: needs lm-eval, which is not installed"):
+            ask(model_dir, tmp_path / "out", None, suites=["short"])
+        installed = types.ModuleType("lm_eval")
+        installed.__spec__ = importlib.machinery.ModuleSpec("lm_eval", None)
+        monkeypatch.setitem(sys.modules, "lm_eval", installed)
+    with pytest.raises(KeyboardInterrupt):
+        ask(model_dir, tmp_path / "out", None, suites=["short"], limit=4)
+    results = ask(model_dir, tmp_path / "out", None, suites=["short"], limit=4)
+    assert [task for _, task, _ in measured] == ["mmlu", "gsm8k", "gsm8k"]
+    scores = {score["task"]: score for score in results["scores"]["extended"]}
+    assert (scores["mmlu"]["score"], scores["mmlu"]["samples"]) == (0.5, 4)
+    assert scores["gsm8k"]["interval"] is None
+    assert scores["mean"]["score"] == pytest.approx(0.3775)
+    assert results["measurements"]["extended"]["short"]["mean"]["score"] == pytest.approx(37.75)
+    assert (scores["mmlu"]["method"], scores["gsm8k"]["score"]) == ("wilson", 0.255)
+    assert results["models"]["extended"]["window"] == 64
+    assert "52.41" in terminal(results)

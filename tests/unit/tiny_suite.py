@@ -1,0 +1,49 @@
+"""A suite of questions as RULER and LongBench are: a module by the contract, small enough to count by hand."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from endprompt_megatron.evaluate.question import Question
+
+WORDS = "red green blue black white brown pink grey".split()
+
+
+@dataclass(frozen=True)
+class TinySettings:
+    lengths: tuple[int, ...] = (24, 48)
+    samples: int = 5
+    stop: tuple[str, ...] = ()
+
+
+def check(settings):
+    return {task: settings.samples * len(settings.lengths) for task in ("first", "second")}
+
+
+def questions(settings, tokenizer):
+    for length in settings.lengths:
+        for task in ("first", "second"):
+            for number in range(settings.samples):
+                rng = np.random.default_rng([length, number, len(task)])
+                words = [str(word) for word in rng.choice(WORDS, 3)]
+                prompt = tokenizer.encode(" ".join([str(number), *words]))
+                prompt = (prompt * length)[: length - 8]
+                reference = f"{words[0]} {number}" if task == "first" else words[1]
+                yield Question("tiny", task, length, number, prompt, 8, [reference], settings.stop, {"words": words})
+
+
+def score(question, answer):
+    assert question.extra["words"]
+    return float(question.references[0] in answer)
+
+
+def summary(scored):
+    by_task = {}
+    for question, answer, value in scored:
+        assert isinstance(answer, str)
+        by_task.setdefault(question.task, []).append(value)
+    return {"tasks": {task: {"score": 100 * np.mean(v), "questions": len(v)} for task, v in by_task.items()}}
+
+
+def sources(settings):
+    return {"words": "eight colours"}
