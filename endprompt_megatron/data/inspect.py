@@ -173,13 +173,16 @@ def _range(first: int, last: int) -> str:
 
 def source_in_words(source: dict[str, Any], recipe: Recipe) -> str:
     """What the run takes of a source, and how long its documents are."""
+    unit, how = "samples", f"data.document_ends={recipe.data.document_ends}"
+    if "packed_documents" in source:
+        unit, how = "rows", "data.packing=documents"
     lines = [
         f"{source['prefix']}",
-        f"  the run takes {source['samples']:,} samples of it ({percent(source['share'])}): "
+        f"  the run takes {source['samples']:,} {unit} of it ({percent(source['share'])}): "
         f"{source['context_tokens']:,} context tokens, {source['prompt_tokens']:,} prompt tokens, "
         f"{source['epochs']:.2f} epochs",
-        f"  an epoch is {source['epoch_samples']:,} samples of {source['epoch_documents']:,} documents "
-        f"(data.document_ends={recipe.data.document_ends}); {source['left_out_tokens']:,} tokens are left out",
+        f"  an epoch is {source['epoch_samples']:,} {unit} of {source['epoch_documents']:,} documents ({how}); "
+        f"{source['left_out_tokens']:,} tokens are left out",
     ]
     for name, reached in source["at_least"].items():
         count, share = reached["documents"], percent(reached["share"])

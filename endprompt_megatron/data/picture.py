@@ -46,7 +46,7 @@ def draw(dataset: Dataset, indices: list[int], recipe: Recipe, path: Path) -> No
                 loss_weights(lowest, row, (low, high), named=column == 0)
                 lowest.set_xlabel("place in the row" if column == 0 else "around the prompt", color=PAPER.muted)
                 if column == 0:
-                    epoch = number // source.windows.count + 1
+                    epoch = source.epoch(number) + 1
                     title = f"Sample {index:,} of the run: number {number:,} of {source.prefix}, epoch {epoch}"
                     main.set_title(title, loc="left", fontsize=10, fontweight="bold", color=PAPER.ink, pad=16)
                     main.text(0, 1.02, "position id", transform=main.transAxes, color=PAPER.muted)

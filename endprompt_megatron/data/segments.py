@@ -62,7 +62,9 @@ def _sample_ids(sample: Mapping[str, Any], length: int) -> np.ndarray:
         bounds = np.asarray(sample["cu_seqlens"]).astype(np.int64)
         places = np.arange(length)
         whose = np.searchsorted(bounds, places, side="right") - 1
-        return np.where(places < bounds[-1], whose, -1)
+        weights = np.asarray(sample["loss_weights"])
+        real = np.concatenate(([False], weights[:-1] > 0)) | (weights > 0)  # a target, or with one
+        return np.where((places < bounds[-1]) & real, whose, -1)
     return np.zeros(length, dtype=np.int64)
 
 

@@ -155,6 +155,26 @@ def test_every_method_can_be_drawn(place, tmp_path, method):
     assert (tmp_path / "rows.png").stat().st_size > 10_000
 
 
+def test_packed_rows_are_shown_sample_by_sample(place, tmp_path):
+    keys = ["data.packing=documents", f"data.train={place / 'prefix'}", "context.physical=512"]
+    done = run_tool("inspect_data", place / "recipe.yaml", *keys, "--samples", 2, "--picture", tmp_path / "rows.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
+    assert "data.packing=documents" in done.stdout
+    looked = json.loads(run_tool("inspect_data", place / "recipe.yaml", *keys, "--samples", 8, "--json").stdout)
+    dataset, _ = datasets_of(load_recipe(place / "recipe.yaml", keys), "recipe", 320, None)
+    most = 0
+    for sample in looked["samples"]:
+        bounds = dataset[sample["sample"]]["cu_seqlens"].tolist()
+        contexts = [segment for segment in sample["segments"] if segment["kind"] == "context"]
+        most = max(most, len(contexts))
+        assert [segment["start"] for segment in contexts] == bounds[: len(contexts)]
+        assert [(each["start"], each["stop"]) for each in sample["documents"]] == [
+            (segment["start"], segment["stop"]) for segment in contexts
+        ]
+    assert most > 1
+
+
 def test_a_dataset_can_be_looked_at_by_itself(place):
     done = run_tool(
         "inspect_data", "--prefix", place / "other", "--tokenizer", place / "hf", "--start", 1, "--samples", 2
