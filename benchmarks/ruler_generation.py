@@ -201,7 +201,10 @@ def main() -> None:
         return make(options)
     if options.nvidia is None:
         raise InputError("--nvidia DIR: missing; the checkout of github.com/NVIDIA/RULER to compare with")
+    from endprompt_megatron.evaluate.ruler import check
+
     settings = ruler_settings(options)
+    check(settings)  # with more samples than questions NVIDIA's scripts would never end
     times, golden, different = {}, {}, []
     with tempfile.TemporaryDirectory() as directory:
         nvidia, ours = Nvidia(options, Path(directory)), Path(directory) / "ours.jsonl"
