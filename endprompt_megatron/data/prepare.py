@@ -32,7 +32,8 @@ from endprompt_megatron.data.tokenise import TRAIN, VALID, Job, Part, tokenise_o
 from endprompt_megatron.data.words import Cut, WholeTexts, Words, cut_of
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import disk_errors, locked_staging
-from endprompt_megatron.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from endprompt_megatron.tokenizer import Tokenizer, load_tokenizer
+from endprompt_megatron.tokenizer.sums import fingerprint_of
 from endprompt_megatron.workers import for_each, mpi, number_of, ranks_agree
 
 _SUM_SPEED = 32  # how many bytes are summed while one is tokenised, about
@@ -96,7 +97,7 @@ def prepare(
                 loaded = load_tokenizer(tokenizer)
                 about = {
                     "vocab_size": loaded.vocab_size,
-                    "tokenizer_sha256": fingerprint(tokenizer),
+                    "tokenizer_sha256": fingerprint_of(loaded),
                     "bos": loaded.bos_id if bos and loaded.starts_with_bos else None,
                     "eos": loaded.eos_id if eos else None,
                     "options": {"text_field": text_field, **asdict(reading), **asdict(filters)},
