@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ruler_files
 from small import small_llama
 from unit.starting import RECIPE, extend_here, write_tokens
 
@@ -77,3 +78,27 @@ def at(monkeypatch):
         return {finding.check: finding for finding in outcome.findings}, outcome.code
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ruler(tmp_path_factory) -> Path:
+    """Self-made sources for RULER, and a tokenizer."""
+    return ruler_files.write_all(tmp_path_factory.mktemp("ruler") / "files")
+
+
+@pytest.fixture(scope="session")
+def pieces(ruler):
+    from endprompt_megatron.tokenizer import load_tokenizer
+
+    return load_tokenizer(ruler / "tokenizer")
+
+
+@pytest.fixture
+def asking(ruler):
+    """RulerSettings of these sources, with changes."""
+    from endprompt_megatron.evaluate.ruler import RulerSettings
+
+    def made(**changes) -> RulerSettings:
+        return RulerSettings(**{"lengths": (8192,), "samples": 2, **ruler_files.settings(ruler), **changes})
+
+    return made
