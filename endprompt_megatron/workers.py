@@ -79,7 +79,7 @@ def for_each(
     context = multiprocessing.get_context("fork" if fork and sys.platform == "linux" else "spawn")
     results: list[Any] = [None] * len(sizes)
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(start,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(start, os.getpid())) as pool:
         futures = {}
         try:
             # The largest first: it must not start last.
@@ -105,12 +105,12 @@ _task: Callable[[int], Any] | None = None
 _failure: Exception | None = None
 
 
-def _start(start: Callable[[], Callable[[int], Any]]) -> None:
+def _start(start: Callable[[], Callable[[int], Any]], parent: int) -> None:
     global _task, _failure  # the one thing a pool's process keeps between tasks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if "torch" in sys.modules:  # forked: the threads that the parent may have had are not there to be waited for
         sys.modules["torch"].set_num_threads(1)
-    _end_with_the_parent()
+    _end_with(parent)
     try:
         _task = start()
     except Exception as error:  # raised by the first task: an initializer's error would only break the pool
@@ -123,12 +123,14 @@ def _task_of(number: int) -> Any:
     return _task(number)
 
 
-def _end_with_the_parent() -> None:
+def _end_with(parent: int) -> None:
     """If the parent is killed, nobody waits for what this process does: prctl(PR_SET_PDEATHSIG, SIGKILL)."""
     with contextlib.suppress(OSError, AttributeError):
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:  # killed before that: its signal will not come
+        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -72,6 +72,39 @@ def test_a_fork_computes_though_its_parent_has_computed_with_threads():
     assert done.stdout.strip() == str([True] * 4), done.stderr
 
 
+ORPHANS = """
+import functools, os, signal, sys, time
+sys.path.insert(0, {root!r})
+from endprompt_megatron import workers
+
+
+def late(*arguments):
+    # The parent is killed while this process starts, before it could ask to be killed with it.
+    print("started", os.getpid(), flush=True)
+    while os.getppid() == arguments[1]:
+        time.sleep(0.01)
+    starting(*arguments)
+
+
+def nothing():
+    return lambda number: number
+
+
+starting, workers._start = workers._start, late
+if __name__ == "__main__":
+    workers.for_each(nothing, [1] * 4, 2, lambda _: None, fork=True)
+"""
+
+
+def test_a_worker_whose_parent_was_killed_while_it_started_does_not_stay():
+    process = subprocess.Popen(
+        [sys.executable, "-c", ORPHANS.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("started")
+    process.kill()
+    process.communicate()  # for ever, if a worker stayed: it holds the other end
+
+
 def test_numbers_that_cannot_be_are_refused():
     assert number_of(3, None) == 3
     assert number_of(None, None) >= 1
