@@ -325,10 +325,13 @@ def test_doubles_score_100_and_0_on_longbenchs_own_layout(tmp_path):
     for answer, score in ((lambda question: question.references[0], 1.0), (lambda _: "", 0.0)):
         results = ask(model, tmp_path / str(score), doubles.Knowing(asked, tokenizer, answer), **options)
         scores = {each["task"]: each for each in results["scores"]["extended"]}
-        assert {each["score"] for each in scores.values()} == {score}
+        # The benchmark's ROUGE adds 1e-8 to its denominator, and so never quite reaches 1.
+        assert [each["score"] for each in scores.values()] == pytest.approx([score] * len(scores), abs=1e-8)
         assert len(scores) == 21 + 6 + 2  # tasks, groups, means
         assert scores["mean_21"]["samples"] == len(asked)
-        assert results["measurements"]["extended"]["longbench"]["mean_16"]["score"] == 100 * score
+        assert results["measurements"]["extended"]["longbench"]["mean_16"]["score"] == pytest.approx(
+            100 * score, abs=1e-6
+        )
         assert "LongBench, published" in terminal(results)
 
 
