@@ -136,7 +136,7 @@ def _work(plan: Plan, comm: Any | None, workers: int, loaded: Tokenizer | None, 
     with ranks_agree(comm), disk_errors(Path(out), "--out"):
         with Progress("tokenising", sum(own), shown=rank == 0) as progress:
             try:
-                done = for_each(start, own, workers, progress.add)
+                done = for_each(start, own, workers, progress.add, fork=True)
             except Exception as error:
                 if comm is None or isinstance(error, InputError | OSError):
                     raise
