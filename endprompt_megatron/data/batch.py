@@ -99,7 +99,6 @@ class MicroBatches:
         self._next += self._stride
         if "cu_seqlens" in samples[0]:
             return join_rows(samples, self._cp_rank, self._cp_size)
-        # A blend adds dataset_id, which is no tensor of the model's.
         return {
             key: zigzag_slice(torch.stack([sample[key] for sample in samples]), self._cp_rank, self._cp_size, dim=1)
             for key in KEYS

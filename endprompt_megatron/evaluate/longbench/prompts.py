@@ -121,4 +121,4 @@ def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 def _encode_chat(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text whose special tokens are meant: a chat template's."""
-    return getattr(tokenizer, "encode_prompt", tokenizer.encode)(text)
+    return tokenizer.encode_prompt(text)

@@ -94,7 +94,7 @@ def samples(settings: RulerSettings, tokenizer: Tokenizer, form: Template, task:
 
 def _encoder(tokenizer: Tokenizer, form: Template) -> Callable[[str], list[int]]:
     """In a chat template the names of special tokens stand for these tokens."""
-    return tokenizer.encode if form.plain else getattr(tokenizer, "encode_prompt", tokenizer.encode)
+    return tokenizer.encode if form.plain else tokenizer.encode_prompt
 
 
 def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
