@@ -4,6 +4,7 @@ Item i is for part i modulo the number of parts, so that long and short inputs a
 nothing but the directory of answers; only the ranks of one Megatron model (TP, PP) ask the same together.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -74,6 +75,10 @@ class Alone:
         """Whether the flag is set on all ranks that load models together."""
         return flag
 
+    def same_errors(self) -> contextlib.AbstractContextManager[None]:
+        """An InputError inside, on any rank that loads models together, is one on all of them."""
+        return contextlib.nullcontext()
+
     def wait(self) -> None:
         """Return when all ranks are here."""
 
@@ -109,6 +114,12 @@ class ModelRanks:
         held = [False] * dist.get_world_size()
         dist.all_gather_object(held, flag)
         return all(held)
+
+    def same_errors(self) -> contextlib.AbstractContextManager[None]:
+        """See Alone."""
+        from endprompt_megatron.runtime import together
+
+        return together()
 
     def wait(self) -> None:
         """See Alone."""

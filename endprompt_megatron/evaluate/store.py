@@ -31,7 +31,14 @@ _FLAG = "--out"
 
 def refuse_foreign(out: Path) -> None:
     """Raise InputError if `out` is something else than an evaluation, or an empty directory."""
-    if not (out / STATE).exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        others = any(not path.name.startswith(f".{STATE}.") for path in out.iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        others = True
+    # Looked for last: another part may be making the directory just now, and makes the state before all else.
+    if others and not (out / STATE).exists():
         raise InputError(f"{_FLAG} {out}: already exists and holds no evaluation; remove it or choose another name")
 
 
@@ -48,9 +55,10 @@ def open_state(out: Path, identity: dict, *, write: bool) -> None:
         identity = {**identity, "models": {**held["models"], **identity["models"]}}
     if write:
         with disk_errors(out, _FLAG):
-            for name in ("answers", "asked"):
-                (out / name).mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
             write_json(path, {"format": 1, **identity})
+            for name in ("answers", "asked"):
+                (out / name).mkdir(exist_ok=True)
 
 
 def _refuse_other(out: Path, held: dict, identity: dict) -> None:

@@ -47,10 +47,11 @@ def evaluate(
     Raises InputError.
     """
     ranks, progress = ranks or Alone(Part()), progress or Progress()
-    store.refuse_foreign(out)
-    inputs = prepare(settings, models)
-    identity = {"engine": settings.engine, "dtype": settings.dtype, "models": inputs.fingerprints}
-    store.open_state(out, identity, write=False)
+    with ranks.same_errors():
+        store.refuse_foreign(out)
+        inputs = prepare(settings, models)
+        identity = {"engine": settings.engine, "dtype": settings.dtype, "models": inputs.fingerprints}
+        store.open_state(out, identity, write=False)
     if not merge:
         for label in models:
             _ask(inputs, label, out, identity, open_engine, ranks, progress)
@@ -114,7 +115,8 @@ def _ask(
         first = None if ranks.together else next(items, None)
         if ranks.together or first is not None:
             progress.say(f"loading {label}")
-            engine = open_engine(inputs.models[label])
+            with ranks.same_errors():
+                engine = open_engine(inputs.models[label])
         if ranks.leads:
             store.open_state(out, identity, write=True)
         began = time.monotonic()

@@ -196,6 +196,32 @@ def test_two_processes_do_not_do_the_same_part(tmp_path, model_dir, tiny):
     second.close()
 
 
+def test_parts_that_begin_at_one_moment_do_not_take_each_others_directory_for_foreign(tmp_path):
+    identity = {"engine": "transformers", "dtype": "float32", "models": {"extended": "a"}}
+    context = multiprocessing.get_context("fork")
+    ready = context.Barrier(2)
+
+    def begin():
+        for number in range(400):
+            ready.wait(60)
+            store.open_state(tmp_path / str(number), identity, write=True)
+
+    other = context.Process(target=begin)
+    other.start()
+    for number in range(400):
+        out = tmp_path / str(number)
+        ready.wait(60)
+        while not (out / "asked").exists():
+            store.refuse_foreign(out)
+        store.open_state(out, identity, write=True)
+    other.join(60)
+    assert other.exitcode == 0
+    (tmp_path / "alien").mkdir()
+    (tmp_path / "alien" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="already exists and holds no evaluation"):
+        store.open_state(tmp_path / "alien", identity, write=True)
+
+
 def test_a_question_beyond_the_window_is_one_line_unless_asked_for(tmp_path, model_dir, tiny):
     settings = tiny(lengths=(24, 80))
     with pytest.raises(InputError, match=r"--lengths 80: above the window of 64 of .*--beyond-window"):
