@@ -18,6 +18,10 @@ class InputError(Exception):
     """The user's input is wrong.  The message is one line: the key or file, the value, the way out."""
 
 
+class Unavailable(InputError):
+    """What is asked for needs something that this machine has not got; what is asked beside it can go on without."""
+
+
 class TrainingError(Exception):
     """The run cannot go on and starting it again unchanged will not help.  One line, exit code 1."""
 

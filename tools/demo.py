@@ -26,7 +26,10 @@ def main() -> int | None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as optim.lr=1e-4")
     args = parser.parse_intermixed_args()
     if args.assets:
+        from endprompt_megatron.evaluate.ruler.sources import fetch_defaults
+
         demo_assets.fetch(args.dir / "assets")
+        fetch_defaults(print)
         return None
     if args.interpolate:
         if not (args.like and args.out):

@@ -52,7 +52,7 @@ def fetch(out: Path, sum_: str | None, addresses: list[str]) -> None:
     import shutil
     import urllib.request
 
-    from endprompt_megatron.demo.assets import verify
+    from endprompt_megatron.packages import verify
 
     partial, failures = out.with_name(f".{out.name}.partial"), []
     try:

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from endprompt_megatron import __version__
 from endprompt_megatron.convert import layout
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.errors import InputError, Unavailable
 from endprompt_megatron.evaluate import needle, perplexity, virtual
 from endprompt_megatron.evaluate.fingerprint import fingerprint
 from endprompt_megatron.evaluate.items import Answered, Item
@@ -60,6 +60,7 @@ class Inputs:
     windows: np.ndarray | None
     probes: dict[str, list[dict]]
     questions: dict[tuple[str, str], QuestionSuite | ShortSuite]  # (label, suite)
+    left_out: dict[str, str]  # suites and tasks that this machine has not got what they need for: what, and why
     fingerprints: dict[str, str] = field(default_factory=dict)
 
     def items(self, label: str) -> Iterator[Item]:
@@ -100,6 +101,7 @@ class Inputs:
         """Tells apart what is asked: by settings, text, other files, and the model."""
         files = [(str(path), *_state(path)) for path in self.settings.files]
         what = [__version__, self.settings.as_dict(), files, self.text and self.text.sha256, self.fingerprints[label]]
+        what += [sorted(self.left_out)]  # so that they are asked once they can be
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def expected(self, label: str) -> tuple[int, int] | None:
@@ -174,17 +176,30 @@ def prepare(settings: Settings, models: dict[str, Model]) -> Inputs:
         probes = _probes(settings, text, shape.window)
     if not settings.beyond_window:
         _refuse_beyond(settings, models)
-    questions = {
-        (label, suite): QuestionSuite(suite, settings, model.config, model.window, tokenizer)
-        for label, model in models.items()
-        for suite in settings.suites
-        if suite in KINDS
-    }
-    if "short" in settings.suites:
-        questions |= {(label, "short"): ShortSuite(settings, model.config) for label, model in models.items()}
-    inputs = Inputs(settings, models, tokenizer, text, rows, probes, questions)
+    questions, left_out = {}, {}
+    for suite in settings.suites:
+        if suite in _NATIVE:
+            continue
+        try:
+            of_suite = {(label, suite): _suite(suite, settings, model, tokenizer) for label, model in models.items()}
+        except Unavailable as error:
+            if len(left_out) == len(settings.suites) - 1:
+                raise
+            left_out[suite] = str(error)
+            continue
+        questions |= of_suite
+        if suite == "short":
+            left_out |= questions[EXTENDED, "short"].left_out
+    settings = replace(settings, suites=[suite for suite in settings.suites if suite not in left_out])
+    inputs = Inputs(settings, models, tokenizer, text, rows, probes, questions, left_out)
     inputs.fingerprints = {label: fingerprint(model.weights) for label, model in models.items()}
     return inputs
+
+
+def _suite(suite: str, settings: Settings, model: Model, tokenizer: Tokenizer) -> QuestionSuite | ShortSuite:
+    if suite == "short":
+        return ShortSuite(settings, model.config)
+    return QuestionSuite(suite, settings, model.config, model.window, tokenizer)
 
 
 def _refuse_beyond(settings: Settings, models: dict[str, Model]) -> None:

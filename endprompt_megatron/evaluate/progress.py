@@ -21,6 +21,9 @@ class Progress:
     def say(self, text: str) -> None:
         """What happens now, beside the items."""
 
+    def note(self, text: str) -> None:
+        """What is to be known before anything begins."""
+
     def known(self, item: "Item") -> None:
         """The item was answered before."""
 
@@ -46,6 +49,10 @@ class Lines(Progress):
         """See Progress."""
         self._line(text)
         self.begun = time.monotonic()
+
+    def note(self, text: str) -> None:
+        """See Progress."""
+        print(text, file=sys.stderr, flush=True)
 
     def known(self, item: "Item") -> None:
         """See Progress."""

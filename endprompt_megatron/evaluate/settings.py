@@ -71,11 +71,6 @@ class Settings:
         for name in ("seed", "ruler_seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: should not be negative")
-        if "longbench" in self.suites and self.longbench_data is None:
-            raise InputError(
-                "--longbench-data: missing; --suite longbench needs the benchmark's data.zip, or the directory "
-                "with its data/*.jsonl"
-            )
         if self.stride is not None and "perplexity" not in self.suites:
             raise InputError(f"--stride {self.stride}: is of the perplexity suite, which --suite does not name")
         if self.engine == "megatron" and "short" in self.suites:

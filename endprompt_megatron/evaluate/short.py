@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.errors import InputError, Unavailable
 from endprompt_megatron.shape import read_shape
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
@@ -73,7 +73,7 @@ def run(
         "device": device,
         "batch_size": batch_size,
         "chat": chat,
-        "include": None if include is None else str(Path(include).resolve()),
+        "include": _whole(include),
     }
     answer = _in_a_process(job)
     if "refused" in answer:
@@ -89,6 +89,37 @@ def run(
     return {"tasks": rows, "mean": mean, "limit": limit, "lm_eval": answer["version"]}
 
 
+def left_out(tasks: Sequence[str], *, include: Path | str | None = None) -> dict[str, str]:
+    """Which of the tasks cannot be asked on this machine, and why: no data, no leave to run the model's code.
+
+    Seen without loading a model.  Raises Unavailable where lm-eval is not installed, InputError for unknown tasks.
+    """
+    _check_installed("hf")
+    reasons = {name: _NO_CODE for name in tasks if not _may_run(name)}
+    asked = [name for name in tasks if name not in reasons]
+    answer = _in_a_process({"check": True, "tasks": asked, "include": _whole(include)}) if asked else {}
+    if "refused" in answer:
+        raise InputError(f"short text: {answer['refused']}")
+    return reasons | answer.get("unavailable", {})
+
+
+_NO_CODE = "runs code that the model writes, on this machine; set HF_ALLOW_CODE_EVAL=1 to allow it"
+
+
+def _may_run(name: str) -> bool:
+    return not (name in TASKS and TASKS[name].runs_code) or os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
+
+
+def _whole(include: Path | str | None) -> str | None:
+    return None if include is None else str(Path(include).resolve())
+
+
+def _check_installed(backend: str) -> None:
+    for module, package in (("lm_eval", "lm-eval"), *([("vllm", "vllm")] if backend == "vllm" else [])):
+        if importlib.util.find_spec(module) is None:
+            raise Unavailable(f"short text: needs {package}, which is not installed; `pip install {package}`")
+
+
 def _check(model_dir: Path, names: list[str], limit: int | None, shots: dict[str, int], backend: str) -> None:
     """Raise InputError for all that can be seen without lm-eval."""
     if not names or len(set(names)) < len(names):
@@ -100,15 +131,10 @@ def _check(model_dir: Path, names: list[str], limit: int | None, shots: dict[str
             raise InputError(f"short text: {number} examples for {name}; use 0 or more, for one of {', '.join(names)}")
     if backend not in BACKENDS:
         raise InputError(f"short text: there is no backend {backend!r}; use one of {', '.join(BACKENDS)}")
-    for module, package in (("lm_eval", "lm-eval"), *([("vllm", "vllm")] if backend == "vllm" else [])):
-        if importlib.util.find_spec(module) is None:
-            raise InputError(f"short text: needs {package}, which is not installed; `pip install {package}`")
+    _check_installed(backend)
     for name in names:
-        if name in TASKS and TASKS[name].runs_code and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
-            raise InputError(
-                f"short text: {name} runs code that the model writes, on this machine; "
-                "set HF_ALLOW_CODE_EVAL=1 to allow it, or leave the task out"
-            )
+        if not _may_run(name):
+            raise InputError(f"short text: {name} {_NO_CODE}, or leave the task out")
     read_shape(model_dir)
 
 

@@ -1,13 +1,14 @@
 """Short text as a suite: one item a task, each run by short.py with a model of its own, none of our engines."""
 
+import functools
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.errors import Unavailable
 from endprompt_megatron.evaluate.items import Answered, Entry, Item, content_of
 from endprompt_megatron.evaluate.settings import Settings
 from endprompt_megatron.evaluate.statistics import Series
@@ -19,12 +20,21 @@ class ShortSuite:
     """MMLU, GSM8K, HellaSwag, HumanEval or other tasks of lm-eval, for one model."""
 
     def __init__(self, settings: Settings, directory: Path) -> None:
-        """Raises InputError where lm-eval is not installed."""
+        """Of tasks that nobody named, those that cannot be asked here are left out.
+
+        Raises Unavailable if none is left or lm-eval is not installed, InputError if a named one cannot be asked.
+        """
         self.module = importlib.import_module(MODULE)
-        if importlib.util.find_spec("lm_eval") is None:
-            raise InputError("--suite short: needs lm-eval, which is not installed; `pip install lm-eval`")
         self.settings, self.directory = settings, directory
-        self.tasks = settings.short_tasks or list(self.module.TASKS)
+        tasks = settings.short_tasks or list(self.module.TASKS)
+        reasons = _left_out(self.module, tuple(tasks))
+        for task, reason in reasons.items():
+            if settings.short_tasks:
+                raise Unavailable(f"--short-tasks {task}: {reason}, or leave the task out")
+            if len(reasons) == len(tasks):
+                raise Unavailable(f"--suite short: {task} {reason}")
+        self.left_out = {f"short {task}": reason for task, reason in reasons.items()}
+        self.tasks = [task for task in tasks if task not in reasons]
         self.count = len(self.tasks)
 
     def items(self) -> Iterator[Item]:
@@ -59,6 +69,12 @@ class ShortSuite:
         found = {name: _values(row) for _, record in pairs for name, row in record["tasks"].items()}
         series = [Series("short", task, 0, "score", (values,), paired=False) for task, values in found.items()]
         return [*series, Series("short", "mean", 0, "score", tuple(found.values()), paired=False)]
+
+
+@functools.lru_cache(maxsize=1)
+def _left_out(module: ModuleType, tasks: tuple[str, ...]) -> dict[str, str]:
+    """Seconds, for lm-eval's import: asked once for all models."""
+    return module.left_out(tasks)
 
 
 def _values(row: dict) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The process in which lm-eval runs: `python -m endprompt_megatron.evaluate.short_worker JOB.json ANSWER.json`.
 
-The answer is {"refused": why}, or {"results": {task: {"metrics", "shots", "questions"}}, "version"}.
+The answer is {"refused": why}, or {"results": {task: {"metrics", "shots", "questions"}}, "version"}; of a job that
+only checks, {"unavailable": {task: why}}.
 """
 
 import json
@@ -15,6 +16,7 @@ def main(job: dict) -> dict:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=job["include"])
+    unavailable = {}
     for name in job["tasks"]:
         if name not in manager.all_tasks:
             return {"refused": f"lm-eval {lm_eval.__version__} has no task {name!r}; `lm-eval ls tasks` lists them"}
@@ -22,10 +24,14 @@ def main(job: dict) -> dict:
             manager.load([name])
         except OSError as error:  # what datasets and evaluate raise for data they neither have nor reach
             reason = " ".join(str(error).split())[:160]
-            return {
-                "refused": f"{name}: its data is not in the caches and cannot be reached ({reason}); "
+            unavailable[name] = (
+                f"its data is not in the caches and cannot be reached ({reason}); "
                 "run once on a connected machine, and copy its HF_HOME"
-            }
+            )
+            if not job.get("check"):
+                return {"refused": f"{name}: {unavailable[name]}"}
+    if job.get("check"):
+        return {"unavailable": unavailable}
     model = _model(job)
     results = {name: _asked(model, manager, name, shots, job) for name, shots in job["tasks"].items()}
     return {"results": results, "version": lm_eval.__version__}

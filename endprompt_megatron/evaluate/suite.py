@@ -52,6 +52,8 @@ def evaluate(
         inputs = prepare(settings, models)
         identity = {"engine": settings.engine, "dtype": settings.dtype, "models": inputs.fingerprints}
         store.open_state(out, identity, write=False)
+    for what, reason in inputs.left_out.items():
+        progress.note(f"{what} is left out: {reason}")
     if not merge:
         for label in models:
             _ask(inputs, label, out, identity, open_engine, ranks, progress)
@@ -152,6 +154,7 @@ def _put_together(inputs: Inputs, out: Path, counts: dict[str, int]) -> dict:
         "settings": settings.as_dict(),
         "text": inputs.text.describe() if inputs.text else None,
         "models": {},
+        "left_out": inputs.left_out,
         "measurements": {},
         "scores": {},
     }

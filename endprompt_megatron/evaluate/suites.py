@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.errors import InputError, Unavailable
 from endprompt_megatron.evaluate.engine import Prompt
 from endprompt_megatron.evaluate.items import Answered, Entry, Item, content_of
 from endprompt_megatron.evaluate.question import Question
@@ -48,6 +48,11 @@ def _ruler(module: ModuleType, settings: Settings, directory: Path, window: int)
 
 
 def _longbench(module: ModuleType, settings: Settings, directory: Path, window: int) -> Any:
+    if settings.longbench_data is None:
+        raise Unavailable(
+            "--longbench-data: missing; --suite longbench needs the benchmark's data.zip, or the directory "
+            "with its data/*.jsonl"
+        )
     return module.LongBenchSettings(
         data=Path(settings.longbench_data),
         max_length=module.default_max_length(window),
@@ -74,7 +79,7 @@ class QuestionSuite:
     """A suite of questions for one model."""
 
     def __init__(self, name: str, settings: Settings, directory: Path, window: int, tokenizer: Tokenizer) -> None:
-        """Raises InputError for settings or files that the suite cannot use."""
+        """Raises InputError for settings or files that the suite cannot use, Unavailable for data not given."""
         self.name, self.kind, self.tokenizer = name, KINDS[name], tokenizer
         self.window = None if settings.beyond_window else window
         try:

