@@ -223,17 +223,16 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def recipe_of(tree: dict) -> Recipe:
-    """A recipe from the tree of a RUN/recipe.yaml, nothing checked or filled in.  Raises InputError."""
+    """A recipe from the tree of a RUN/recipe.yaml, or what there is of it: nothing is filled in.  Raises InputError."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    checkpoint = dict(tree.get("checkpoint") or {})
+    model, checkpoint = {"hf": "", **(tree.get("model") or {})}, {"dir": "", **(tree.get("checkpoint") or {})}
     if "async" in checkpoint:
         checkpoint["asynchronous"] = checkpoint.pop("async")
+    tree = {**tree, "model": model, "checkpoint": checkpoint}
     try:
-        return OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create({**tree, "checkpoint": checkpoint}))
-        )
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(tree)))
     except OmegaConfBaseException as error:
         raise InputError(_explain("recipe.yaml", error)) from None
 
