@@ -1,4 +1,4 @@
-"""The recipes of the compared methods: LCEG's frequencies by its published formulas, and budgets that can be compared."""
+"""The recipes of the compared methods: LCEG's frequencies by its published formulas, budgets that can be compared."""
 
 import math
 
@@ -11,7 +11,7 @@ from endprompt_megatron.plan.published import published_config
 from endprompt_megatron.rope import frequencies, scaled_config, transformers_config
 
 LCEG = sorted(path.stem for path in (ROOT / "recipes").glob("lceg_*.yaml"))
-OURS = sorted(path.stem for path in (ROOT / "recipes").glob("llama3_8b_64k_*.yaml") if "fp8" not in path.stem)
+OURS = [f"llama3_8b_64k_{name}" for name in "full log curriculum multi multi_recall recall pose yarn".split()]
 
 
 def recipe_of(name: str):

@@ -315,13 +315,12 @@ RECIPES = {
     "llama31_405b_256k": 512,
     "smollm2_135m_64k": 1,
 }
-LLAMA3_8B_64K = "full log curriculum multi multi_recall recall pose yarn".split()
-LCEG = (
-    "llama2_7b_32k llama2_7b_32k_ntk llama2_7b_32k_dynamic llama2_7b_32k_yarn llama2_7b_64k_ntk llama3_8b_64k".split()
-)
+LLAMA3_8B_64K = ("full", "log", "curriculum", "multi", "multi_recall", "recall", "pose", "yarn")
+LCEG = ("7b_32k", "7b_32k_ntk", "7b_32k_dynamic", "7b_32k_yarn", "7b_64k_ntk")
 METHODS = {
     **{f"llama3_8b_64k_{method}": 8 for method in LLAMA3_8B_64K},
-    **{f"lceg_{name}": 8 for name in LCEG},
+    **{f"lceg_llama2_{name}": 8 for name in LCEG},
+    "lceg_llama3_8b_64k": 8,
     "llama3_8b_32k_full": 8,
     "smollm2_135m_16k_full": 1,
 }
