@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--samples", type=int, default=2000, metavar="N", help="where samples differ; default: 2000")
     parser.add_argument(
-        "--prompt-length", type=int, metavar="B", help="tokens of the prompt, instead of asking the model's tokenizer"
+        "--prompt-length", type=int, metavar="B", help="tokens of each prompt and cue, instead of asking a tokenizer"
     )
     args = parser.parse_intermixed_args()
     if args.samples < 1:

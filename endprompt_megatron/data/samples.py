@@ -66,7 +66,7 @@ class SampleBuilder:
     ) -> None:
         self._method, self._target, self._seed, self._knobs = method, target_len, seed, knobs
         self._prompt_loss_weight, self._recall = prompt_loss_weight, recall
-        self._copies = copies(method, **{key: knobs[key] for key in knobs if key == "anchors"})
+        self._copies = copies(method, knobs.get("anchors", 4))
         if not 0 <= seed < 2**32:
             raise InputError(f"train.seed={seed} should lie between 0 and {2**32 - 1}")
         if method in WITH_PROMPT and not prompts:
@@ -81,7 +81,7 @@ class SampleBuilder:
             raise InputError(f"context.method={method}: {error}") from None
         self.context_len = max(form.context_len for form in self._forms)
         self.length = len(self._forms[0].weights)
-        self.highest_prompt_id = max((int(form.prompt.max(initial=-1)) for form in self._forms), default=-1)
+        self.highest_prompt_id = max(int(form.prompt.max(initial=-1)) for form in self._forms)
 
     def _form(self, prompt: list[int], physical_len: int, recall: Recall | None = None) -> _Form:
         tokens = np.tile(np.array(prompt, dtype=np.int64), self._copies)

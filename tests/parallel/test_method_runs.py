@@ -49,6 +49,14 @@ def lines(directory, key):
     return [line for line in read if key in line]
 
 
+def test_too_little_held_out_text_for_a_probe_is_said_in_one_line(setup):
+    directory, jobs = setup
+    keys = [*RUNS["multi-recall"][:3], "train.valid_samples=1"]
+    said = jobs.run(directory / "recipe.yaml", f"checkpoint.dir={directory / 'little'}", *keys, ranks=1, codes=(2,))
+    assert "train.valid_samples=1: the held-out samples have" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_it_trains_and_a_larger_budget_goes_on_where_it_stopped(setup, name):
     directory, jobs = setup
