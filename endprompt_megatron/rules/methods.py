@@ -2,7 +2,7 @@
 
 from endprompt_megatron.config import Recall, Recipe
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.positions import WITH_PROMPT
+from endprompt_megatron.positions import WITH_PROMPT, copies
 
 
 def check_methods(recipe: Recipe, where: str) -> None:
@@ -39,6 +39,12 @@ def _check_recall(recipe: Recipe, where: str) -> None:
         raise InputError(
             f"{where}: context.recall.tokens={r.tokens} with context.method={c.method}, which has no terminal prompt: "
             "use end_prompt or end_prompt_near (the control)"
+        )
+    most = (c.physical - 1) // (copies(c.method, c.anchors) + 1)
+    if r.tokens > most:
+        raise InputError(
+            f"{where}: context.recall.tokens={r.tokens} leaves no context to recall it from in context.physical="
+            f"{c.physical}: use at most {most}, less for the cue"
         )
     if not 0 < r.share <= 1:
         raise InputError(f"{where}: context.recall.share={r.share} should be above 0 and at most 1")

@@ -142,6 +142,8 @@ def test_sources_of_a_blend_arrive_at_the_end_of_a_curriculum_together(tmp_path)
         ({}, {"key": 4}, ["context.recall.tokens is 0", "such as 53"]),
         ({"method": "short"}, {"tokens": 20}, ["context.method=short", "end_prompt_near"]),
         ({}, {"tokens": 20, "key": 20}, ["context.recall.key=20", "context.recall.tokens=20"]),
+        ({"physical": 40}, {"tokens": 20}, ["context.recall.tokens=20", "context.physical=40", "at most 19"]),
+        ({"method": "end_prompt_multi", "physical": 100}, {"tokens": 20}, ["context.recall.tokens=20", "at most 19"]),
         ({}, {"tokens": 20, "share": 0.0}, ["context.recall.share=0.0", "at most 1"]),
         ({}, {"tokens": 20, "share": 1.5}, ["context.recall.share=1.5"]),
         ({"method": "end_prompt_curriculum"}, {}, ["context.curriculum_samples is missing", "The run has 640"]),
