@@ -34,6 +34,16 @@ class Rope:
 
 
 @dataclass
+class Recall:
+    """The terminal prompt asks for a span of its own context: data/recall.py."""
+
+    tokens: int = 0  # of the span; 0: no recall prompts
+    cue: str = "Recall the passage of the text above that begins with these words:"
+    key: int = 8  # first tokens of the span: they say which one it is and have no weight in the loss
+    share: float = 1.0  # of the samples; the others end with one of context.prompts
+
+
+@dataclass
 class Context:
     method: str = "end_prompt"
     original: int | None = None  # the model's own window; default max_position_embeddings
@@ -42,8 +52,20 @@ class Context:
     prompts: list[str] = field(default_factory=lambda: ["EP_1"])
     prompt_loss_weight: float = 1.0
     chunks: int = 2  # of pose and end_prompt_pose
+    anchors: int = 4  # of end_prompt_multi: copies of the prompt in a sequence
+    curriculum_samples: int | None = None  # of end_prompt_curriculum: after so many samples it has arrived at the end
+    recall: Recall = field(default_factory=Recall)
     content_skip: bool = False  # of pose: the chunks come from different places of a document, as published
     rope: Rope = field(default_factory=Rope)
+
+    @property
+    def knobs(self) -> dict[str, int]:
+        """What positions.position_ids takes beside method, lengths, index and seed."""
+        return {
+            "chunks": self.chunks,
+            "anchors": self.anchors,
+            "curriculum_samples": self.curriculum_samples or 0,
+        }
 
 
 @dataclass
@@ -200,6 +222,21 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     return recipe
 
 
+def recipe_of(tree: dict) -> Recipe:
+    """A recipe from the tree of a RUN/recipe.yaml, or what there is of it: nothing is filled in.  Raises InputError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    model, checkpoint = {"hf": "", **(tree.get("model") or {})}, {"dir": "", **(tree.get("checkpoint") or {})}
+    if "async" in checkpoint:
+        checkpoint["asynchronous"] = checkpoint.pop("async")
+    tree = {**tree, "model": model, "checkpoint": checkpoint}
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(tree)))
+    except OmegaConfBaseException as error:
+        raise InputError(_explain("recipe.yaml", error)) from None
+
+
 _BUDGET = {"steps", "tokens"}  # of train
 
 
@@ -298,6 +335,7 @@ def _resolve(recipe: Recipe, where: str) -> None:
 
 _POSITIVE = {
     *("context.original", "context.target", "context.physical", "context.chunks", "context.rope.factor"),
+    *("context.anchors", "context.curriculum_samples"),
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
     *("train.global_batch_size", "train.micro_batch_size", "train.steps", "train.tokens", "train.log_interval"),
     *("train.valid_samples", "train.max_nonfinite_steps", "optim.lr", "optim.eps", "checkpoint.interval"),
@@ -307,6 +345,7 @@ _NOT_NEGATIVE = {
     *("train.valid_interval", "optim.min_lr", "optim.weight_decay", "optim.grad_clip", "checkpoint.keep"),
     *("train.gc_interval", "train.straggler_interval", "train.watchdog_factor", "checkpoint.keep_every"),
     *("precision.bf16_edge_layers", "data.min_document_tokens"),
+    *("context.recall.tokens", "context.recall.key"),
 }
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from endprompt_megatron.config import Recipe
+from endprompt_megatron.data.terminal import terminals
+from endprompt_megatron.errors import InputError
 from endprompt_megatron.positions import (
-    RANDOM,
+    VARYING,
     counts_of_bends,
     distance_bends,
     gaps,
@@ -26,8 +29,9 @@ class Coverage:
 
     method: str
     target: int
-    segments: list[tuple[int, int]]  # (a, b) for each prompt of the set
-    samples: int  # drawn for each prompt; 1 where nothing is random
+    segments: list[tuple[int, int]]  # (a, b) for each terminal segment that a sample can have
+    shares: list[float]  # of the samples, of each of them
+    samples: int  # drawn for each of them; 1 where all are alike
     counts: np.ndarray
     examples: list[np.ndarray]  # position ids of a few samples
 
@@ -45,6 +49,11 @@ class Coverage:
     def share(self) -> float:
         """Share of the distances 0 .. L-1 that are supervised."""
         return float((self.counts > 0).mean())
+
+    @property
+    def prompt(self) -> float:
+        """Tokens of the terminal segment, the mean over the samples."""
+        return sum(share * b for share, (_, b) in zip(self.shares, self.segments, strict=True))
 
     def bands(self, count: int = 16) -> list[dict]:
         """`count` bands of equal width: first and last distance, share supervised, pairs a sample, mean a distance."""
@@ -68,7 +77,10 @@ class Coverage:
         return {
             "method": self.method,
             "target": self.target,
-            "segments": [{"context": a, "prompt": b} for a, b in self.segments],
+            "segments": [
+                {"context": a, "prompt": b, "share": share}
+                for share, (a, b) in zip(self.shares, self.segments, strict=True)
+            ],
             "samples": self.samples,
             "share_supervised": self.share,
             "supervised": self.supervised if len(self.supervised) <= 64 else None,
@@ -84,27 +96,58 @@ def coverage(
     target_len: int,
     prompt_lens: list[int],
     *,
+    shares: list[float] | None = None,
     samples: int = 2000,
+    of: int | None = None,
     seed: int = 0,
-    chunks: int = 2,
+    **knobs: int,
 ) -> Coverage:
-    """Coverage of a method, the mean over its prompts (drawn equally often) and, where it is random, `samples`.
+    """Coverage of a method: the mean over its terminal segments and, where samples differ, over `samples` of them.
 
-    Raises ValueError where positions.py does.
+    `prompt_lens` are lengths of terminal segments, all copies of a prompt together, and `shares` how often each occurs
+    (default: equally).  `of`: samples of the run, over which those counted are spread evenly; default: its first ones.
+    `knobs`: as position_ids has them.  Raises ValueError where positions.py does.
     """
-    drawn = samples if method in RANDOM else 1
-    bends = np.zeros(target_len + 2, dtype=np.int64)
+    lens = prompt_lens or [0]
+    shares = shares or [1 / len(lens)] * len(lens)
+    drawn = min(samples, of or samples) if method in VARYING else 1
+    indices = np.linspace(0, (of or drawn) - 1, drawn).astype(np.int64).tolist()
+    counts = np.zeros(target_len)
     segments, examples = [], []
-    for length in prompt_lens or [0]:
+    for length, share in zip(lens, shares, strict=True):
         a, b = segment_lengths(method, physical_len, length, target_len)
         segments.append((a, b))
-        for index in range(drawn):
-            positions = position_ids(method, a, b, target_len, index=index, seed=seed, chunks=chunks)
+        bends = np.zeros(target_len + 2, dtype=np.int64)
+        for number, index in enumerate(indices):
+            positions = position_ids(method, a, b, target_len, index=index, seed=seed, **knobs)
             bends += distance_bends(positions, target_len)
-            if index < (6 if drawn > 1 else 1) and len(segments) == 1:
+            if number % -(-drawn // 6) == 0 and len(segments) == 1:
                 examples.append(positions)
-    counts = counts_of_bends(bends) / (drawn * len(segments))
-    return Coverage(method, target_len, segments, drawn, counts, examples)
+        counts += share / drawn * counts_of_bends(bends)
+    return Coverage(method, target_len, segments, shares, drawn, counts, examples)
+
+
+def coverage_of(recipe: Recipe, *, samples: int = 2000, prompt_len: int | None = None) -> Coverage:
+    """Coverage of a recipe's training: its sources' prompts and recall prompts by their shares, its method's knobs.
+
+    `prompt_len` stands for the length of each prompt where there is no tokenizer.  Raises InputError.
+    """
+    c, t = recipe.context, recipe.train
+    found = terminals(recipe, prompt_len)
+    try:
+        return coverage(
+            c.method,
+            c.physical,
+            c.target,
+            [terminal.length for terminal in found],
+            shares=[terminal.share for terminal in found],
+            samples=samples,
+            of=t.steps * t.global_batch_size if t.steps else None,
+            seed=t.seed,
+            **c.knobs,
+        )
+    except ValueError as error:
+        raise InputError(f"context.method={c.method}: {error}") from None
 
 
 def table(result: Coverage) -> str:
@@ -117,7 +160,7 @@ def table(result: Coverage) -> str:
         f"gap         {_ranges(result.gaps)}",
     ]
     if result.samples > 1:
-        lines.append(f"random: mean over {result.samples} samples; a range is what these samples reached")
+        lines.append(f"samples differ: mean over {result.samples} of them; a range is what these reached")
     lines += ["", f"{'distances':>17}  {'supervised':>10}  {'pairs a sample':>15}  {'a distance':>10}"]
     bands = result.bands()
     most = max(band["pairs"] for band in bands)

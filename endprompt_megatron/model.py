@@ -29,7 +29,7 @@ from torch import Tensor
 from endprompt_megatron.attention import RMSNorm, SdpaAttention
 from endprompt_megatron.config import Parallel, Precision, Recipe, has_transformer_engine
 from endprompt_megatron.cross_entropy import vocab_cross_entropy
-from endprompt_megatron.data.blend import prompts_used
+from endprompt_megatron.data.terminal import kinds
 from endprompt_megatron.packed_sequences import packed_attention, packed_sequences
 from endprompt_megatron.positions import shared_positions
 from endprompt_megatron.rope import PositionRotary, transformers_config
@@ -126,7 +126,7 @@ def _fp8(p: Precision) -> dict[str, Any]:
 def _fusions(recipe: Recipe) -> dict[str, Any]:
     """Kernels that do several steps at once.  All but the last need Transformer Engine."""
     te = has_transformer_engine()
-    shared = shared_positions(recipe.context.method, len(prompts_used(recipe)))
+    shared = shared_positions(recipe.context.method, kinds(recipe))
     return dict(
         bias_activation_fusion=te,
         masked_softmax_fusion=te,

@@ -4,28 +4,38 @@ A physical sequence is a context segment of a tokens followed by a terminal prom
 positions pretend that the prompt stands at the end of a window of L tokens (EndPrompt, equations 4
 and 5; PoSE, section 3).  Written as position ids, for a = 5, b = 3, L = 16:
 
-    end_prompt          0 1 2 3 4 | 13 14 15         the prompt ends the target window
-    end_prompt_random   0 1 2 3 4 | u u+1 u+2        u ~ U{a .. L-b}
-    end_prompt_pose     0 1 2 3 4 | 9 . 12 13        the prompt in chunks, each skipping further
-    pose                0 1 2 . 8 9 10 11 12         no prompt: the whole sequence in chunks
-    full                0 1 2 ... 15                 no prompt: physical length L
-    short               0 1 2 3 4                    no prompt, no jump: the control
+    end_prompt              0 1 2 3 4 | 13 14 15         the prompt ends the target window
+    end_prompt_random       0 1 2 3 4 | u u+1 u+2        u ~ U{a .. L-b}
+    end_prompt_log          0 1 2 3 4 | u u+1 u+2        u-a+1, the step there, log-uniform in 1 .. L-a-b+1
+    end_prompt_curriculum   0 1 2 3 4 | u u+1 u+2        the window u+b grows from a+b to L as samples go by
+    end_prompt_multi        0 1 | 5 6 7 | 13 14 15       k copies; the windows that they end grow up to L (a = 2, k = 2)
+    end_prompt_near         0 1 2 3 4 | 5 6 7            no jump: the control that has a prompt
+    end_prompt_pose         0 1 2 3 4 | 9 . 12 13        the prompt in chunks, each skipping further
+    pose                    0 1 2 . 8 9 10 11 12         no prompt: the whole sequence in chunks
+    full                    0 1 2 ... 15                 no prompt: physical length L
+    short                   0 1 2 3 4                    no prompt, no jump: the control
 
 Attention is causal in physical order, so a query at position p and an earlier key at position q
-supervise the relative distance p - q.  Pure functions of (lengths, seed, index): numpy only, no torch,
-no Megatron, no state.  data/dataset.py calls `position_ids`; coverage.py adds up `distance_counts`.
+supervise the relative distance p - q; a later copy of `end_prompt_multi` sees the earlier ones too.
+docs/methods.md says what each is for.  Pure functions of (lengths, seed, index): numpy only, no torch, no
+Megatron, no state.  data/samples.py calls `position_ids`; coverage.py adds up `distance_counts`.
 """
 
 import numpy as np
 
-METHODS = ("end_prompt", "end_prompt_random", "end_prompt_pose", "pose", "full", "short")
-WITH_PROMPT = ("end_prompt", "end_prompt_random", "end_prompt_pose")
-RANDOM = ("end_prompt_random", "end_prompt_pose", "pose")
+METHODS = (
+    *("end_prompt", "end_prompt_random", "end_prompt_log", "end_prompt_curriculum", "end_prompt_multi"),
+    *("end_prompt_near", "end_prompt_pose", "pose", "full", "short"),
+)
+WITH_PROMPT = METHODS[:7]
+RANDOM = ("end_prompt_random", "end_prompt_log", "end_prompt_pose", "pose")
+VARYING = (*RANDOM, "end_prompt_curriculum")  # positions differ from sample to sample
 
 # Streams of `generator`: what is drawn for one sample must not depend on what else is drawn for it.
 POSITION_STREAM = 0
 PROMPT_STREAM = 1
 CONTENT_STREAM = 2
+RECALL_STREAM = 3
 
 
 def generator(seed: int, index: int, stream: int) -> np.random.Generator:
@@ -50,11 +60,16 @@ def draws(seed: int, indices: np.ndarray, stream: int, below: int) -> np.ndarray
 
 def shared_positions(method: str, prompts: int) -> bool:
     """Whether all samples of a run have the same position ids.  `prompts`: how many prompts they are drawn from."""
-    return method not in RANDOM and (method not in WITH_PROMPT or prompts == 1)
+    return method not in VARYING and (method not in WITH_PROMPT or prompts == 1)
+
+
+def copies(method: str, anchors: int = 4) -> int:
+    """How often the prompt stands in the terminal segment: `anchors` times for `end_prompt_multi`, else once."""
+    return anchors if method == "end_prompt_multi" else 1
 
 
 def segment_lengths(method: str, physical_len: int, prompt_len: int, target_len: int) -> tuple[int, int]:
-    """Lengths (a, b) of context and prompt in one physical sequence of `physical_len` tokens.
+    """Lengths (a, b) of context and terminal segment (`prompt_len`, all copies) in a sequence of `physical_len` tokens.
 
     The context shrinks so that a + b stays the physical length; methods without a prompt have b = 0, and
     `full` is physically as long as the target.  Raises ValueError if no room is left for the context, or
@@ -82,10 +97,14 @@ def position_ids(
     index: int = 0,
     seed: int = 0,
     chunks: int = 2,
+    anchors: int = 4,
+    curriculum_samples: int = 0,
 ) -> np.ndarray:
     """Position ids of sample `index`, shape (a+b,), int64, strictly increasing, inside [0, L).
 
-    `chunks` is k of `pose` (the whole sequence) and `end_prompt_pose` (the prompt).  Pure in (seed, index).
+    `prompt_len` is that of the whole terminal segment.  `chunks` is k of `pose` (the whole sequence) and
+    `end_prompt_pose` (the prompt), `anchors` k of `end_prompt_multi`, whose segment is k copies of equal length;
+    `curriculum_samples`: the index at which `end_prompt_curriculum` has arrived at the end.  Pure in (seed, index).
     Raises ValueError for an unknown method and for lengths that the method cannot place (a + b > L, a
     segment shorter than its chunks, `full` with a + b != L, a prompt where the method has none).
     """
@@ -99,14 +118,26 @@ def position_ids(
         raise ValueError(f"full trains on the whole window: a context of {target} tokens, not {a}")
 
     positions = np.arange(a + b, dtype=np.int64)
+    room = target - b - a
     if method == "end_prompt":
-        positions[a:] += target - b - a
+        positions[a:] += room
     elif method == "end_prompt_random":
-        positions[a:] += generator(seed, index, POSITION_STREAM).integers(0, target - b - a, endpoint=True)
+        positions[a:] += generator(seed, index, POSITION_STREAM).integers(0, room, endpoint=True)
+    elif method == "end_prompt_log":
+        # A step of d has the share log((d + 1) / d) / log(room + 2): as many samples in every octave.
+        step = int((room + 2) ** generator(seed, index, POSITION_STREAM).random())
+        positions[a:] += min(step - 1, room)
+    elif method == "end_prompt_curriculum":
+        positions[a:] += _grown(a + b, target, min(index / curriculum_samples, 1) if curriculum_samples else 1)
+    elif method == "end_prompt_multi":
+        if anchors < 1 or b % anchors:
+            raise ValueError(f"a terminal segment of {b} tokens is not {anchors} copies of a prompt")
+        skips = [_grown(a + b, target, copy / anchors) for copy in range(1, anchors + 1)]
+        positions[a:] += np.repeat(skips, b // anchors)
     elif method == "end_prompt_pose":
         rng = generator(seed, index, POSITION_STREAM)
         lengths = _chunk_lengths(b, chunks, rng)
-        positions[a:] += np.repeat(_growing_skips(chunks, target - a - b, rng), lengths)
+        positions[a:] += np.repeat(_growing_skips(chunks, room, rng), lengths)
     elif method == "pose":
         rng = generator(seed, index, POSITION_STREAM)
         lengths = _chunk_lengths(a, chunks, rng)
@@ -152,6 +183,11 @@ def _growing_skips(count: int, room: int, rng: np.random.Generator) -> list[int]
         last = int(rng.integers(last, room, endpoint=True))
         skips.append(last)
     return skips
+
+
+def _grown(physical: int, target: int, progress: float) -> int:
+    """By how much a window that grows geometrically from `physical` to `target` has grown at 0 <= progress <= 1."""
+    return round(physical * (target / physical) ** progress) - physical
 
 
 # Coverage of relative distances

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.data.batch import rank_order
 from endprompt_megatron.data.feed import Feed
+from endprompt_megatron.errors import InputError
 from endprompt_megatron.evaluate.virtual import probe_inputs, summarise
 from endprompt_megatron.runtime import device
 from endprompt_megatron.step import run_batch, token_losses
@@ -46,9 +47,15 @@ class Validation:
                 model.train()
 
     def _probes(self) -> list[dict]:
+        held_out, physical = self.feed.held_out_tokens(), self.recipe.context.physical
+        if len(held_out) < physical:
+            raise InputError(
+                f"train.valid_samples={self.recipe.train.valid_samples}: the held-out samples have {len(held_out)} "
+                f"context tokens, a row of train.virtual_distances takes context.physical={physical}: use more samples"
+            )
         return probe_inputs(
-            self.feed.held_out_tokens(),
-            physical_len=self.recipe.context.physical,
+            held_out,
+            physical_len=physical,
             distances=list(self.recipe.train.virtual_distances),
             samples=self._probe_samples(),
             seed=self.recipe.train.seed,

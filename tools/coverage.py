@@ -19,9 +19,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, dotted")
     parser.add_argument("--out", type=Path, metavar="PNG", help="draw the coverage here")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--samples", type=int, default=2000, metavar="N", help="for random methods; default: 2000")
+    parser.add_argument("--samples", type=int, default=2000, metavar="N", help="where samples differ; default: 2000")
     parser.add_argument(
-        "--prompt-length", type=int, metavar="B", help="tokens of the prompt, instead of asking the model's tokenizer"
+        "--prompt-length", type=int, metavar="B", help="tokens of each prompt and cue, instead of asking a tokenizer"
     )
     args = parser.parse_intermixed_args()
     if args.samples < 1:
@@ -32,42 +32,22 @@ def main() -> None:
     import json
 
     from endprompt_megatron.config import load_recipe
-    from endprompt_megatron.coverage import coverage, draw, table
+    from endprompt_megatron.coverage import coverage_of, draw, table
     from endprompt_megatron.files import disk_errors
-    from endprompt_megatron.positions import WITH_PROMPT
 
     recipe = load_recipe(args.recipe, args.overrides)
-    context = recipe.context
-    lengths = [args.prompt_length] if args.prompt_length is not None else []
-    if context.method in WITH_PROMPT and args.prompt_length is None:
-        lengths = _prompt_lengths(recipe.model.hf, context.prompts)
     try:
-        result = coverage(
-            context.method,
-            context.physical,
-            context.target,
-            lengths,
-            samples=args.samples,
-            seed=recipe.train.seed,
-            chunks=context.chunks,
-        )
-    except ValueError as error:
-        raise InputError(f"{args.recipe}: context.method={context.method}: {error}") from None
+        result = coverage_of(recipe, samples=args.samples, prompt_len=args.prompt_length)
+    except InputError as error:
+        tokenless = args.prompt_length is None and "tokenizer" in str(error)
+        mend = "; --prompt-length B counts without a tokenizer" if tokenless else ""
+        raise InputError(f"{args.recipe}: {error}{mend}") from None
     print(json.dumps(result.as_dict(), indent=2) if args.json else table(result))
     if args.out:
         with disk_errors(args.out, "--out"):
             draw(result, args.out)
         if not args.json:
             print(f"drawn: {args.out}")
-
-
-def _prompt_lengths(hf: str, prompts: list[str]) -> list[int]:
-    from endprompt_megatron.prompts import tokenise_prompts
-
-    try:
-        return [len(ids) for ids in tokenise_prompts(hf, prompts)]
-    except InputError as error:
-        raise InputError(f"{error}; --prompt-length B counts without a tokenizer") from None
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ _ROWS = (
     ("Physical sequence length", "context.physical"),
     ("Terminal prompts", "context.prompts"),
     ("Weight of the prompt in the loss", "context.prompt_loss_weight"),
+    ("Tokens recalled by the prompt", "context.recall.tokens"),
     ("Tokens asked for", "train.tokens"),
     ("Steps asked for", "train.steps"),
     ("Sequences a step", "train.global_batch_size"),

@@ -7,7 +7,8 @@ where a run was resumed.  Every rank builds its own datasets and reads its own s
 indices to the cache, which must lie where all ranks see it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from endprompt_megatron.data.blend import turns
 from endprompt_megatron.data.fingerprint import refuse_other_tokenizer
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
 from endprompt_megatron.data.packed import Documents, PackedDataset, PackedRows
+from endprompt_megatron.data.recall import Recall
 from endprompt_megatron.data.samples import SampleBuilder
 from endprompt_megatron.data.stream import EndPromptDataset
 from endprompt_megatron.data.windows import Windows
@@ -61,18 +63,29 @@ class _Cut:
     prompts: list[list[int]]
     prompt_loss_weight: float
     seed: int
-    chunks: int
+    recall: Recall | None
+    knobs: Mapping[str, int]  # of position_ids
     ends: str
     least: int
     align: int | None  # of packed documents; None for the stream
     cache: Path | None
     vocab_size: int | None
 
-    def builder(self, prompts: list[list[int]] | None, where: str) -> SampleBuilder:
-        prompts = self.prompts if prompts is None else prompts
-        weight = self.prompt_loss_weight
+    def builder(self, prompts: list[list[int]] | None, share: float, where: str) -> SampleBuilder:
+        """The builder of a source that has `share` of the samples, and perhaps prompts of its own."""
+        knobs = dict(self.knobs)
+        if knobs.get("curriculum_samples"):
+            # Samples are numbered within their source: all sources arrive at the end together.
+            knobs["curriculum_samples"] = max(round(knobs["curriculum_samples"] * share), 1)
         builder = SampleBuilder(
-            self.method, self.physical_len, self.target_len, prompts, weight, self.seed, self.chunks
+            self.method,
+            self.physical_len,
+            self.target_len,
+            self.prompts if prompts is None else prompts,
+            self.prompt_loss_weight,
+            self.seed,
+            self.recall,
+            **knobs,
         )
         if self.vocab_size is not None and builder.highest_prompt_id >= self.vocab_size:
             raise InputError(
@@ -92,7 +105,8 @@ def build_datasets(
     prompts: list[list[int]],
     prompt_loss_weight: float,
     seed: int,
-    chunks: int = 2,
+    recall: Recall | None = None,
+    knobs: Mapping[str, int] | None = None,
     train_samples: int,
     valid_samples: int = 0,
     cache_dir: Path | str | None = None,
@@ -110,7 +124,8 @@ def build_datasets(
     `train`, "99,1" giving the last hundredth to validation.  A dataset holds the samples asked for, over as many
     epochs as they take.  Prompts are token ids; `vocab_size` is the model's, `tokenizer` its directory,
     None to take any dataset's ids.  `cache_dir` keeps large indices (windows.py, packing.py), None keeps none.  With
-    `packing` "documents" a sample is a row of them, each padded to a multiple of `align`.  Works with torch.distributed
+    `packing` "documents" a sample is a row of them, each padded to a multiple of `align`.  `knobs` are further
+    arguments of positions.position_ids; validation samples stand where a curriculum ends.  Works with torch.distributed
     and without; with it, all ranks must call.  Raises InputError, on every rank alike.
     """
     cut = _Cut(
@@ -120,7 +135,8 @@ def build_datasets(
         prompts=prompts,
         prompt_loss_weight=prompt_loss_weight,
         seed=seed,
-        chunks=chunks,
+        recall=recall,
+        knobs=knobs or {},
         ends="single" if content_skip else document_ends,
         least=min_document_tokens,
         align=align if packing == "documents" else None,
@@ -129,16 +145,17 @@ def build_datasets(
     )
     if train_samples < 1:
         raise ValueError(f"train_samples={train_samples} should be at least 1")
+    arrived = replace(cut, knobs={**cut.knobs, "curriculum_samples": 0})
     split = _checked_split(valid) if isinstance(valid, str) else None
     held_out_blend = valid if split is None and valid_samples else None
     if tokenizer is not None:
         refuse_other_tokenizer([("data.train", train), ("data.valid", held_out_blend or [])], tokenizer)
     if split is not None:
         train_set = _blended("data.train", train, cut, train_samples, (0.0, split))
-        held_out = _blended("data.train", train, cut, valid_samples, (split, 1.0)) if valid_samples else None
+        held_out = _blended("data.train", train, arrived, valid_samples, (split, 1.0)) if valid_samples else None
     else:
         train_set = _blended("data.train", train, cut, train_samples)
-        held_out = _blended("data.valid", held_out_blend, cut, valid_samples) if held_out_blend else None
+        held_out = _blended("data.valid", held_out_blend, arrived, valid_samples) if held_out_blend else None
     _prepare([dataset for dataset in (train_set, held_out) if dataset is not None], cut.cache)
     return train_set, held_out
 
@@ -148,10 +165,12 @@ def _blended(key: str, blend: Blend, cut: _Cut, samples: int, part: tuple[float,
     indices = [_check(key, prefix, cut.vocab_size) for prefix, *_ in blend]
     whose, number = turns([weight for _, weight, *_ in blend], samples)
     taken = np.bincount(whose, minlength=len(blend))
+    whole = sum(weight for _, weight, *_ in blend)
     sources = []
-    for (prefix, _, *own), index, size in zip(blend, indices, taken.tolist(), strict=True):
+    for (prefix, weight, *own), index, size in zip(blend, indices, taken.tolist(), strict=True):
         prompts = own[0] if own else None
-        builder = cut.builder(prompts, "context.prompts" if prompts is None else f"{key}: prompts of {prefix}")
+        where = "context.prompts" if prompts is None else f"{key}: prompts of {prefix}"
+        builder = cut.builder(prompts, weight / whole, where)
         first, stop = (round(share * len(index.lengths)) for share in part or (0.0, 1.0))
         named = "" if part is None else " for training" if part[0] == 0 else " for validation"
         if cut.align is not None:

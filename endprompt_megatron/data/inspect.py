@@ -53,7 +53,10 @@ def of_documents(lengths: np.ndarray, marks: dict[str, int]) -> dict[str, Any]:
 
 
 def describe(dataset: Dataset, index: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """One sample of the run: its source, the documents that it takes from, its segments, its loss weights."""
+    """One sample of the run: its source, the documents that it takes from, its segments, its loss weights.
+
+    "recalled": where in its context the spans of its recall prompts begin.
+    """
     source, number = dataset.locate(index)
     sample = source[number]
     tokens = sample["tokens"].tolist()
@@ -67,6 +70,7 @@ def describe(dataset: Dataset, index: int, tokenizer: Tokenizer) -> dict[str, An
             {**asdict(segment), "text": _ends(tokenizer, tokens[segment.start : segment.stop])}
             for segment in segments(sample)
         ],
+        "recalled": source.recalled(number),
         "loss_weights": weight_runs(sample),
     }
 
@@ -151,6 +155,9 @@ def sample_in_words(sample: dict[str, Any]) -> str:
         tokens = f"{count:,} token{'s' * (count > 1)}"
         lines.append(f"  {segment['kind']}{which}: {tokens} at {where}, position ids {positions}")
         lines.append(f"    {segment['text']}")
+    if sample["recalled"]:
+        places = ", ".join(f"{place:,}" for place in sample["recalled"])
+        lines.append(f"  recalled: what stands in the context from {places} on")
     runs = [f"{weight:g} for {_range(start, stop - 1)}" for start, stop, weight in sample["loss_weights"]]
     return "\n".join([*lines, f"  loss weight of the next token: {', '.join(runs)}"])
 

@@ -9,6 +9,7 @@ from typing import Any
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.data.blend import is_split, sources_of
 from endprompt_megatron.data.dataset import Blend, Dataset, build_datasets
+from endprompt_megatron.data.terminal import recall_of
 from endprompt_megatron.positions import WITH_PROMPT
 from endprompt_megatron.prompts import tokenise_prompts
 
@@ -32,7 +33,8 @@ def datasets_of(
         prompts=tokenise_prompts(recipe.model.hf, list(c.prompts)) if with_prompt else [],
         prompt_loss_weight=c.prompt_loss_weight,
         seed=t.seed,
-        chunks=c.chunks,
+        recall=recall_of(recipe) if with_prompt else None,
+        knobs=c.knobs,
         train_samples=t.steps * t.global_batch_size,
         valid_samples=valid_samples,
         cache_dir=cache,

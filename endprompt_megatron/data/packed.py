@@ -206,6 +206,10 @@ class PackedDataset(torch.utils.data.Dataset):
         """What the contexts of row `number` consist of: see PackedRows.pieces."""
         return self.rows.pieces(number)
 
+    def recalled(self, number: int) -> list[int]:
+        """Nothing: packed documents have no recall prompts."""
+        return []
+
     def taken(self, samples: int) -> dict[str, Any]:
         """What the first `samples` rows hold: see PackedRows.taken."""
         return self.rows.taken(samples)

@@ -90,6 +90,10 @@ class EndPromptDataset(torch.utils.data.Dataset):
             at += max(count, 0)
         return found
 
+    def recalled(self, number: int) -> list[int]:
+        """Where in its context the spans begin that sample `number` recalls: see SampleBuilder.recalled."""
+        return self.builder.recalled(number)
+
     def taken(self, samples: int) -> dict[str, Any]:
         """What the first `samples` samples hold, and what an epoch has: see data/seen.py."""
         lengths = np.array(self.builder.prompt_lens)

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
-from endprompt_megatron.config import Recipe
+from endprompt_megatron.config import Recall, Recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
 from endprompt_megatron.plan.estimate import Estimate, estimate
@@ -107,6 +107,9 @@ def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int
     """
     full = copy.deepcopy(recipe)
     full.context.method, full.context.physical = "full", recipe.context.target
+    # What belongs to the recipe's method alone would be refused with this one.
+    full.context.recall, full.context.content_skip = Recall(), False
+    full.data.packing, full.data.align = "stream", None
     full.train.micro_batch_size = 1
     full.train.steps = max(1, round(recipe.train.steps * recipe.tokens_per_step / full.tokens_per_step))
     full.train.tokens = None

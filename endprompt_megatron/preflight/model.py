@@ -16,9 +16,10 @@ from endprompt_megatron.convert import layout, llama
 from endprompt_megatron.convert.hf_files import INDEX, OLD_INDEX, OLD_SINGLE, SINGLE
 from endprompt_megatron.convert.progress import in_words
 from endprompt_megatron.data.blend import prompts_used
+from endprompt_megatron.data.terminal import recall_of
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json
-from endprompt_megatron.positions import WITH_PROMPT, segment_lengths
+from endprompt_megatron.positions import WITH_PROMPT, copies, segment_lengths
 from endprompt_megatron.preflight.table import FAIL, OK, WARN, Finding, many, some
 from endprompt_megatron.prompts import tokenise_prompts
 from endprompt_megatron.shape import ModelShape, read_shape
@@ -227,7 +228,12 @@ def tokenizer(recipe: Recipe, shape: ModelShape) -> Finding:
 def context_lengths(recipe: Recipe, shape: ModelShape) -> list[int]:
     """Context tokens of a sample, for each prompt of the recipe and its sources.  Raises InputError."""
     c = recipe.context
-    prompts = tokenise_prompts(recipe.model.hf, prompts_used(recipe)) if c.method in WITH_PROMPT else [[]]
+    prompts: list[list[int]] = [[]]
+    if c.method in WITH_PROMPT:
+        recall = recall_of(recipe)
+        prompts = [] if recall and recall.share == 1 else tokenise_prompts(recipe.model.hf, prompts_used(recipe))
+        prompts += [recall.prompt] if recall else []
+    count = copies(c.method, c.anchors)
     highest = max((max(prompt) for prompt in prompts if prompt), default=-1)
     if highest >= shape.vocab_size:
         raise InputError(
@@ -235,6 +241,6 @@ def context_lengths(recipe: Recipe, shape: ModelShape) -> list[int]:
             "the tokenizer is not this model's"
         )
     try:
-        return [segment_lengths(c.method, c.physical, len(prompt), c.target)[0] for prompt in prompts]
+        return [segment_lengths(c.method, c.physical, count * len(prompt), c.target)[0] for prompt in prompts]
     except ValueError as error:
         raise InputError(f"context.method={c.method}: {error}") from None

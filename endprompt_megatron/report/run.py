@@ -131,26 +131,19 @@ def distance_coverage(run: Run) -> tuple[np.ndarray, list[tuple[int, int]], int]
     None where the recipe does not say enough.  The prompt's length is read from the run's own tokenizer if that is
     still there; otherwise 12 tokens, about what EP_1 has.
     """
-    from endprompt_megatron import positions
+    from endprompt_megatron.config import recipe_of
+    from endprompt_megatron.coverage import coverage_of
+    from endprompt_megatron.positions import METHODS
 
     method, physical, target = (run.value(f"context.{key}") for key in ("method", "physical", "target"))
-    if method not in positions.METHODS or not isinstance(physical, int) or not isinstance(target, int):
+    if method not in METHODS or not isinstance(physical, int) or not isinstance(target, int):
         return None
-    prompt = 12
     try:
-        from endprompt_megatron.prompts import tokenise_prompts
-
-        found = tokenise_prompts(str(run.value("model.hf")), list(run.value("context.prompts", ["EP_1"])))
-        prompt = round(float(np.mean([len(ids) for ids in found])))
-    except (InputError, ImportError, TypeError):
-        pass
-    chunks, seed = int(run.value("context.chunks", 2)), int(run.value("train.seed", 0))
-    a, b = positions.segment_lengths(method, physical, prompt, target)
-    total = np.zeros(target, dtype=np.int64)
-    bends = None
-    for index in range(COVERAGE_SAMPLES):
-        ids = positions.position_ids(method, a, b, target, index=index, seed=seed, chunks=chunks)
-        bend = positions.distance_bends(ids, target)
-        bends = bend if bends is None else bends + bend
-    total = positions.counts_of_bends(bends)
-    return total / COVERAGE_SAMPLES, positions.gaps(total), b
+        recipe = recipe_of(run.recipe)
+    except InputError:
+        return None
+    try:
+        found = coverage_of(recipe, samples=COVERAGE_SAMPLES)
+    except (InputError, ImportError):
+        found = coverage_of(recipe, samples=COVERAGE_SAMPLES, prompt_len=12)
+    return found.counts, found.gaps, round(found.prompt)

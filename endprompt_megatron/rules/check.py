@@ -13,8 +13,8 @@ from endprompt_megatron.config import Recipe, one_of
 from endprompt_megatron.data.windows import DOCUMENT_ENDS
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
-from endprompt_megatron.positions import WITH_PROMPT
 from endprompt_megatron.rules.layout import check_layout
+from endprompt_megatron.rules.methods import check_methods
 from endprompt_megatron.rules.packing import check_packing
 from endprompt_megatron.rules.precision import check_precision
 from endprompt_megatron.shape import ModelShape, read_shape
@@ -52,18 +52,9 @@ def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
         raise InputError(
             f"{where}: context.physical={c.physical} is longer than context.target={c.target}; use at most the target"
         )
-    if c.method == "full" and c.physical != c.target:
-        raise InputError(
-            f"{where}: context.method=full trains at full length: context.physical={c.physical} should be {c.target}"
-        )
-    if c.method in WITH_PROMPT and not c.prompts:
-        raise InputError(f"{where}: context.prompts is empty; {c.method} needs at least one, such as [EP_1]")
-    if c.prompt_loss_weight < 0 or (c.method in WITH_PROMPT and c.prompt_loss_weight == 0):
-        raise InputError(f"{where}: context.prompt_loss_weight={c.prompt_loss_weight} should be above 0")
+    check_methods(recipe, where)
     if c.rope.type not in ("none",) and c.rope.factor < 1:
         raise InputError(f"{where}: context.rope.factor={c.rope.factor} should be at least 1 (target / original)")
-    if c.method in ("pose", "end_prompt_pose") and c.chunks < 2:
-        raise InputError(f"{where}: context.chunks={c.chunks} should be at least 2 for {c.method}")
     if shape.head_dim % 2:
         raise InputError(f"{where}: head_dim={shape.head_dim} of {recipe.model.hf} is odd; RoPE needs pairs")
 

@@ -28,6 +28,11 @@ def check_packing(recipe: Recipe, where: str, hardware: Hardware) -> None:
         raise InputError(f"{asked} with data.document_ends={d.document_ends}: no sample crosses an end; leave it out")
     if c.content_skip:
         raise InputError(f"{asked} with context.content_skip=true: it is of the stream's samples; use packing=stream")
+    if c.recall.tokens:
+        raise InputError(
+            f"{asked} with context.recall.tokens={c.recall.tokens}: a short document has no span to recall; "
+            "use packing=stream"
+        )
     if c.method == "full":
         raise InputError(
             f"{asked} with context.method=full: a document is as long as it is, not as the target; use method=short "

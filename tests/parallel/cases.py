@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from endprompt_megatron.config import Recipe, load_recipe
-from endprompt_megatron.positions import position_ids, segment_lengths
+from endprompt_megatron.positions import copies, position_ids, segment_lengths
 from endprompt_megatron.shape import ModelShape, read_shape
 
 PROMPT_LENS = (5, 7)
@@ -77,21 +77,30 @@ def make_samples(recipe: Recipe, vocab: int, count: int, seed: int = 0) -> dict[
     c = recipe.context
     samples = []
     for index in range(count):
-        a, b = segment_lengths(c.method, c.physical, PROMPT_LENS[index % 2], c.target)
+        length = (PROMPT_LENS[index % 2] + c.recall.tokens) * copies(c.method, c.anchors)
+        a, b = segment_lengths(c.method, c.physical, length, c.target)
         samples.append(one_sample(recipe, generator.integers(0, vocab, a + b), b, index))
     return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
 def one_sample(recipe: Recipe, tokens: np.ndarray, b: int, index: int) -> dict[str, np.ndarray]:
-    """A sample of these tokens, of which the last b are the prompt; [a + b] each."""
+    """A sample of these tokens, of which the last b are the prompt; [a + b] each.
+
+    Of a recall prompt, each copy's last tokens are taken from the context, and the first of them have weight 0.
+    """
     c, a = recipe.context, len(tokens) - b
+    recalled, key = c.recall.tokens, np.zeros(a + b, bool)
+    for end in range(a + b, a, -b // copies(c.method, c.anchors)) if recalled else []:
+        begin, place = end - recalled, (5 * index + end) % (a - recalled)
+        tokens[begin:end] = tokens[place : place + recalled]
+        key[begin - 1 : begin - 1 + c.recall.key] = True  # of targets
     is_prompt = np.arange(1, a + b + 1) >= a if b else np.zeros(a + b, bool)
-    weights = np.where(is_prompt, c.prompt_loss_weight, 1.0).astype(np.float32)
+    weights = np.where(is_prompt, np.where(key, 0.0, c.prompt_loss_weight), 1.0).astype(np.float32)
     weights[-1] = 0
     return {
         "tokens": tokens,
         "labels": np.append(tokens[1:], 0),
-        "position_ids": position_ids(c.method, a, b, c.target, index=index, seed=3),
+        "position_ids": position_ids(c.method, a, b, c.target, index=index, seed=3, **c.knobs),
         "loss_weights": weights,
         "prompt_mask": is_prompt,
     }

@@ -8,6 +8,15 @@ from endprompt_megatron.shape import read_shape
 
 UNEVEN = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.count_embedding=true"]
 METHODS = ("end_prompt", "end_prompt_random", "end_prompt_pose", "pose", "full", "short")
+RECALL = ["context.recall={tokens: 8, key: 3}"]
+CANDIDATES = {
+    "log": ["context.method=end_prompt_log"],
+    "curriculum": ["context.method=end_prompt_curriculum", "context.curriculum_samples=6"],
+    "multi": ["context.method=end_prompt_multi", "context.anchors=3"],
+    "recall": RECALL,
+    "recall-near": [*RECALL, "context.method=end_prompt_near"],
+    "recall-multi": [*RECALL, "context.method=end_prompt_multi", "context.anchors=2"],
+}
 ROPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "none")
 
 
@@ -39,6 +48,16 @@ def test_gradients_equal_huggingface_under_context_parallelism_with_method(ranks
 def test_gradients_equal_huggingface_with_method(ranks, models, method):
     overrides = [f"context.method={method}"] + (["context.physical=256"] if method == "full" else [])
     check(ranks, models, "gqa", "tp2-pp2-sp", *overrides)
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_gradients_equal_huggingface_with_candidate(ranks, models, candidate):
+    check(ranks, models, "gqa", "cp2", *CANDIDATES[candidate], "train.micro_batch_size=2")
+
+
+@pytest.mark.parametrize("candidate", ["recall-multi"])
+def test_gradients_equal_huggingface_with_candidate_on_four_ranks(ranks, models, candidate):
+    check(ranks, models, "gqa", "tp2-pp2-sp", *CANDIDATES[candidate])
 
 
 @pytest.mark.parametrize("rope", ROPES)

@@ -10,7 +10,7 @@ from endprompt_megatron.loss import weighted_loss
 from endprompt_megatron.positions import METHODS, position_ids, segment_lengths
 from endprompt_megatron.rope import PositionRotary, scaled_config, transformers_config
 
-TARGET, PHYSICAL, PROMPT = 65536, 48, 7
+TARGET, PHYSICAL, PROMPT = 65536, 48, 8
 ROPES = ("linear", "ntk", "yarn", "llama3", "none")
 
 

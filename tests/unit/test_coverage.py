@@ -10,6 +10,7 @@ from small import assert_one_line_error, run_tool, small_llama
 
 from endprompt_megatron.coverage import coverage, table
 from endprompt_megatron.positions import position_ids
+from endprompt_megatron.prompts import tokenise_prompts
 
 
 def test_end_prompt_coverage_is_exact():
@@ -29,7 +30,30 @@ def test_prompts_of_a_set_count_equally():
     assert both.segments == [(60, 4), (54, 10)]
 
 
-@pytest.mark.parametrize("method", ["end_prompt_random", "end_prompt_pose", "pose"])
+def test_shares_of_terminal_segments_weigh_their_counts():
+    mixed = coverage("end_prompt", 64, 512, [4, 20], shares=[0.25, 0.75])
+    apart = [coverage("end_prompt", 64, 512, [length]).counts for length in (4, 20)]
+    np.testing.assert_allclose(mixed.counts, 0.25 * apart[0] + 0.75 * apart[1])
+    assert mixed.prompt == 0.25 * 4 + 0.75 * 20
+
+
+def test_a_curriculum_is_counted_over_the_whole_run():
+    result = coverage("end_prompt_curriculum", 64, 512, [4], samples=64, of=6400, curriculum_samples=6400)
+    assert result.gaps == []  # 64 places of the prompt between 64 and 512, each of which covers 60 distances
+    first = coverage("end_prompt_curriculum", 64, 512, [4], samples=64, of=64, curriculum_samples=6400)
+    assert first.supervised == [(0, 64)]
+
+
+def test_several_anchors_leave_smaller_gaps_than_one():
+    one = coverage("end_prompt", 8192, 65536, [11])
+    several = coverage("end_prompt_multi", 8192, 65536, [44], anchors=4)
+    assert several.segments == [(8148, 44)]
+    assert several.share > 1.9 * one.share
+    assert max(last - first for first, last in several.gaps) < 20_000 < 49_000 < one.gaps[0][1] - one.gaps[0][0]
+    assert coverage("end_prompt_near", 8192, 65536, [11]).supervised == [(0, 8191)]
+
+
+@pytest.mark.parametrize("method", ["end_prompt_random", "end_prompt_log", "end_prompt_pose", "pose"])
 def test_random_methods_are_the_mean_of_their_samples(method):
     b = 0 if method == "pose" else 8
     result = coverage(method, 40, 128, [8], samples=50, seed=3, chunks=2)
@@ -83,6 +107,23 @@ def test_the_tool_takes_overrides_and_gives_json(recipe):
     assert result.returncode == 0, result.stderr
     value = json.loads(result.stdout)
     assert (value["method"], value["target"], value["supervised"]) == ("short", 256, [[0, 63]])
+
+
+def test_the_tool_knows_prompts_of_sources_and_recall(recipe, tmp_path):
+    """Half of the samples recall, the others end with what their source has."""
+    one = tmp_path / "own.yaml"
+    one.write_text(
+        f"inherit: {recipe}\ncontext: {{recall: {{cue: 'End.', tokens: 10, key: 2, share: 0.5}}}}\n"
+        "data: {train: {first: 3, second: {weight: 1, prompts: ['text:End.End.End.', EP_2]}}}\n"
+    )
+    result = run_tool("coverage", one, "--json")
+    assert result.returncode == 0, result.stderr
+    found = {(part["context"], part["prompt"]): part["share"] for part in json.loads(result.stdout)["segments"]}
+    prompts = tokenise_prompts(recipe.parent / "model", ["text:End.", "text:End.End.End.", "EP_2"])
+    cue, own, eot = map(len, prompts)
+    assert found == {(64 - eot, eot): 0.5 * 7 / 8, (64 - own, own): 0.5 / 8, (54 - cue, 10 + cue): 0.5}
+    several = run_tool("coverage", one, "--json", "context.method=end_prompt_multi", "context.anchors=2")
+    assert {part["prompt"] for part in json.loads(several.stdout)["segments"]} == {2 * eot, 2 * own, 2 * (10 + cue)}
 
 
 def test_bad_input_is_one_line(recipe, tmp_path):

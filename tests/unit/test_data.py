@@ -16,7 +16,7 @@ from endprompt_megatron.data.batch import KEYS, MicroBatches, zigzag_slice
 from endprompt_megatron.data.dataset import build_datasets
 from endprompt_megatron.data.indexed import write_idx
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.positions import PROMPT_STREAM, position_ids
+from endprompt_megatron.positions import METHODS, PROMPT_STREAM, copies, position_ids
 
 PROMPTS = [[1500, 1501, 1502, 1503, 1504], [1550], [1570, 1571, 1572]]  # no token of the stream
 LENGTHS = (7, 40, 1, 1, 200, 33, 24, 90, 5, 64, 128, 24, 24, 300)
@@ -81,19 +81,19 @@ def plain_prompt_number(seed: int, index: int, count: int) -> int:
     return ((z ^ (z >> 31)) >> 32) * count >> 32
 
 
-def plain_sample(window, prompts, index, *, physical, target, method, weight, seed, chunks=2) -> dict:
+def plain_sample(window, prompts, index, *, physical, target, method, weight, seed, knobs=None) -> dict:
     """The sample as the design page states it, with Python lists."""
     if method in ("pose", "full", "short"):
         prompt = []
     else:
         chosen = plain_prompt_number(seed, index, len(prompts))
-        prompt = prompts[chosen]
+        prompt = prompts[chosen] * copies(method, 2)
     b, a = len(prompt), physical - len(prompt)
     tokens = window[:a] + prompt
     if method == "end_prompt":
         positions = list(range(a)) + list(range(target - b, target))
     else:
-        positions = position_ids(method, a, b, target, index=index, seed=seed, chunks=chunks).tolist()
+        positions = position_ids(method, a, b, target, index=index, seed=seed, **(knobs or {})).tolist()
     labels, weights, mask = [], [], []
     for place in range(physical):
         last = place == physical - 1
@@ -104,7 +104,7 @@ def plain_sample(window, prompts, index, *, physical, target, method, weight, se
     return dict(zip(KEYS, (tokens, labels, positions, weights, mask), strict=True))
 
 
-@pytest.mark.parametrize("method", ["end_prompt", "end_prompt_random", "end_prompt_pose", "pose", "full", "short"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("several", [False, True])
 def test_samples_equal_a_plain_reconstruction(tmp_path, method, several):
     documents = write_dataset(tmp_path / "corpus")
@@ -113,12 +113,22 @@ def test_samples_equal_a_plain_reconstruction(tmp_path, method, several):
         prompts = [prompt for prompt in prompts if len(prompt) >= 2]
     physical = 64 if method == "full" else 24
     target = 64 if method == "full" else 192
-    dataset = train_set(tmp_path / "corpus", method=method, prompts=prompts, physical_len=physical, target_len=target)
-    shortest = 0 if method in ("pose", "full", "short") else min(map(len, prompts))
+    knobs = {"anchors": 2, "curriculum_samples": 9}
+    lengths = {"physical_len": physical, "target_len": target}
+    dataset = train_set(tmp_path / "corpus", method=method, prompts=prompts, knobs=knobs, **lengths)
+    shortest = 0 if method in ("pose", "full", "short") else min(map(len, prompts)) * copies(method, 2)
     windows = plain_windows(documents, physical - shortest)
     for index in range(min(len(dataset), len(windows))):
         expected = plain_sample(
-            windows[index], prompts, index, physical=physical, target=target, method=method, weight=0.25, seed=11
+            windows[index],
+            prompts,
+            index,
+            physical=physical,
+            target=target,
+            method=method,
+            weight=0.25,
+            seed=11,
+            knobs=knobs,
         )
         sample = dataset[index]
         assert set(sample) == set(KEYS)

@@ -275,3 +275,22 @@ def test_empty_documents_belong_to_no_window(tmp_path):
             number, first, length = windows.document(start)
             assert (first, length) == {1: (0, 5), 4: (5, 30)}[number]
             assert first <= start < stop <= first + length
+
+
+def test_recall_prompts_are_shown_with_what_they_recall(place, tmp_path):
+    keys = ["context.recall={tokens: 30, key: 6, cue: 'Again:'}", f"data.train={place / 'prefix'}"]
+    recipe = load_recipe(place / "recipe.yaml", keys)
+    dataset, _ = datasets_of(recipe, "recipe", 320, None)
+    tokenizer = load_tokenizer(place / "hf")
+    said, tokens = describe(dataset, 1, tokenizer), dataset[1]["tokens"].tolist()
+    prompt = said["segments"][1]
+    [start] = said["recalled"]
+    assert tokens[start : start + 30] == tokens[128 - 30 :]
+    assert prompt["text"].startswith("Again:")
+    assert tokenizer.decode(tokens[start + 10 : start + 30])[-8:] in prompt["text"]
+    assert said["loss_weights"][-3:] == [(97, 103, 0.0), (103, 127, 0.25), (127, 128, 0.0)]
+    done = run_tool("inspect_data", place / "recipe.yaml", *keys, "--samples", 2, "--picture", tmp_path / "rows.png")
+    assert done.returncode == 0, done.stderr
+    assert f"recalled: what stands in the context from {start:,} on" in done.stdout
+    assert "0 for 97..102, 0.25 for 103..126, 0 for 127" in done.stdout
+    assert (tmp_path / "rows.png").stat().st_size > 10_000

@@ -19,9 +19,11 @@ from endprompt_megatron.data.dataset import build_datasets
 from endprompt_megatron.data.packed import context_tokens
 from endprompt_megatron.data.seen import seen
 from endprompt_megatron.errors import InputError
-from endprompt_megatron.positions import position_ids
+from endprompt_megatron.positions import METHODS as ALL_METHODS
+from endprompt_megatron.positions import copies, position_ids
 
-METHODS = ("end_prompt", "end_prompt_random", "end_prompt_pose", "pose", "short")
+METHODS = [method for method in ALL_METHODS if method != "full"]
+KNOBS = {"anchors": 2, "curriculum_samples": 30}
 
 
 @pytest.fixture
@@ -41,9 +43,9 @@ def test_rows_equal_a_plain_reconstruction(tmp_path, method, several, align):
     prompts = PROMPTS if several else PROMPTS[:1]
     if method == "end_prompt_pose":
         prompts = [prompt for prompt in prompts if len(prompt) >= 2]
-    used = prompts if method.startswith("end_prompt") else [[]]
+    used = [prompt * copies(method, 2) for prompt in prompts] if method.startswith("end_prompt") else [[]]
     longest = 32 - max(map(len, used))
-    dataset = train_set(tmp_path / "corpus", method=method, prompts=prompts, align=align)
+    dataset = train_set(tmp_path / "corpus", method=method, prompts=prompts, align=align, knobs=KNOBS)
     numbers = set()
     for index in range(len(dataset)):
         expected: dict[str, list] = {key: [] for key in KEYS}
@@ -59,7 +61,7 @@ def test_rows_equal_a_plain_reconstruction(tmp_path, method, several, align):
             padding = [0] * (-(a + b) % align)
             expected["tokens"] += tokens + padding
             expected["labels"] += [*tokens[1:], 0, *padding]
-            positions = position_ids(method, a, b, 192, index=number, seed=11)
+            positions = position_ids(method, a, b, 192, index=number, seed=11, **KNOBS)
             expected["position_ids"] += positions.tolist() + padding
             expected["loss_weights"] += [1.0] * (a - 1) + [0.25] * b + [0.0] + [0.0] * len(padding)
             expected["prompt_mask"] += [False] * (a - 1) + [True] * b + [False] + [False] * len(padding)

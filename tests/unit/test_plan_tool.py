@@ -83,6 +83,17 @@ def test_full_length_costs_more_than_the_flops_say():
     assert plan.full_same_samples / ours.gpu_hours == pytest.approx(8 * slower)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [["context.recall.tokens=53"], ["context.method=pose", "context.content_skip=true"], ["data.packing=documents"]],
+    ids=["recall", "pose", "packed"],
+)
+def test_keys_of_another_method_do_not_hide_what_full_length_costs(keys):
+    within = ["data.document_ends=within"] if "pose" in keys[0] else []
+    plan, plain = planned(*keys, *within, gpus=8), planned(gpus=8)
+    assert plan.full.step_seconds == pytest.approx(plain.full.step_seconds)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_legal_and_fits_on_some_number_of_h100s(path):
     recipe = load_recipe(path)

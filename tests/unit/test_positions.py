@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from endprompt_megatron.positions import (
     METHODS,
     RANDOM,
+    VARYING,
     WITH_PROMPT,
+    copies,
     counts_of_bends,
     distance_bends,
     distance_counts,
@@ -25,11 +27,12 @@ def cases(draw, methods=METHODS):
     """(method, a, b, L, keywords) that the method can place."""
     method = draw(st.sampled_from(methods))
     target = draw(st.integers(8, 400))
-    chunks = draw(st.integers(1, 4))
+    chunks, anchors = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     if method == "full":
         a, b = target, 0
     elif method in WITH_PROMPT:
-        b = draw(st.integers(chunks if method == "end_prompt_pose" else 1, target - 1))
+        b = draw(st.integers(chunks if method == "end_prompt_pose" else 1, (target - 1) // copies(method, anchors)))
+        b *= copies(method, anchors)
         a = draw(st.integers(1, target - b))
     else:
         a, b = draw(st.integers(chunks, target)), 0
@@ -38,7 +41,13 @@ def cases(draw, methods=METHODS):
         a,
         b,
         target,
-        {"index": draw(st.integers(0, 2**40)), "seed": draw(st.integers(0, 2**32 - 1)), "chunks": chunks},
+        {
+            "index": draw(st.integers(0, 2**40) | st.integers(0, 30)),
+            "seed": draw(st.integers(0, 2**32 - 1)),
+            "chunks": chunks,
+            "anchors": anchors,
+            "curriculum_samples": draw(st.integers(0, 30)),
+        },
     )
 
 
@@ -119,6 +128,54 @@ def test_random_prompt_starts_everywhere_from_a_to_the_end():
     assert frequency.min() > 600 / 9 * 0.6  # uniform over 9 starts
 
 
+def test_log_prompt_starts_at_steps_that_are_log_uniform():
+    """A step of d, from the last context token to the prompt, has the share log((d + 1) / d) / log(last + 1)."""
+    a, b, target, count = 5, 3, 16, 6000
+    last = target - b - a + 1
+    prompts = [position_ids("end_prompt_log", a, b, target, index=i, seed=7)[a:] for i in range(count)]
+    assert all((np.diff(prompt) == 1).all() for prompt in prompts)
+    steps = np.bincount([prompt[0] - (a - 1) for prompt in prompts], minlength=last + 1)[1:]
+    assert len(steps) == last
+    d = np.arange(1, last + 1)
+    expected = np.log((d + 1) / d) / np.log(last + 1)
+    assert expected.sum() == pytest.approx(1)
+    assert (np.abs(steps / count - expected) < 5 * np.sqrt(expected * (1 - expected) / count)).all()
+    # At the published lengths: as many in the nearer half of the octaves as in the farther.
+    far = [position_ids("end_prompt_log", 8181, 11, 65536, index=i, seed=1)[-1] - 8191 for i in range(2000)]
+    assert np.mean(np.array(far) + 1 < np.sqrt(65536 - 8191)) == pytest.approx(0.5, abs=0.06)
+
+
+def test_curriculum_doubles_the_window_at_even_intervals_and_stays_at_the_end():
+    a, b, target = 12, 4, 256
+    ends = [
+        int(position_ids("end_prompt_curriculum", a, b, target, index=i, seed=i, curriculum_samples=40)[-1]) + 1
+        for i in range(60)
+    ]
+    assert ends[:41:10] == [16, 32, 64, 128, 256]
+    assert ends == sorted(ends)
+    assert set(ends[40:]) == {256}
+    arrived = position_ids("end_prompt_curriculum", a, b, target, index=0)  # as in validation
+    np.testing.assert_array_equal(arrived, position_ids("end_prompt", a, b, target))
+
+
+def test_copies_of_the_prompt_end_windows_that_grow_geometrically():
+    a, b, k, target = 52, 3, 4, 64 * 16
+    positions = position_ids("end_prompt_multi", a, k * b, target, anchors=k)
+    parts = positions[a:].reshape(k, b)
+    assert (np.diff(parts, axis=1) == 1).all()
+    # Physical length 64, target 1024: the windows are 128, 256, 512 and 1024, less the copies still to come.
+    assert [int(part[-1]) + 1 + (k - 1 - j) * b for j, part in enumerate(parts)] == [128, 256, 512, 1024]
+    once = position_ids("end_prompt_multi", a, b, target, anchors=1)
+    np.testing.assert_array_equal(once, position_ids("end_prompt", a, b, target))
+    nearest = [(0, a - 1), *((int(part[0]) - a + 1, int(part[-1])) for part in parts)]
+    counts = distance_counts(positions, target)
+    assert all((counts[first : last + 1] > 0).all() for first, last in nearest)  # each copy sees all of the context
+
+
+def test_near_prompt_goes_on_where_the_context_ends():
+    assert position_ids("end_prompt_near", 5, 3, 16).tolist() == list(range(8))
+
+
 def test_chunks_of_the_prompt_reach_both_ends_and_skip_between_them():
     a, b, target = 6, 4, 20
     prompts = [position_ids("end_prompt_pose", a, b, target, index=i, seed=3, chunks=2)[a:] for i in range(800)]
@@ -154,8 +211,8 @@ def test_random_maps_depend_on_index_and_on_seed(method):
 
 
 def test_maps_without_chance_ignore_index_and_seed():
-    for method in set(METHODS) - set(RANDOM):
-        a, b = (50, 0) if method == "full" else (20, 0) if method == "short" else (20, 5)
+    for method in set(METHODS) - set(VARYING):
+        a, b = (50, 0) if method == "full" else (20, 0) if method == "short" else (20, 8)
         first = position_ids(method, a, b, 50, index=1, seed=1)
         np.testing.assert_array_equal(first, position_ids(method, a, b, 50, index=2, seed=9))
 
@@ -184,6 +241,7 @@ def test_segment_lengths():
         (("full", 8, 0, 16), "whole window"),
         (("pose", 1, 0, 16), "cannot be split"),
         (("end_prompt_pose", 8, 1, 16), "cannot be split"),
+        (("end_prompt_multi", 8, 6, 16), "not 4 copies"),
     ],
 )
 def test_what_cannot_be_placed_is_refused(arguments, message):

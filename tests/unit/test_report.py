@@ -11,6 +11,7 @@ import small
 
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.evaluate import perplexity
+from endprompt_megatron.positions import METHODS
 from endprompt_megatron.report import run as report_run
 from endprompt_megatron.report.page import write_report
 
@@ -184,7 +185,7 @@ def test_missing_pieces_are_said_not_failed_over(run):
     assert "no baseline was measured" in text
 
 
-@pytest.mark.parametrize("method", ["end_prompt", "end_prompt_random", "end_prompt_pose", "pose", "full", "short"])
+@pytest.mark.parametrize("method", METHODS)
 def test_distances_of_every_method(run, method):
     (run / "recipe.yaml").write_text(RECIPE.replace("METHOD", method))
     found = report_run.distance_coverage(report_run.read_run(run))

@@ -315,7 +315,16 @@ RECIPES = {
     "llama31_405b_256k": 512,
     "smollm2_135m_64k": 1,
 }
-EVERY_RECIPE = {f"{name}{twin}": gpus for name, gpus in RECIPES.items() for twin in ("", "_fp8")}
+LLAMA3_8B_64K = ("full", "log", "curriculum", "multi", "multi_recall", "recall", "pose", "yarn")
+LCEG = ("7b_32k", "7b_32k_ntk", "7b_32k_dynamic", "7b_32k_yarn", "7b_64k_ntk")
+METHODS = {
+    **{f"llama3_8b_64k_{method}": 8 for method in LLAMA3_8B_64K},
+    **{f"lceg_llama2_{name}": 8 for name in LCEG},
+    "lceg_llama3_8b_64k": 8,
+    "llama3_8b_32k_full": 8,
+    "smollm2_135m_16k_full": 1,
+}
+EVERY_RECIPE = {f"{name}{twin}": gpus for name, gpus in RECIPES.items() for twin in ("", "_fp8")} | METHODS
 
 
 @pytest.mark.parametrize("name", EVERY_RECIPE)
