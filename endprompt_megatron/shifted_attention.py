@@ -60,10 +60,8 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, groups: int, plain: int, 
 
 
 def _within(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Tensor:
-    """Causal attention within groups of `size` tokens, which lie beside each other in the batch: [s, b, h, d]."""
-    batch, heads, width = query.shape[1:]
-    blocks = [
-        x.unflatten(0, (-1, size)).permute(0, 2, 3, 1, 4).reshape(-1, heads, size, width) for x in (query, key, value)
-    ]  # [groups * b, h, size, d], with b = 1 without a copy
-    context = F.scaled_dot_product_attention(*blocks, is_causal=True, scale=scale)
-    return context.unflatten(0, (-1, batch)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+    """Causal attention within groups of `size` tokens, which a row has as its batch: [s, b, h, d]."""
+    # Row by row these are views, whatever the heads are cut from; of all rows together they would be copies.
+    blocks = (x.unflatten(0, (-1, size)).permute(2, 0, 3, 1, 4) for x in (query, key, value))  # [b, groups, h, size, d]
+    rows = [F.scaled_dot_product_attention(*row, is_causal=True, scale=scale) for row in zip(*blocks, strict=True)]
+    return torch.stack([row.transpose(1, 2) for row in rows], 2).flatten(0, 1)

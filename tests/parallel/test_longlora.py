@@ -22,6 +22,7 @@ from parallel.test_engine_megatron import ask_megatron
 from small import edit_json, run_tool
 
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
+from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.shape import read_shape
 
@@ -208,10 +209,11 @@ def trained(ranks, models, tmp_path_factory):
     return root
 
 
-def test_state_is_the_same_in_every_other_layout_and_only_of_what_is_trained(ranks, models, trained):
+def test_state_is_the_same_in_every_other_layout_and_only_of_what_is_trained(ranks, models, trained, tmp_path):
+    root = shutil.copytree(trained, tmp_path / "run")
     recipe = recipe_for(*models("odd-vocab"), *LORA, *SHIFTED)
     vocab = read_shape(recipe.model.hf).vocab_size
-    expected = everything(trained / "iter_0000003", vocab)
+    expected = everything(root / "iter_0000003", vocab)
     states = {key.removeprefix("optimizer.state.exp_avg.") for key in expected if ".exp_avg." in key}
     frozen = {key for key in expected if key not in states and key.startswith(("decoder", "embedding", "output"))}
     assert "embedding.word_embeddings.weight" in states
@@ -224,8 +226,8 @@ def test_state_is_the_same_in_every_other_layout_and_only_of_what_is_trained(ran
         assert torch.equal(expected[key], converted[key]), key
     for step, layout in enumerate(("one", "tp2-pp2-sp"), start=4):
         world, keys = LAYOUTS[layout]
-        ranks.run(world, train_and_save, recipe_for(*models("odd-vocab"), *LORA, *SHIFTED, *keys), [], trained)
-        assert_same(everything(trained / f"iter_{step:07d}", vocab), dict(expected))
+        ranks.run(world, train_and_save, recipe_for(*models("odd-vocab"), *LORA, *SHIFTED, *keys), [], root)
+        assert_same(everything(root / f"iter_{step:07d}", vocab), dict(expected))
 
 
 def test_training_with_adapters_goes_on_to_the_last_bit(ranks, models, tmp_path):
@@ -278,9 +280,10 @@ def test_merged_logits_equal_those_of_the_adapters(ranks, models, trained, tmp_p
 
 def test_evaluation_in_place_answers_as_the_export_does(ranks, trained, tmp_path):
     convert_megatron_to_hf(trained, tmp_path / "hf", 3)
+    convert_hf_to_megatron(tmp_path / "hf", tmp_path / "merged")
     (found,) = ranks.run(1, ask_megatron, trained / "iter_0000003", (1, 1), 32)
     split = ranks.run(2, ask_megatron, trained / "iter_0000003", (2, 1), 32)
-    (expected,) = ranks.run(1, ask_megatron, tmp_path / "hf", (1, 1), 32)
+    (expected,) = ranks.run(1, ask_megatron, tmp_path / "merged", (1, 1), 32)
     for answers in (found, *split):
         np.testing.assert_allclose(answers["whole"][0], expected["whole"][0], rtol=1e-4, atol=1e-4)
         assert answers["generated"] == expected["generated"]
@@ -312,7 +315,7 @@ def test_training_does_not_start_from_weights_with_adapters_beside_them(ranks, m
 
 def test_adapters_without_a_recipe_that_scales_them_are_refused(trained, tmp_path):
     copy = shutil.copytree(trained / "iter_0000003", tmp_path / "iter_0000003")
-    edit_json(copy / "endprompt.json", recipe=None, crc32=None)
+    edit_json(copy / "endprompt.json", recipe={}, crc32=None)
     with pytest.raises(InputError, match="has no longlora"):
         convert_megatron_to_hf(copy, tmp_path / "hf")
     edit_json(copy / "endprompt.json", recipe={"longlora": {"rank": 4, "alpha": 16.0}})
