@@ -105,11 +105,10 @@ def set_adapters(shape, models) -> None:
             proj.up.copy_(up)
 
 
-def check(ranks, model, world, *keys, rows=8) -> None:
+def check(ranks, model, world, *keys, rows=8, **options) -> None:
     recipe = recipe_for(*model, *keys)
     shape = read_shape(recipe.model.hf)
     samples = make_samples(recipe, shape.vocab_size, rows)
-    options = {}
     if recipe.longlora.shifted:
         options["mask"] = mask_of(shape.num_heads, recipe.context.physical, recipe.longlora.groups)
     if recipe.longlora.rank:
@@ -273,6 +272,10 @@ def test_merged_logits_equal_those_of_the_adapters(ranks, models, trained, tmp_p
         expected, before = (
             m(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0] for m in (merged, base)
         )
+    assert (
+        "| LoRA | rank 3, alpha 7.0 on q, k, v and o, merged; embeddings and norms"
+        in (tmp_path / "hf" / "README.md").read_text()
+    )
     (found,) = ranks.run(1, logits_of, recipe, trained, tokens)
     np.testing.assert_allclose(found[:, : shape.vocab_size], expected.numpy(), rtol=1e-5, atol=1e-5)
     assert (expected - before).abs().max() > 1e-2, "the adapters changed next to nothing"
