@@ -13,7 +13,7 @@ tokens, whatever the method, so that the optimizer's share is the same:
 
 Each is a process of its own; they take turns, and who goes first changes from round to round.  Memory is the peak of
 what torch allocates on a GPU, on a CPU the peak of the resident set beyond what it is before the model is built.
-Predicted are memory, and time by FLOPs alone and by the planner's clock for an H100.
+Predicted are memory, and time: by FLOPs alone, and on a GPU by the planner's clock for it.
 """
 
 import argparse
@@ -143,17 +143,19 @@ def measure(directory: Path, target: int, args: argparse.Namespace) -> dict[str,
 
 
 def predicted(directory: Path, method: str, target: int, short: int) -> dict[str, float]:
-    """FLOPs a token, seconds a step on an H100 by the planner's clock, and GiB that should be allocated here."""
+    """FLOPs a token, seconds a step by the planner's clock (0 on a CPU), and GiB that should be allocated."""
     from endprompt_megatron.config import has_transformer_engine
-    from endprompt_megatron.hardware import of_kind
-    from endprompt_megatron.plan.estimate import estimate
+    from endprompt_megatron.hardware import here
+    from endprompt_megatron.plan.estimate import flops_per_token
     from endprompt_megatron.plan.memory import GIB, memory
+    from endprompt_megatron.plan.time import Clock
     from endprompt_megatron.shape import read_shape
 
-    recipe, shape = recipe_of(directory, method, target, short), read_shape(directory)
-    found = estimate(shape, recipe, of_kind("h100").gpu, 1)
+    recipe, shape, gpu = recipe_of(directory, method, target, short), read_shape(directory), here().gpu
     (stage,) = memory(shape, recipe, 1, engine=has_transformer_engine())
-    return {"flops": found.flops, "h100_s": found.step_seconds, "gib": stage.allocated / GIB}
+    flops = flops_per_token(shape, recipe.context.physical, recipe.longlora)
+    seconds = Clock(shape, recipe, gpu, 1).step().total if gpu else 0.0
+    return {"flops": flops, "seconds": seconds, "gib": stage.allocated / GIB}
 
 
 def main() -> None:
@@ -177,7 +179,7 @@ def main() -> None:
             config = json.loads(args.config.read_text())
         (directory / "config.json").write_text(json.dumps(config))
         print(
-            "| target | method | ms a token | over end_prompt (range) | by FLOPs | by the planner on an H100 | "
+            "| target | method | ms a token | over end_prompt (range) | by FLOPs | by the planner's clock | "
             "peak GiB | planned | over end_prompt | planned |"
         )
         print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -194,17 +196,18 @@ def main() -> None:
                     "time_over_end_prompt": statistics.median(ratios),
                     "range": [min(ratios), max(ratios)],
                     "flops_over_end_prompt": plan["flops"] / base_plan["flops"],
-                    "h100_over_end_prompt": plan["h100_s"] / base_plan["h100_s"],
+                    "clock_over_end_prompt": plan["seconds"] / base_plan["seconds"] if plan["seconds"] else None,
                     "peak_gib": peak,
                     "planned_gib": plan["gib"],
                     "memory_over_end_prompt": peak / base[-1][2],
                     "planned_memory_over_end_prompt": plan["gib"] / base_plan["gib"],
                     "loss": [results[method][0][1], results[method][-1][1]],
                 }
+                clock = row["clock_over_end_prompt"]
                 print(
                     f"| {target} | {method} | {row['ms_a_token']:.3f} | {row['time_over_end_prompt']:.2f} "
                     f"({min(ratios):.2f} to {max(ratios):.2f}) | {row['flops_over_end_prompt']:.2f} "
-                    f"| {row['h100_over_end_prompt']:.2f} | {peak:.2f} | {plan['gib']:.2f} "
+                    f"| {f'{clock:.2f}' if clock else ''} | {peak:.2f} | {plan['gib']:.2f} "
                     f"| {row['memory_over_end_prompt']:.2f} | {row['planned_memory_over_end_prompt']:.2f} |",
                     flush=True,
                 )

@@ -21,6 +21,7 @@ from parallel.test_checkpoints import assert_same, everything, train_and_save
 from parallel.test_engine_megatron import ask_megatron
 from small import edit_json, run_tool
 
+from endprompt_megatron.convert.inspect import inspect
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.errors import InputError
@@ -276,6 +277,7 @@ def test_merged_logits_equal_those_of_the_adapters(ranks, models, trained, tmp_p
         "| LoRA | rank 3, alpha 7.0 on q, k, v and o, merged; embeddings and norms"
         in (tmp_path / "hf" / "README.md").read_text()
     )
+    assert inspect(trained, 3).training["adapters"] == "LoRA of rank 3, alpha 7.0, not merged here"
     (found,) = ranks.run(1, logits_of, recipe, trained, tokens)
     np.testing.assert_allclose(found[:, : shape.vocab_size], expected.numpy(), rtol=1e-5, atol=1e-5)
     assert (expected - before).abs().max() > 1e-2, "the adapters changed next to nothing"
