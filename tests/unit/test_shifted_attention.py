@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from endprompt_megatron import cpu
 from endprompt_megatron.config import LongLora
 from endprompt_megatron.longlora import seen_tokens
-
-cpu.install()
-from endprompt_megatron.shifted_attention import grouped  # noqa: E402
+from endprompt_megatron.shifted_attention import grouped
 
 
 def dense_mask(length: int, heads: int, groups: int, plain: int) -> torch.Tensor:
