@@ -138,6 +138,16 @@ class Precision:
 
 
 @dataclass
+class LongLora:
+    shifted: bool = False  # shifted sparse attention in training; validation and inference see everything
+    groups: int = 4  # of a sequence
+    rank: int = 0  # of LoRA on q, k, v and o; 0: every parameter is trained
+    alpha: float = 16.0  # LoRA adds alpha / rank times its product
+    train_embeddings: bool = True  # beside LoRA
+    train_norms: bool = True
+
+
+@dataclass
 class Checkpoint:
     dir: str = "???"  # RUN or RUN/checkpoints: metrics and recipe go to RUN, iterations to RUN/checkpoints
     interval: int = 100  # steps
@@ -161,6 +171,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     optim: Optim = field(default_factory=Optim)
     precision: Precision = field(default_factory=Precision)
+    longlora: LongLora = field(default_factory=LongLora)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
 
@@ -339,12 +350,12 @@ _POSITIVE = {
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
     *("train.global_batch_size", "train.micro_batch_size", "train.steps", "train.tokens", "train.log_interval"),
     *("train.valid_samples", "train.max_nonfinite_steps", "optim.lr", "optim.eps", "checkpoint.interval"),
-    *("parallel.recompute_layers", "train.watchdog_floor_s", "data.align"),
+    *("parallel.recompute_layers", "train.watchdog_floor_s", "data.align", "longlora.groups", "longlora.alpha"),
 }
 _NOT_NEGATIVE = {
     *("train.valid_interval", "optim.min_lr", "optim.weight_decay", "optim.grad_clip", "checkpoint.keep"),
     *("train.gc_interval", "train.straggler_interval", "train.watchdog_factor", "checkpoint.keep_every"),
-    *("precision.bf16_edge_layers", "data.min_document_tokens"),
+    *("precision.bf16_edge_layers", "data.min_document_tokens", "longlora.rank"),
     *("context.recall.tokens", "context.recall.key"),
 }
 

@@ -26,8 +26,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from endprompt_megatron.adapters import ProjAdapter, QkvAdapter, start_adapters, with_adapter
 from endprompt_megatron.attention import RMSNorm, SdpaAttention
-from endprompt_megatron.config import Parallel, Precision, Recipe, has_transformer_engine
+from endprompt_megatron.config import LongLora, Parallel, Precision, Recipe, has_transformer_engine
 from endprompt_megatron.cross_entropy import vocab_cross_entropy
 from endprompt_megatron.data.terminal import kinds
 from endprompt_megatron.packed_sequences import packed_attention, packed_sequences
@@ -35,6 +36,7 @@ from endprompt_megatron.positions import shared_positions
 from endprompt_megatron.rope import PositionRotary, transformers_config
 from endprompt_megatron.runtime import has_cuda
 from endprompt_megatron.shape import ModelShape
+from endprompt_megatron.shifted_attention import shifted_attention
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -141,31 +143,49 @@ def _fusions(recipe: Recipe) -> dict[str, Any]:
 
 
 def layer_spec(
-    shape: ModelShape, config: TransformerConfig, vp_stage: int | None
+    shape: ModelShape, config: TransformerConfig, vp_stage: int | None, longlora: LongLora
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Layer spec of this pipeline stage: TE's, or ours where TE is absent (the same checkpoint names)."""
     if has_transformer_engine():
         layer = get_gpt_layer_with_transformer_engine_spec()
-        _give_biases(layer, shape)
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = packed_attention(attention.core_attention)
+        if longlora.rank:
+            _take_norm_out(layer)
+        _give_what_differs(layer, shape, longlora)
         return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    _give_biases(layer, shape)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+    _give_what_differs(layer, shape, longlora)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
-def _give_biases(layer: ModuleSpec, shape: ModelShape) -> None:
-    """In the spec, replace the linear layers that have a bias in this model."""
+def _give_what_differs(layer: ModuleSpec, shape: ModelShape, longlora: LongLora) -> None:
+    """In the spec, replace the layers that have a bias in this model, or an adapter or groups in this recipe."""
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     if shape.proj_bias:
         attention.linear_proj = _with_bias(attention.linear_proj)
     if shape.mlp_bias:
         mlp.linear_fc1, mlp.linear_fc2 = _with_bias(mlp.linear_fc1), _with_bias(mlp.linear_fc2)
+    if longlora.rank:
+        attention.linear_qkv = with_adapter(attention.linear_qkv, QkvAdapter, longlora)
+        attention.linear_proj = with_adapter(attention.linear_proj, ProjAdapter, longlora)
+    if longlora.shifted:
+        # torch's flash attention, with Transformer Engine too: groups are rows of a batch to it.
+        attention.core_attention = shifted_attention(longlora.groups)
+
+
+def _take_norm_out(layer: ModuleSpec) -> None:
+    """In TE's spec, the norm before queries, keys and values as a layer of its own: adapters take what it gives."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    layer.submodules.input_layernorm = TENorm
+    layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    layer.submodules.sharded_state_dict_keys_map = {**layer.submodules.sharded_state_dict_keys_map, **names}
 
 
 def _with_bias(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
@@ -244,7 +264,9 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
 
 
 def build_model(shape: ModelShape, recipe: Recipe, export_config: dict) -> list[LlamaModel]:
-    """This rank's model chunks (one, or one a virtual pipeline stage), weights not set, on the CPU or the GPU.
+    """This rank's model chunks (one, or one a virtual pipeline stage), on the CPU or the GPU.
+
+    Weights are not set, but for LoRA's adapters, which no checkpoint that training starts from has.
 
     `export_config` is the HF config that will be exported (rope.scaled_config).  Needs parallel_state.
     """
@@ -261,10 +283,12 @@ def build_model(shape: ModelShape, recipe: Recipe, export_config: dict) -> list[
             shape,
             hf_config,
             config,
-            transformer_layer_spec=layer_spec(shape, config, vp_stage),
+            transformer_layer_spec=layer_spec(shape, config, vp_stage, recipe.longlora),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
         )
+        if recipe.longlora.rank:
+            start_adapters(model, recipe.longlora, recipe.train.seed)
         models.append(model)
     return models

@@ -27,7 +27,7 @@ class Recorder:
         self.writing = is_first()
         self.skipped = 0
         self.gpus = world_size()
-        self.flops_per_token = flops_per_token(shape, recipe.context.physical)
+        self.flops_per_token = flops_per_token(shape, recipe.context.physical, recipe.longlora)
         self.file = self.board = self.wandb = self.bar = None
         if not self.writing:
             return

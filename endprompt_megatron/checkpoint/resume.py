@@ -12,6 +12,7 @@ from endprompt_megatron.checkpoint.optimizer import read_state
 from endprompt_megatron.checkpoint.progress import Progress
 from endprompt_megatron.checkpoint.weights import read_objects, read_weights, weights_of
 from endprompt_megatron.config import Recipe
+from endprompt_megatron.convert import merge
 from endprompt_megatron.convert.direct import weights_at
 from endprompt_megatron.convert.layout import (
     MANIFEST,
@@ -21,6 +22,7 @@ from endprompt_megatron.convert.layout import (
 )
 from endprompt_megatron.convert.torch_dist import Checkpoint
 from endprompt_megatron.errors import InputError
+from endprompt_megatron.longlora import ADAPTER
 from endprompt_megatron.shape import ModelShape
 
 # Keys that decide what a step does.  A run that goes on with others would be neither one nor the other.
@@ -28,7 +30,8 @@ _FIXED = (
     "context.method context.target context.physical context.prompts context.prompt_loss_weight context.chunks "
     "context.anchors context.curriculum_samples context.recall context.rope.type context.rope.factor "
     "context.content_skip data.train data.packing data.align data.document_ends data.min_document_tokens "
-    "train.global_batch_size train.seed precision.dtype"
+    "train.global_batch_size train.seed precision.dtype longlora.shifted longlora.groups "
+    "longlora.rank longlora.alpha longlora.train_embeddings longlora.train_norms"
 ).split()
 
 
@@ -115,10 +118,16 @@ def _from_first(value: Any) -> Any:
 def initialise(source: Path, shape: ModelShape, models: list, optimizer: Any | None, where: str) -> None:
     """Weights from `model.init_from`, a converted checkpoint or Hugging Face's own; the master weights follow.
 
-    Raises InputError if it is neither, not complete, or of another model.
+    LoRA's adapters start as they were built.  Raises InputError if it is neither, not complete, of another model, or
+    has adapters of its own.
     """
     held = weights_at(source, shape, f"{where}: model.init_from")
-    read_weights(weights_of(models), held)
+    if isinstance(held, Checkpoint) and merge.adapted(held):
+        raise InputError(
+            f"{where}: model.init_from={source} holds LoRA's adapters beside the weights: merge them by "
+            "tools/convert_megatron_to_hf.py and start from the result"
+        )
+    read_weights([weight for weight in weights_of(models) if ADAPTER not in weight.key], held)
     read_objects(models, held)
     if optimizer is not None:
         optimizer.reload_model_params()

@@ -32,6 +32,7 @@ from endprompt_megatron.convert.layout import (
 )
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import disk_errors, write_json
+from endprompt_megatron.longlora import checkpoint_bytes
 from endprompt_megatron.shape import ModelShape
 
 _IDLE, _PENDING, _FAILED = range(3)  # in the order of what matters more: ranks agree on the largest
@@ -223,5 +224,5 @@ def save(
 
 def require_room(root: Path, recipe: Recipe, shape: ModelShape) -> None:
     """Raise InputError if the disk has no room for one checkpoint: better before the training than after it."""
-    a_weight = (2 if recipe.precision.dtype == "bfloat16" else 4) + 12  # with master weight and two moments
-    require_space(root, shape.parameters * a_weight, "checkpoint.dir")
+    weight = 2 if recipe.precision.dtype == "bfloat16" else 4
+    require_space(root, checkpoint_bytes(shape, recipe.longlora, weight), "checkpoint.dir")

@@ -53,6 +53,14 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
     table = [("Base model", name)]
     if method:
         table.append(("Method", _TITLES.get(method, method)))
+    if _value(recipe, "longlora.shifted"):
+        groups = _value(recipe, "longlora.groups")
+        table.append(("Attention in training", f"shifted sparse attention, {groups} groups; plain attention since"))
+    rank = _value(recipe, "longlora.rank")
+    if rank:
+        beside = [name for name in ("embeddings", "norms") if _value(recipe, f"longlora.train_{name}")]
+        lora = f"rank {rank}, alpha {_value(recipe, 'longlora.alpha')} on q, k, v and o, merged"
+        table.append(("LoRA", lora + (f"; {' and '.join(beside)} trained beside it" if beside else "")))
     for label, key in _ROWS if recipe else ():
         value = _value(recipe, key)
         if value is not None:

@@ -129,6 +129,9 @@ def _megatron(directory: Path) -> Contents:
         else:
             c, p = recipe["context"], recipe["parallel"]
             training["method"] = f"{c['method']}, {c['original']} -> {c['target']} tokens, {c['physical']} physical"
+            longlora = recipe.get("longlora") or {}
+            if longlora.get("rank"):
+                training["adapters"] = f"LoRA of rank {longlora['rank']}, alpha {longlora['alpha']}, not merged here"
             training["layout"] = ", ".join(f"{key} {p[key]}" for key in _LAYOUT if p.get(key))
         training["exported as"] = manifest["dtype"]
     return Contents(

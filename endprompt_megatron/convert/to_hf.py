@@ -12,6 +12,7 @@ import torch
 from endprompt_megatron.convert import layout, llama
 from endprompt_megatron.convert.card import model_card
 from endprompt_megatron.convert.hf_files import Part, parts_of, shards_of, whole, write_index, write_part
+from endprompt_megatron.convert.merge import merge_of
 from endprompt_megatron.convert.parts import Scratch
 from endprompt_megatron.convert.to_megatron import Written
 from endprompt_megatron.convert.torch_dist import Checkpoint
@@ -37,7 +38,8 @@ def convert_megatron_to_hf(
     """Export a checkpoint: weights, config, generation config, tokenizer files and a model card.
 
     `megatron` is a checkpoint directory (its newest complete iteration, or `iteration`) or one iter_ directory.
-    `dtype` None writes what the manifest says.  The padding of the vocabulary is cut, optimizer state is not read.
+    `dtype` None writes what the manifest says.  The padding of the vocabulary is cut, optimizer state is not read;
+    LoRA's adapters are merged into the matrices, in float32, before they are cast.
     `workers` processes write a file each (None: one a CPU, at most 8); under mpirun or srun every rank is one, and
     all must call: None comes back on those past the first.  Everything is checked before anything is written, and
     `out` appears when it is whole.  Killed and called again, it goes on.  Raises InputError.
@@ -54,7 +56,9 @@ def convert_megatron_to_hf(
         refuse_existing(out, "--out")
         layout.check_tokenizer(hf, shape.vocab_size)
         pieces = list(llama.pieces(shape))
-        _check(Checkpoint(source), manifest, shape, pieces)
+        checkpoint = Checkpoint(source)
+        _check(checkpoint, manifest, shape, pieces)
+        merge_of(checkpoint)
         dtype = layout.parse_dtype(dtype) or manifest["dtype"]
         shards = shards_of(pieces, dtype, limit)
         total = sum(shard.bytes for shard in shards)
@@ -92,10 +96,14 @@ def _start(source: Path, dtype: str, parts: list[Part], staging: Path) -> Callab
 
 
 class MegatronWeights:
-    """Hugging Face's tensors of a Megatron checkpoint, a few rows at a time: used before the next are read."""
+    """Hugging Face's tensors of a Megatron checkpoint, a few rows at a time: used before the next are read.
+
+    LoRA's adapters are merged into them.
+    """
 
     def __init__(self, directory: Path, dtype: torch.dtype):
         self.checkpoint, self.dtype, self.scratch = Checkpoint(directory, once=True), dtype, Scratch()
+        self.merge = merge_of(self.checkpoint)
         shape = read_shape(directory / layout.HF_DIRECTORY)
         self.places = {name: (piece, n) for piece in llama.pieces(shape) for n, (name, _) in enumerate(piece.hf)}
         self._joined: tuple[llama.Piece, list[torch.Tensor]] | None = None
@@ -103,22 +111,28 @@ class MegatronWeights:
     def rows(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor `name` in parts along its first axis, as large as they are stored.  Raises InputError."""
         piece, index = self.places[name]
+        merged = self.merge is not None and self.merge.changes(name)
+        dtype = torch.float32 if merged else self.dtype
         if piece.groups:
             # Queries, keys and values lie in between each other, and follow each other where they are written.
             if self._joined is None or self._joined[0] != piece:
                 self._joined = None  # before the next is read
-                value = self.checkpoint.read(piece.key, piece.offset, piece.shape, self.dtype)
+                value = self.checkpoint.read(piece.key, piece.offset, piece.shape, dtype)
                 self._joined = piece, llama.split(piece, value)
-            yield self._joined[1][index]
+            part = self._joined[1][index]
+            # A copy: what is kept is asked for again.
+            yield self.merge.add_to(part.clone(), name).to(self.dtype) if merged else part
             return
         axis = 1 if piece.per_layer else 0
         cuts = self.checkpoint.row_cuts(piece.key, piece.offset, piece.shape, axis)
         for begin, end in itertools.pairwise(cuts):
             offset = (*piece.offset[:axis], begin, *piece.offset[axis + 1 :])
             shape = (*piece.shape[:axis], end - begin, *piece.shape[axis + 1 :])
-            yield self.checkpoint.read(
-                piece.key, offset, shape, self.dtype, into=self.scratch.tensor(shape, self.dtype)
-            )
+            part = self.checkpoint.read(piece.key, offset, shape, dtype, into=self.scratch.tensor(shape, dtype))
+            if merged:
+                rows = self.merge.add_to(part.reshape(-1, shape[-1]), name, begin)
+                part = rows.view_as(part).to(self.dtype)
+            yield part
 
 
 def _check(checkpoint: Checkpoint, manifest: dict, shape: ModelShape, pieces: list[llama.Piece]) -> None:

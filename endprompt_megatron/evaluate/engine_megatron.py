@@ -19,8 +19,10 @@ from torch.nn.attention.bias import causal_lower_right
 
 from endprompt_megatron import runtime
 from endprompt_megatron.checkpoint.weights import read_objects, read_weights, weights_of
-from endprompt_megatron.config import Recipe
+from endprompt_megatron.config import LongLora, Recipe
 from endprompt_megatron.convert.direct import weights_at
+from endprompt_megatron.convert.merge import longlora_of
+from endprompt_megatron.convert.torch_dist import Checkpoint
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.evaluate.engine import Answer, Ended, checked_tokens, end_ids
 from endprompt_megatron.files import read_json
@@ -73,8 +75,10 @@ class MegatronEngine:
         recipe.parallel.tensor = parallel_state.get_tensor_model_parallel_world_size()
         recipe.parallel.pipeline = parallel_state.get_pipeline_model_parallel_world_size()
         exported = read_json(config / "config.json", "a Hugging Face config")
-        (self.model,) = models = build_model(self.shape, recipe, exported)
         held = weights_at(weights, self.shape, "--hf" if weights == config else "--megatron")
+        if isinstance(held, Checkpoint):  # with LoRA's adapters, if it was trained with them
+            recipe.longlora = LongLora(**longlora_of(held.directory))
+        (self.model,) = models = build_model(self.shape, recipe, exported)
         read_weights(weights_of(models), held)
         read_objects(models, held)
         self.model.to(runtime.device()).eval()

@@ -6,26 +6,32 @@ search.py looks for layouts, page.py prints.  Arithmetic; no torch, no Megatron.
 
 from dataclasses import asdict, dataclass
 
-from endprompt_megatron.config import Recipe
+from endprompt_megatron.config import LongLora, Recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Gpu, Hardware
+from endprompt_megatron.longlora import adapter_elements, checkpoint_bytes, output_is_trained, seen_tokens
 from endprompt_megatron.plan.memory import GIB, StageMemory, memory
 from endprompt_megatron.plan.time import EFFICIENCY, NODE, Clock, Work
 from endprompt_megatron.rules import check as rules
 from endprompt_megatron.shape import ModelShape
 
 
-def flops_per_token(shape: ModelShape, length: int) -> float:
+def flops_per_token(shape: ModelShape, length: int, longlora: LongLora | None = None) -> float:
     """Training FLOPs a token (forward and backward) of a causal sequence of `length` tokens.
 
-    Six a weight of every matrix that a token passes (the embedding lookup is none, the output layer is),
-    and for attention 12 * layers * heads * head_dim * length / 2: a token sees half the sequence on average.
+    Six a weight of every matrix that a token passes (the embedding lookup is none, the output layer is), four of
+    one that LoRA leaves frozen, and for attention 12 * layers * heads * head_dim a token seen: half the sequence on
+    average, fewer where it is shifted.
     """
+    longlora = longlora or LongLora()
     attention = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
     matrices = shape.num_layers * (attention + 3 * shape.hidden_size * shape.ffn_size)
-    matrices += shape.vocab_size * shape.hidden_size
-    scores = 6 * shape.num_layers * shape.num_heads * shape.head_dim * length
-    return 6.0 * matrices + scores
+    output = shape.vocab_size * shape.hidden_size
+    scores = 12 * shape.num_layers * shape.num_heads * shape.head_dim * seen_tokens(longlora, length)
+    if not longlora.rank:
+        return 6.0 * (matrices + output) + scores
+    adapters = shape.num_layers * adapter_elements(shape, longlora.rank)
+    return 4.0 * matrices + 6.0 * adapters + (6 if output_is_trained(shape, longlora) else 4) * output + scores
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,8 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> float:
         """A checkpoint with its optimizer: the weights, float32 master weights and two moments."""
-        weight = 2 if self.estimate.recipe.precision.dtype == "bfloat16" else 4
-        return self.shape.parameters * (weight + 4 + 8.0)
+        recipe = self.estimate.recipe
+        return checkpoint_bytes(self.shape, recipe.longlora, 2 if recipe.precision.dtype == "bfloat16" else 4)
 
     @property
     def full_same_samples(self) -> float:
@@ -162,7 +168,7 @@ def estimate(
         gpu=gpu,
         stages=stages or memory(shape, recipe, gpus),
         work=Clock(shape, recipe, gpu, gpus).step(),
-        flops=flops_per_token(shape, recipe.context.physical),
+        flops=flops_per_token(shape, recipe.context.physical, recipe.longlora),
     )
 
 

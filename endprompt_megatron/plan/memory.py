@@ -9,6 +9,7 @@ kv the width of all query heads and of all key heads.
 from dataclasses import dataclass
 
 from endprompt_megatron.config import Parallel, Recipe
+from endprompt_megatron.longlora import adapter_elements
 from endprompt_megatron.pipeline import chunk_layers
 from endprompt_megatron.shape import ModelShape
 
@@ -21,11 +22,12 @@ FRAGMENTATION = 0.03  # of what is allocated, with expandable segments
 
 @dataclass(frozen=True)
 class StageMemory:
-    """A GPU of one pipeline stage.  Bytes, but for `parameters` (elements) and `in_flight` (micro-batches)."""
+    """A GPU of one pipeline stage.  Bytes, but for parameters (elements) and `in_flight` (micro-batches)."""
 
     stage: int
     layers: list[int]  # of each virtual stage
     parameters: int
+    trained: int  # of them
     in_flight: float  # micro-batches whose activations are held at the peak, in parts where stages are virtual
     weights: float
     gradients: float
@@ -59,6 +61,7 @@ class StageMemory:
             "stage": self.stage,
             "layers": self.layers,
             "parameters": self.parameters,
+            "trained": self.trained,
             "in_flight": round(self.in_flight, 2),
             "gib": gib,
         }
@@ -86,6 +89,22 @@ def stage_parameters(shape: ModelShape, p: Parallel, stage: int) -> int:
     return count
 
 
+def stage_elements(shape: ModelShape, recipe: Recipe, stage: int) -> tuple[int, int]:
+    """Elements that a rank of this pipeline stage holds, adapters included, and those of them that are trained."""
+    p, longlora = recipe.parallel, recipe.longlora
+    held = stage_parameters(shape, p, stage)
+    if not longlora.rank:
+        return held, held
+    layers = sum(chunk_layers(shape.num_layers, p)[stage])
+    first, last = stage == 0, stage == p.pipeline - 1
+    trained = adapters = layers * adapter_elements(shape, longlora.rank, p.tensor)
+    if longlora.train_norms:
+        trained += (2 * layers + last) * shape.hidden_size
+    if longlora.train_embeddings and (first or (last and shape.tied_embeddings)):
+        trained += shape.padded_vocab(p.tensor) // p.tensor * shape.hidden_size
+    return held + adapters, trained
+
+
 def optimizer_bytes(recipe: Recipe) -> float:
     """Of AdamW for each parameter in a rank's share: float32 master weight (where weights are BF16), two moments."""
     moment = {"float32": 4, "bfloat16": 2, "fp8": 1}[recipe.optim.moments_dtype]
@@ -108,10 +127,14 @@ def layer_activations(shape: ModelShape, recipe: Recipe, engine: bool = True) ->
     ffn = shape.ffn_size / p.tensor
     log_sum = 4 * shape.num_heads / p.tensor  # of the softmax, float32
     norms = 2 * 4 / split  # one float32 a token and norm
+    # Shifted attention expands keys and values, with TE too, and joins its groups' outputs; LoRA keeps A x twice, and
+    # neither the input of fc1 nor that of fc2, whose weights have no gradient.
+    shifted, rank = recipe.longlora.shifted, recipe.longlora.rank
     if not engine:
         # Norms' inputs and outputs; q, expanded k and v, the output; gate and up, up again, silu, product; cosines and
         # sines for q and for k.
-        kept = 4 * hidden + 4 * queries + 5 * ffn + 4 * shape.head_dim
+        kept = 4 * hidden + 4 * queries + 5 * ffn + 4 * shape.head_dim + shifted * queries
+        kept += (3 * rank + rank / split - hidden - ffn) if rank else 0
         return tokens * (size * kept + log_sum + norms)
     # In FP8 the inputs of the four matrices are kept in one byte; what norms, RoPE, attention and SwiGLU keep is not.
     fp8 = precision.fp8 is not None
@@ -119,6 +142,8 @@ def layer_activations(shape: ModelShape, recipe: Recipe, engine: bool = True) ->
     kept = 2 * hidden * (size + matrix_input)  # norms' inputs; the inputs of qkv and fc1
     kept += size * (2 * queries + 2 * keys) + (matrix_input * queries if fp8 else 0)  # attention, its output for proj
     kept += size * 2 * ffn + matrix_input * ffn  # gate and up; the input of fc2
+    kept += size * (3 * queries - 2 * keys) if shifted else 0
+    kept += size * (3 * rank + rank / split - hidden - ffn) if rank else 0
     return tokens * (kept + log_sum + norms)
 
 
@@ -185,7 +210,7 @@ def _stage(
 ) -> StageMemory:
     p, precision = recipe.parallel, recipe.precision
     size = 4 if precision.dtype == "float32" else 2
-    parameters = stage_parameters(shape, p, stage)
+    parameters, trained = stage_elements(shape, recipe, stage)
     tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
     matrices = sum(layers) * (layer_parameters(shape, p.tensor) - 2 * shape.hidden_size)
     weights = float(parameters * size)
@@ -210,10 +235,11 @@ def _stage(
         stage=stage,
         layers=layers,
         parameters=parameters,
+        trained=trained,
         in_flight=in_flight,
         weights=weights,
-        gradients=float(parameters * gradient),
-        optimizer=parameters * optimizer_bytes(recipe) / (p.context * replicas),
+        gradients=float(trained * gradient),
+        optimizer=trained * optimizer_bytes(recipe) / (p.context * replicas),
         activations=activations,
         logits=logits,
         working=_working(shape, recipe, engine),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from endprompt_megatron.config import Parallel, Recipe
+from endprompt_megatron.longlora import trained_parameters
 from endprompt_megatron.plan.estimate import Estimate, Plan
 from endprompt_megatron.plan.memory import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL_GIB
 from endprompt_megatron.plan.time import EFFICIENCY, NODE
@@ -48,12 +49,15 @@ def _head(plan: Plan) -> list[str]:
     c = recipe.context
     name = Path(recipe.model.hf).name
     lines = [
-        f"{name}: {c.original:,} -> {c.target:,} tokens by {_METHODS[c.method]}".ljust(WIDTH - 1 - len(plan.where))
+        f"{name}: {c.original:,} -> {c.target:,} tokens by {_method(recipe)}".ljust(WIDTH - 1 - len(plan.where))
         + f" {plan.where}",
         f"{_number(shape.parameters / 1e9)} billion parameters: {shape.num_layers} layers, hidden {shape.hidden_size}, "
         f"{shape.num_heads} heads ({shape.num_kv_heads} for keys), intermediate {shape.ffn_size}, "
         f"vocabulary {shape.vocab_size:,}",
     ]
+    if recipe.longlora.rank:
+        count = trained_parameters(shape, recipe.longlora)
+        lines.append(f"LoRA of rank {recipe.longlora.rank}: {_number(count / 1e6)} million parameters are trained")
     if plan.published:
         lines.append(f"The shape is the published one: {recipe.model.hf} is not here.")
     fullest, room = ours.fullest, ours.gpu.memory_gib
@@ -74,6 +78,11 @@ def _head(plan: Plan) -> list[str]:
         if not plan.remedies:
             lines.append("No small change makes it fit; --search --nodes N looks for other layouts.")
     return lines
+
+
+def _method(recipe: Recipe) -> str:
+    name = _METHODS[recipe.context.method]
+    return f"{name}, shifted attention" if recipe.longlora.shifted else name
 
 
 def _layout(ours: Estimate) -> list[str]:

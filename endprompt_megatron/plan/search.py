@@ -4,11 +4,11 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
-from endprompt_megatron.config import Recall, Recipe
+from endprompt_megatron.config import LongLora, Recall, Recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
 from endprompt_megatron.plan.estimate import Estimate, estimate
-from endprompt_megatron.plan.memory import GIB, memory, optimizer_bytes, stage_parameters
+from endprompt_megatron.plan.memory import GIB, memory, optimizer_bytes, stage_elements
 from endprompt_megatron.plan.time import NODE
 from endprompt_megatron.rules import check as rules
 from endprompt_megatron.shape import ModelShape
@@ -64,12 +64,12 @@ def _layouts(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -
                         count_embedding=counts,
                         count_loss=counts,
                         sequence=tensor > 1,
-                        overlap_tensor=tensor > 1,
+                        overlap_tensor=tensor > 1 and not recipe.longlora.rank,
                         recompute="none",
                         recompute_layers=None,
                     )
-                    least = stage_parameters(shape, parallel, 0)
-                    if least * (6 + optimizer_bytes(recipe) / (context * replicas)) > room:
+                    held, trained = stage_elements(shape, replace(recipe, parallel=parallel), 0)
+                    if 2 * held + trained * (4 + optimizer_bytes(recipe) / (context * replicas)) > room:
                         continue
                     yield from _with_recompute(recipe, parallel, shape.num_layers // (pipeline * virtual))
 
@@ -110,6 +110,7 @@ def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int
     # What belongs to the recipe's method alone would be refused with this one.
     full.context.recall, full.context.content_skip = Recall(), False
     full.data.packing, full.data.align = "stream", None
+    full.longlora = LongLora()
     full.train.micro_batch_size = 1
     full.train.steps = max(1, round(recipe.train.steps * recipe.tokens_per_step / full.tokens_per_step))
     full.train.tokens = None

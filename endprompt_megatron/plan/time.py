@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Gpu
+from endprompt_megatron.longlora import adapter_elements, output_is_trained, seen_tokens
 from endprompt_megatron.pipeline import chunk_layers
-from endprompt_megatron.plan.memory import fp8_share, layer_input, layer_parameters, stage_parameters
+from endprompt_megatron.plan.memory import fp8_share, layer_input, layer_parameters, stage_elements
 from endprompt_megatron.shape import ModelShape
 
 NODE = 8  # GPUs that NVLink joins
@@ -139,8 +140,8 @@ class Clock:
         s, p, n = self.shape, self.recipe.parallel, self.tokens
         gemm = sum(self.gemm(outputs, inputs, fp8) for outputs, inputs in self.matrices())
         queries = s.num_heads * s.head_dim / p.tensor
-        # A token sees half the sequence on average; zigzag slices give context-parallel ranks equal shares.
-        scores = 2 * 2 * n * self.recipe.context.physical / 2 * queries
+        # Zigzag slices give context-parallel ranks equal shares.
+        scores = 2 * 2 * n * seen_tokens(self.recipe.longlora, self.recipe.context.physical) * queries
         rate = self.gpu.bf16 * self.eff.attention
         if self.recipe.precision.fp8_attention and self.gpu.fp8:
             # The forward pass and the scores double their rate, the softmax between them does not.
@@ -157,18 +158,32 @@ class Clock:
         forward = Work(gemm=gemm, attention=attention, memory=moved + cast_inputs, tensor=self._tensor(forward=True))
         # Weight gradients are added to their float32 (or BF16) sum by each micro-batch.
         gradient = 2 if self.recipe.precision.grad_reduce == "bfloat16" else 4
-        summed = 2 * gradient * (layer_parameters(s, p.tensor) - 2 * s.hidden_size)
+        rank = self.recipe.longlora.rank
+        adapters = self._adapters() if rank else Work()
+        elements = adapter_elements(s, rank, p.tensor) if rank else layer_parameters(s, p.tensor) - 2 * s.hidden_size
+        summed = 2 * gradient * elements
         backward = Work(
-            gemm=2 * gemm,
+            gemm=gemm if rank else 2 * gemm,  # matrices that LoRA leaves frozen have no gradient
             attention=2.5 * attention,
             memory=2 * moved + cast_gradients + self.move(summed),
             tensor=self._tensor(forward=False),
         )
+        forward, backward = forward + adapters, backward + adapters * 2
         forward.context = self._context(attention, 1)
         backward.context = self._context(2.5 * attention, 2)
         for work in (forward, backward):
             work.launch = max(0.0, self.eff.launch - work.gemm - work.attention - work.memory)
         return forward, backward
+
+    def _adapters(self) -> Work:
+        """Forward pass of a layer's adapters: thin products, and the outputs that they are added to, in and out."""
+        s, rank, tensor = self.shape, self.recipe.longlora.rank, self.recipe.parallel.tensor
+        queries, keys = s.num_heads * s.head_dim / tensor, s.num_kv_heads * s.head_dim / tensor
+        products = [(3 * rank, s.hidden_size), (queries + 2 * keys, 3 * rank), (rank, queries), (s.hidden_size, rank)]
+        gemm = sum(self.gemm(outputs, inputs, False) for outputs, inputs in products)
+        # The wide side of each is read or written: bound by memory, whatever the products take.
+        wide = s.hidden_size + 2 * (queries + 2 * keys) + queries + 2 * s.hidden_size
+        return Work(gemm=gemm, memory=self.move(self.tokens * self.size * wide))
 
     def _bytes(self) -> float:
         """Bytes a token that a layer's forward pass reads and writes outside GEMMs and attention."""
@@ -238,10 +253,12 @@ class Clock:
         """Logits and loss of one micro-batch: three products in BF16, and the vocabulary read and written."""
         p, s = self.recipe.parallel, self.shape
         vocab = s.padded_vocab(p.tensor) / p.tensor
+        trained = output_is_trained(s, self.recipe.longlora)
         summed = 2 * (2 if self.recipe.precision.grad_reduce == "bfloat16" else 4) * vocab * s.hidden_size
         # Written, read for the largest and the sum, read and written as a gradient.
         moved = self.tokens * vocab * self.size * 4
-        return Work(gemm=3 * self.gemm(vocab, s.hidden_size, False), memory=self.move(moved + summed))
+        products = 3 if trained else 2
+        return Work(gemm=products * self.gemm(vocab, s.hidden_size, False), memory=self.move(moved + trained * summed))
 
     # What a step is
 
@@ -268,8 +285,8 @@ class Clock:
         # Gradient in; master weight and moments in and out; weight out.
         moments = {"float32": 16, "bfloat16": 8, "fp8": 4}[self.recipe.optim.moments_dtype]
         gradient = 2 if self.recipe.precision.grad_reduce == "bfloat16" else 4
-        parameters = stage_parameters(self.shape, p, slowest)
-        step.optimizer = self.move(parameters * (gradient + 8 + moments + self.size) / group)
+        _, trained = stage_elements(self.shape, self.recipe, slowest)
+        step.optimizer = self.move(trained * (gradient + 8 + moments + self.size) / group)
         step.other = self.eff.other * step.total
         return step
 
@@ -279,10 +296,10 @@ class Clock:
         group = p.context * self.replicas
         if group == 1:
             return 0.0
-        parameters = stage_parameters(self.shape, p, stage) * (group - 1) / group
+        trained = stage_elements(self.shape, self.recipe, stage)[1] * (group - 1) / group
         gradient = 2 if self.recipe.precision.grad_reduce == "bfloat16" else 4
-        reduce = self.send(parameters * gradient, p.tensor * group)
-        gather = self.send(parameters * self.size, p.tensor * group)
+        reduce = self.send(trained * gradient, p.tensor * group)
+        gather = self.send(trained * self.size, p.tensor * group)
         # Behind the last micro-batch's backward pass, and the first one's forward pass.  Never the first bucket.
         exposed = 0.0
         for seconds, overlapped, shield in (

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+from endprompt_megatron import longlora
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.convert.layout import complete_iterations
 from endprompt_megatron.convert.progress import in_words
@@ -24,11 +25,8 @@ def weight_bytes(recipe: Recipe, shape: ModelShape) -> int:
 
 
 def checkpoint_bytes(recipe: Recipe, shape: ModelShape) -> int:
-    """Bytes of one checkpoint of a run: weights, float32 master weights and AdamW's two moments.
-
-    Moments are float32 in a checkpoint whatever precision they are held in.
-    """
-    return weight_bytes(recipe, shape) + 12 * shape.parameters
+    """Bytes of one checkpoint of a run: weights, float32 master weights and AdamW's two moments."""
+    return longlora.checkpoint_bytes(shape, recipe.longlora, 2 if recipe.precision.dtype == "bfloat16" else 4)
 
 
 def checkpoints_kept(recipe: Recipe) -> int:

@@ -14,6 +14,7 @@ from endprompt_megatron.data.windows import DOCUMENT_ENDS
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
 from endprompt_megatron.rules.layout import check_layout
+from endprompt_megatron.rules.longlora import check_longlora
 from endprompt_megatron.rules.methods import check_methods
 from endprompt_megatron.rules.packing import check_packing
 from endprompt_megatron.rules.precision import check_precision
@@ -37,6 +38,7 @@ def check_for(recipe: Recipe, where: str, shape: ModelShape, *, world_size: int,
     """The same for a model of that shape on other hardware than this, no file looked at.  Raises InputError."""
     _check_context(recipe, where, shape)
     check_packing(recipe, where, hardware)
+    check_longlora(recipe, where)
     check_layout(recipe, where, shape, world_size, hardware)
     _check_training(recipe, where)
     check_precision(recipe, where, shape, hardware)

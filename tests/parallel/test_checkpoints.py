@@ -62,7 +62,7 @@ def everything(directory, vocab):
     for key, stored in checkpoint.tensors.items():
         shape = tuple(stored.size)
         value = checkpoint.read(key, (0,) * len(shape), shape, stored.properties.dtype)
-        found[key] = value[:vocab] if "word_embeddings" in key else value
+        found[key] = value[:vocab] if "word_embeddings" in key or "output_layer" in key else value
     found["common"] = torch.load(directory / "common.pt", weights_only=True)
     return found
 

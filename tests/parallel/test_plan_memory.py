@@ -6,6 +6,7 @@ from small import small_llama
 
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
+from endprompt_megatron.longlora import held_parameters, trained_parameters
 from endprompt_megatron.plan.memory import chunk_activations, layer_activations, layer_input, memory, optimizer_bytes
 from endprompt_megatron.plan.published import CONFIGS
 from endprompt_megatron.shape import read_shape, shape_of
@@ -20,6 +21,10 @@ LAYOUTS = {
     "tp2-pp2-sp": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
     "pp2-dp2": (4, ["parallel.pipeline=2"]),
 }
+
+
+SHIFTED = ["longlora.shifted=true"]
+LORA = ["longlora.rank=4"]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,23 @@ def test_weights_gradients_and_optimizer_are_within_two_percent_of_the_measured(
             assert getattr(expected, name) == pytest.approx(rank[name], rel=0.02), name
 
 
+@pytest.mark.parametrize("layout", ["tp1-pp1", "tp2", "pp2", "pp2-dp2"])
+@pytest.mark.parametrize("keys", [[], ["longlora.train_embeddings=false"]], ids=["", "embeddings-frozen"])
+def test_of_lora_what_is_trained_alone_has_gradients_and_an_optimizer(ranks, tied, layout, keys):
+    world, split = LAYOUTS[layout]
+    recipe = recipe_for(*tied, *split, *LORA, *keys, "precision.dtype=bfloat16")
+    shape = read_shape(recipe.model.hf)
+    stages = memory(shape, recipe, world, engine=False)
+    for rank in ranks.run(world, held, recipe):
+        expected = stages[rank["stage"]]
+        assert expected.parameters == rank["parameters"]
+        for name in ("weights", "gradients", "optimizer"):
+            assert getattr(expected, name) == pytest.approx(rank[name], rel=0.02), name
+    if layout == "tp1-pp1" and not keys:
+        assert held_parameters(shape, recipe.longlora) == stages[0].parameters
+        assert trained_parameters(shape, recipe.longlora) == stages[0].trained < stages[0].parameters / 3
+
+
 @pytest.mark.parametrize("layout", ["tp1-pp1", "tp2", "pp2"])
 def test_a_tie_is_counted_where_it_is_held(ranks, tied, layout):
     """Once on a stage that has both ends, twice where the first and the last stage each have one."""
@@ -145,6 +167,18 @@ def test_a_layers_activations_are_within_two_percent_of_what_autograd_keeps(rank
     for sizes in ranks.run(world, saved_by, recipe, layers_of):
         for size in sizes[1:]:
             assert expected == pytest.approx(size, rel=0.02)
+
+
+@pytest.mark.parametrize("keys", [SHIFTED, LORA, [*SHIFTED, *LORA]], ids=["shifted", "lora", "both"])
+@pytest.mark.parametrize("layout", ["tp1-pp1", "tp2", "tp2-no-sp"])
+def test_longloras_activations_are_within_three_percent_of_what_autograd_keeps(ranks, model, layout, keys):
+    """Beside them autograd keeps each layer's B's as one matrix, which is nothing next to a real sequence."""
+    world, split = (2, ["parallel.tensor=2"]) if layout == "tp2-no-sp" else LAYOUTS[layout]
+    recipe = recipe_for(*model, *split, *keys, "precision.dtype=bfloat16", "train.micro_batch_size=4")
+    expected = layer_activations(read_shape(recipe.model.hf), recipe, engine=False)
+    for sizes in ranks.run(world, saved_by, recipe, layers_of):
+        for size in sizes[1:]:
+            assert expected == pytest.approx(size, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ FP8 = ["precision.fp8=hybrid"]
 DOCUMENTS = ["data.packing=documents"]
 CURRENT = [*FP8, "precision.fp8_recipe=tensorwise"]
 ATTENTION = [*FP8, "precision.fp8_attention=true"]
+SHIFTED = ["longlora.shifted=true"]
+LORA = ["longlora.rank=8"]
 A2A = ["parallel.context_comm=a2a"]
 B405 = ["parallel.tensor=8", "parallel.sequence=true", "parallel.pipeline=8"]
 COUNTED = ["parallel.count_embedding=true", "parallel.count_loss=true"]
@@ -95,10 +97,24 @@ LEGAL = {
         32,
         ["parallel.tensor=4", "parallel.sequence=true", "parallel.pipeline=4", "parallel.virtual_pipeline=5"],
     ),
+    "8b-longlora": ("8b", H100, 8, [*TP2, *SHIFTED, *LORA]),
+    "8b-longlora-on-cpus": ("8b", CPU, 8, [*TP2, *SHIFTED, *LORA, "longlora.train_norms=false"]),
+    "8b-shifted-alone": ("8b", H100, 8, [*TP2, *FP8, *SHIFTED, "parallel.overlap_tensor=true"]),
+    "8b-lora-alone": ("8b", H100, 8, [*TP2, *LORA, *DOCUMENTS, "parallel.context=4"]),
+    "135m-longlora": ("135m", CPU, 1, [*SHIFTED, *LORA, "context.method=full", "context.physical=65536"]),
     "405b-counted": ("405b", H100, 512, [*B405, "parallel.virtual_pipeline=8", *COUNTED, "parallel.context=2"]),
 }
 # name: (shape, hardware, number of GPUs, overrides, what the line says)
 ILLEGAL = {
+    "shifted-context": ("8b", H100, 8, [*SHIFTED, "parallel.context=2"], ["parallel.context=2", "several ranks"]),
+    "shifted-packed": ("8b", H100, 8, [*SHIFTED, *DOCUMENTS], ["data.packing=documents", "use stream"]),
+    "shifted-fp8-attention": ("8b", H100, 8, [*SHIFTED, *ATTENTION], ["precision.fp8_attention=true", "use false"]),
+    "shifted-length": ("8b", H100, 8, [*SHIFTED, "context.physical=8188"], ["context.physical=8188", "groups=8"]),
+    "shifted-one-group": ("8b", H100, 8, [*SHIFTED, "longlora.groups=1"], ["longlora.groups=1", "at least 2"]),
+    "groups-alone": ("8b", H100, 8, ["longlora.groups=8"], ["longlora.groups=8", "longlora.shifted=true"]),
+    "lora-fp8": ("8b", H100, 8, [*TP2, *LORA, *FP8], ["longlora.rank=8", "precision.fp8=hybrid", "use null"]),
+    "lora-overlap": ("8b", H100, 8, [*TP2, *LORA, "parallel.overlap_tensor=true"], ["overlap_tensor=true", "frozen"]),
+    "frozen-norms-alone": ("8b", H100, 8, ["longlora.train_norms=false"], ["longlora.train_norms=false", "rank"]),
     "tensor-heads": ("8b", H100, 16, ["parallel.tensor=16"], ["num_key_value_heads=8", "1, 2, 4 or 8"]),
     "tensor-small": ("135m", CPU, 2, ["parallel.tensor=2"], ["num_key_value_heads=3", "use 1 or 3"]),
     "pipeline-126": ("405b", H100, 64, B405, ["126", "parallel.count_embedding=true and count_loss=true (128 layers)"]),
@@ -320,6 +336,7 @@ LCEG = ("7b_32k", "7b_32k_ntk", "7b_32k_dynamic", "7b_32k_yarn", "7b_64k_ntk")
 METHODS = {
     **{f"llama3_8b_64k_{method}": 8 for method in LLAMA3_8B_64K},
     **{f"lceg_llama2_{name}": 8 for name in LCEG},
+    **{f"{name}_32k_longlora{form}": 8 for name in ("llama2_7b", "llama3_8b") for form in ("", "_full")},
     "lceg_llama3_8b_64k": 8,
     "llama3_8b_32k_full": 8,
     "smollm2_135m_16k_full": 1,

@@ -1,0 +1,329 @@
+"""LongLoRA: shifted attention and LoRA against transformers with a dense mask and adapters made by hand, in float32."""
+
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from parallel.cases import (
+    build,
+    compare,
+    every_target,
+    exported,
+    huggingface_model,
+    make_samples,
+    micro_batches,
+    recipe_for,
+)
+from parallel.test_checkpoints import assert_same, everything, train_and_save
+from parallel.test_engine_megatron import ask_megatron
+from small import edit_json, run_tool
+
+from endprompt_megatron.convert.inspect import inspect
+from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
+from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.shape import read_shape
+
+LAYOUTS = {
+    "one": (1, []),
+    "tp2": (2, ["parallel.tensor=2"]),
+    "tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "pp2": (2, ["parallel.pipeline=2"]),
+    "pp2-vpp2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "tp2-pp2-sp": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+    "cp2": (2, ["parallel.context=2"]),
+    "tp2-dp2-overlap": (
+        4,
+        ["parallel.tensor=2", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
+    ),
+}
+SHIFTED = ["longlora.shifted=true"]
+LORA = ["longlora.rank=3", "longlora.alpha=7"]
+WITHOUT = ["longlora.train_embeddings=false", "longlora.train_norms=false"]
+
+
+def mask_of(heads: int, length: int, groups: int = 4) -> torch.Tensor:
+    """[1, h, s, s] bool: each token's group is counted from where its head's cuts are."""
+    group = length // groups
+    tokens = torch.arange(length)
+    number = torch.stack([(tokens + (group // 2 if head >= heads // 2 else 0)) // group for head in range(heads)])
+    return ((number[:, :, None] == number[:, None, :]) & (tokens[:, None] >= tokens))[None]
+
+
+class Lora(torch.nn.Module):
+    """y + alpha / r * B A x, as published."""
+
+    def __init__(self, base: torch.nn.Linear, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base.requires_grad_(False), scale
+        self.down, self.up = torch.nn.Parameter(down), torch.nn.Parameter(up)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scale * (x @ self.down.t()) @ self.up.t()
+
+
+def matrices(layer: int, which: str, rank: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of one adapter, both far from zero."""
+    generator = torch.Generator().manual_seed(100 * layer + "qkvo".index(which))
+    return tuple(0.3 * torch.randn(size, generator=generator) for size in ((rank, inputs), (outputs, rank)))
+
+
+def huggingface_lora(recipe):
+    """transformers' model with adapters, and frozen as the recipe says."""
+    longlora = recipe.longlora
+    model = huggingface_model(recipe)
+    for name, parameter in model.named_parameters():
+        trained = longlora.train_norms if "norm" in name else longlora.train_embeddings and "embed" in name
+        parameter.requires_grad_(trained)
+    for layer, block in enumerate(model.model.layers):
+        for which in "qkvo":
+            base = getattr(block.self_attn, f"{which}_proj")
+            made = matrices(layer, which, longlora.rank, base.in_features, base.out_features)
+            setattr(block.self_attn, f"{which}_proj", Lora(base, *made, longlora.alpha / longlora.rank))
+    return model
+
+
+def set_adapters(shape, models) -> None:
+    """On a rank: the same adapters, cut by hand."""
+    from megatron.core import parallel_state
+
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    queries, keys, hidden = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.hidden_size
+    with torch.no_grad():
+        for layer in (layer for model in models for layer in model.module.decoder.layers):
+            qkv, proj = layer.self_attention.linear_qkv.adapter, layer.self_attention.linear_proj.adapter
+            downs = []
+            for which, rows in (("q", queries), ("k", keys), ("v", keys)):
+                down, up = matrices(layer.layer_number - 1, which, qkv.rank, hidden, rows)
+                downs.append(down)
+                getattr(qkv, f"up_{which}").copy_(up.chunk(tp)[rank])
+            qkv.down.copy_(torch.cat(downs))
+            down, up = matrices(layer.layer_number - 1, "o", proj.rank, queries, hidden)
+            proj.down.copy_(down.chunk(tp, 1)[rank])
+            proj.up.copy_(up)
+
+
+def check(ranks, model, world, *keys, rows=8, **options) -> None:
+    recipe = recipe_for(*model, *keys)
+    shape = read_shape(recipe.model.hf)
+    samples = make_samples(recipe, shape.vocab_size, rows)
+    if recipe.longlora.shifted:
+        options["mask"] = mask_of(shape.num_heads, recipe.context.physical, recipe.longlora.groups)
+    if recipe.longlora.rank:
+        options |= {"model": huggingface_lora(recipe), "prepare": partial(set_adapters, shape)}
+    compare(ranks, world, recipe, samples, samples, **options)
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "tp2-pp2-sp", "pp2-vpp2"])
+def test_gradients_of_shifted_attention_equal_those_under_a_dense_mask(ranks, models, layout):
+    world, keys = LAYOUTS[layout]
+    check(ranks, models("gqa"), world, *keys, *SHIFTED, "train.micro_batch_size=2")
+
+
+def test_it_does_so_with_two_groups_for_whole_heads_and_recomputed(ranks, models):
+    check(ranks, models("mha"), 1, *SHIFTED, "longlora.groups=2", "parallel.recompute=full")
+
+
+def test_it_does_so_at_full_length(ranks, models):
+    check(ranks, models("gqa"), 1, *SHIFTED, "context.method=full", "context.physical=256", rows=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_lora_equal_those_of_adapters_made_by_hand(ranks, models, layout):
+    world, keys = LAYOUTS[layout]
+    check(ranks, models("gqa"), world, *keys, *LORA, *(SHIFTED if layout != "cp2" else []))
+
+
+@pytest.mark.parametrize("keys", [[], WITHOUT, [*WITHOUT, "parallel.recompute=full"]], ids=["", "alone", "recomputed"])
+@pytest.mark.parametrize("layout", ["one", "pp2"])
+def test_they_do_so_with_tied_embeddings_trained_or_not(ranks, models, layout, keys):
+    world, split = LAYOUTS[layout]
+    check(ranks, models("odd-vocab-tied"), world, *split, *LORA, *keys)
+
+
+def test_they_do_so_beside_biases(ranks, models):
+    check(ranks, models("attention-bias"), 2, "parallel.tensor=2", *LORA)
+
+
+def started(recipe) -> tuple:
+    """On a rank: the loss and every adapter as training finds them, by its name in a checkpoint."""
+    from endprompt_megatron.checkpoint.weights import weights_of
+    from endprompt_megatron.step import run_batch
+
+    shape, models, _, _ = build(recipe)
+    samples = make_samples(recipe, shape.vocab_size, 4)
+    losses = run_batch(models, micro_batches(recipe, samples), backward=False)
+    parts = [
+        (w.key, w.global_shape, w.offset, w.tensor.numpy().copy()) for w in weights_of(models) if ".adapter." in w.key
+    ]
+    return losses.total, parts
+
+
+def test_adapters_start_from_the_base_models_loss_and_alike_in_every_layout(ranks, models):
+    found = {}
+    for layout in ("one", "tp2-sp", "pp2-vpp2"):
+        world, keys = LAYOUTS[layout]
+        base = ranks.run(world, started, recipe_for(*models("gqa"), *keys))
+        with_lora = ranks.run(world, started, recipe_for(*models("gqa"), *keys, *LORA))
+        assert with_lora[0][0] == pytest.approx(base[0][0], rel=1e-6)
+        whole: dict[str, np.ndarray] = {}
+        for _, parts in with_lora:
+            for key, shape, offset, value in parts:
+                box = tuple(slice(begin, begin + count) for begin, count in zip(offset, value.shape, strict=True))
+                whole.setdefault(key, np.full(shape, np.nan, np.float32))[box] = value
+        assert len(whole) == 6
+        found[layout] = whole
+    for key, value in found["one"].items():
+        assert (value == 0).all() == (".up" in key), key
+        for other in ("tp2-sp", "pp2-vpp2"):
+            np.testing.assert_array_equal(found[other][key], value, err_msg=f"{other} {key}")
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "pp2-vpp2"])
+def test_validation_and_its_probe_see_everything(ranks, models, layout):
+    world, keys = LAYOUTS[layout]
+    recipe = recipe_for(*models("gqa"), *keys)
+    samples = make_samples(recipe, read_shape(recipe.model.hf).vocab_size, 4)
+    full = ranks.run(world, every_target, recipe, samples)
+    shifted = ranks.run(world, every_target, recipe_for(*models("gqa"), *keys, *SHIFTED), samples)
+    for ours, theirs in zip(shifted, full, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            np.testing.assert_array_equal(ours[0], theirs[0])
+
+
+def batches_for(recipe, count) -> list:
+    vocab = read_shape(recipe.model.hf).vocab_size
+    return [make_samples(recipe, vocab, 8, seed=step) for step in range(count)]
+
+
+@pytest.fixture(scope="module")
+def trained(ranks, models, tmp_path_factory):
+    """Three steps with adapters on two tensor-parallel and two data-parallel ranks, in float32."""
+    root = tmp_path_factory.mktemp("longlora")
+    recipe = recipe_for(*models("odd-vocab"), "parallel.tensor=2", *LORA, *SHIFTED)
+    ranks.run(4, train_and_save, recipe, batches_for(recipe, 3), root)
+    return root
+
+
+def test_state_is_the_same_in_every_other_layout_and_only_of_what_is_trained(ranks, models, trained, tmp_path):
+    root = shutil.copytree(trained, tmp_path / "run")
+    recipe = recipe_for(*models("odd-vocab"), *LORA, *SHIFTED)
+    vocab = read_shape(recipe.model.hf).vocab_size
+    expected = everything(root / "iter_0000003", vocab)
+    states = {key.removeprefix("optimizer.state.exp_avg.") for key in expected if ".exp_avg." in key}
+    frozen = {key for key in expected if key not in states and key.startswith(("decoder", "embedding", "output"))}
+    assert "embedding.word_embeddings.weight" in states
+    assert all(".adapter." in key or "norm" in key for key in states - {"embedding.word_embeddings.weight"})
+    assert {key for key in expected if ".adapter." in key and not key.startswith("optimizer")} <= states
+    assert "output_layer.weight" in frozen
+    assert "decoder.layers.self_attention.linear_qkv.weight" in frozen
+    converted = everything(models("odd-vocab")[2] / "iter_0000000", vocab)
+    for key in frozen:
+        assert torch.equal(expected[key], converted[key]), key
+    for step, layout in enumerate(("one", "tp2-pp2-sp"), start=4):
+        world, keys = LAYOUTS[layout]
+        ranks.run(world, train_and_save, recipe_for(*models("odd-vocab"), *LORA, *SHIFTED, *keys), [], root)
+        assert_same(everything(root / f"iter_{step:07d}", vocab), dict(expected))
+
+
+def test_training_with_adapters_goes_on_to_the_last_bit(ranks, models, tmp_path):
+    keys = [*LORA, *SHIFTED, "precision.dtype=bfloat16"]
+    recipe = recipe_for(*models("gqa"), *keys, "checkpoint.async=true")
+    batches = batches_for(recipe, 4)
+    whole = ranks.run(2, train_and_save, recipe, batches, tmp_path / "whole")
+    first = ranks.run(2, train_and_save, recipe, batches[:2], tmp_path / "parts")
+    second = ranks.run(2, train_and_save, recipe, batches[2:], tmp_path / "parts")
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+    with pytest.raises(AssertionError, match=r"longlora\.alpha=9\.0 but .* was trained with 7\.0"):
+        ranks.run(2, train_and_save, recipe_for(*models("gqa"), *keys, "longlora.alpha=9"), [], tmp_path / "parts")
+
+
+def logits_of(recipe, root, tokens) -> np.ndarray:
+    """On one rank: logits [s, v] of a checkpoint as it is, adapters beside the weights."""
+    from endprompt_megatron import checkpoint
+
+    _, models, optimizer, scheduler = build(recipe)
+    assert checkpoint.resume(root, recipe, "test", models, optimizer, scheduler) is not None
+    model = models[0].eval()
+    positions = torch.arange(len(tokens))[None]
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens)[None], positions)[0]
+    return logits.numpy()
+
+
+def test_merged_logits_equal_those_of_the_adapters(ranks, models, trained, tmp_path):
+    recipe = recipe_for(*models("odd-vocab"), *LORA, *SHIFTED)
+    shape = read_shape(recipe.model.hf)
+    convert_megatron_to_hf(trained, tmp_path / "hf", 3)
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    base = huggingface_model(recipe)
+    assert (
+        json.loads((tmp_path / "hf" / "config.json").read_text())["rope_parameters"]
+        == exported(recipe)["rope_parameters"]
+    )
+    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, 90)
+    ids = torch.from_numpy(tokens)[None]
+    with torch.no_grad():
+        expected, before = (
+            m(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0] for m in (merged, base)
+        )
+    assert (
+        "| LoRA | rank 3, alpha 7.0 on q, k, v and o, merged; embeddings and norms"
+        in (tmp_path / "hf" / "README.md").read_text()
+    )
+    assert inspect(trained, 3).training["adapters"] == "LoRA of rank 3, alpha 7.0, not merged here"
+    (found,) = ranks.run(1, logits_of, recipe, trained, tokens)
+    np.testing.assert_allclose(found[:, : shape.vocab_size], expected.numpy(), rtol=1e-5, atol=1e-5)
+    assert (expected - before).abs().max() > 1e-2, "the adapters changed next to nothing"
+
+
+def test_evaluation_in_place_answers_as_the_export_does(ranks, trained, tmp_path):
+    convert_megatron_to_hf(trained, tmp_path / "hf", 3)
+    convert_hf_to_megatron(tmp_path / "hf", tmp_path / "merged")
+    (found,) = ranks.run(1, ask_megatron, trained / "iter_0000003", (1, 1), 32)
+    split = ranks.run(2, ask_megatron, trained / "iter_0000003", (2, 1), 32)
+    (expected,) = ranks.run(1, ask_megatron, tmp_path / "merged", (1, 1), 32)
+    for answers in (found, *split):
+        np.testing.assert_allclose(answers["whole"][0], expected["whole"][0], rtol=1e-4, atol=1e-4)
+        assert answers["generated"] == expected["generated"]
+
+
+def test_an_export_in_bfloat16_is_the_float32_merge_rounded_once_and_verified(trained, tmp_path):
+    from safetensors.torch import load_file
+
+    convert_megatron_to_hf(trained, tmp_path / "float32", 3)
+    done = run_tool(
+        "convert_megatron_to_hf",
+        *("--megatron", trained, "--iteration", 3, "--out", tmp_path / "hf", "--dtype", "bfloat16", "--verify"),
+        *("--workers", 2),
+    )
+    assert done.returncode == 0, done.stderr
+    whole, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("float32", "hf"))
+    assert whole.keys() == rounded.keys()
+    assert not any("adapter" in name or "lora" in name for name in whole)
+    for name, value in whole.items():
+        assert torch.equal(value.bfloat16(), rounded[name]), name
+
+
+def test_training_does_not_start_from_weights_with_adapters_beside_them(ranks, models, trained):
+    for keys in ([], LORA):
+        recipe = recipe_for(*models("odd-vocab"), *keys, f"model.init_from={trained}")
+        with pytest.raises(AssertionError, match="holds LoRA's adapters beside the weights: merge them"):
+            ranks.run(1, started, recipe)
+
+
+def test_adapters_without_a_recipe_that_scales_them_are_refused(trained, tmp_path):
+    copy = shutil.copytree(trained / "iter_0000003", tmp_path / "iter_0000003")
+    edit_json(copy / "endprompt.json", recipe={}, crc32=None)
+    with pytest.raises(InputError, match="has no longlora"):
+        convert_megatron_to_hf(copy, tmp_path / "hf")
+    edit_json(copy / "endprompt.json", recipe={"longlora": {"rank": 4, "alpha": 16.0}})
+    with pytest.raises(InputError, match=r"longlora\.rank=4"):
+        convert_megatron_to_hf(copy, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
