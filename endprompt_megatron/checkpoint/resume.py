@@ -26,8 +26,8 @@ from endprompt_megatron.shape import ModelShape
 # Keys that decide what a step does.  A run that goes on with others would be neither one nor the other.
 _FIXED = (
     "context.method context.target context.physical context.prompts context.prompt_loss_weight context.chunks "
-    "context.rope.type context.rope.factor context.content_skip data.train data.packing data.align data.document_ends "
-    "data.min_document_tokens train.global_batch_size train.seed precision.dtype"
+    "context.rope.type context.rope.factor context.content_skip data.train data.kind data.long data.packing data.align "
+    "data.document_ends data.min_document_tokens train.global_batch_size train.seed precision.dtype"
 ).split()
 
 

@@ -11,6 +11,7 @@ _TITLES = {
     "pose": "PoSE (chunks with skipped positions)",
     "full": "full-length fine-tuning",
     "short": "short-context fine-tuning (the control: no terminal prompt)",
+    "sft": "supervised fine-tuning on conversations, with a loss on the answers alone",
 }
 
 # Rows of the table: what it is called, and the recipe's key.
@@ -32,6 +33,7 @@ _ROWS = (
     ("Weight decay", "optim.weight_decay"),
     ("Precision", "precision.dtype"),
 )
+_OF_EXTENSION = ("context.original", "context.rope.factor", "context.prompts", "context.prompt_loss_weight")
 
 
 def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
@@ -42,10 +44,14 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
     name = PurePath(base).name if base.startswith(("/", ".", "~")) else base
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     method = _value(recipe, "context.method")
+    if _value(recipe, "data.kind") == "chat":
+        method = "sft"
+    kept = _value(recipe, "context.rope.type") == "keep"
     if recipe:
         lines += ["tags:", "- long-context", f"- {str(method or 'endprompt').replace('_', '-')}"]
     target = _value(recipe, "context.target")
-    title = f"# {PurePath(base).name}" + (f", extended to {target} tokens" if target else "")
+    done = ", fine-tuned" if kept else f", extended to {target} tokens" if target else ""
+    title = f"# {PurePath(base).name}{done}"
     lines += ["---", "", title, ""]
     if not recipe:
         lines += ["The weights of the source, converted to Megatron-Core and back; not trained further.", ""]
@@ -54,6 +60,8 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
         table.append(("Method", _TITLES.get(method, method)))
     for label, key in _ROWS if recipe else ():
         value = _value(recipe, key)
+        if kept and key in _OF_EXTENSION:
+            continue
         if value is not None:
             table.append((label, ", ".join(map(str, value)) if isinstance(value, list) else value))
     if recipe:

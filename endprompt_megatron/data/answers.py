@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
     mask: bytes
 
 
-class Conversations:
+class ConversationEncoder:
     """Conversations (JSON of chat.conversation_of) to ids of `dtype` and masks.
 
     `backend` is a tokenizers.Tokenizer that finds special tokens in a text and gives offsets (HuggingFace.for_chat).

@@ -10,7 +10,7 @@ import numpy as np
 
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.data.dataset import Dataset, Source, sources_in
-from endprompt_megatron.data.indexed import Index, path_of, read_idx
+from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
 from endprompt_megatron.data.seen import seen
 from endprompt_megatron.data.segments import segments, weight_runs
 from endprompt_megatron.data.statistics import at_least, lengths_of, percent, verdict
@@ -34,7 +34,8 @@ def look(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer, start: int, cou
         held = read_idx(source.prefix).lengths
         lengths.append(held[held >= recipe.data.min_document_tokens])
         marks = {"context.physical": c.physical, "context.target": c.target}
-        sources.append({**counts, **of_documents(held, marks)})
+        answers = (read_manifest(source.prefix) or {}).get("answer_tokens")
+        sources.append({**counts, **of_documents(held, marks), "answer_tokens": answers})
     enough, words = verdict(
         c.method, c.physical, c.target, recipe.data.document_ends, lengths, [counts["share"] for counts in taken]
     )
@@ -184,6 +185,9 @@ def source_in_words(source: dict[str, Any], recipe: Recipe) -> str:
         f"  an epoch is {source['epoch_samples']:,} {unit} of {source['epoch_documents']:,} documents ({how}); "
         f"{source['left_out_tokens']:,} tokens are left out",
     ]
+    if source["answer_tokens"] is not None:
+        share = percent(source["answer_tokens"] / max(source["lengths"]["tokens"], 1))
+        lines.append(f"  conversations: {share} of the tokens are answers, which alone have a loss")
     for name, reached in source["at_least"].items():
         count, share = reached["documents"], percent(reached["share"])
         lines.append(f"  of at least {reached['tokens']:,} tokens ({name}): {count:,} documents, {share} of the tokens")

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.data.answers import KIND, Conversations
+from endprompt_megatron.data.answers import KIND, ConversationEncoder
 from endprompt_megatron.data.filters import Filters
 from endprompt_megatron.data.indexed import token_dtype
 from endprompt_megatron.data.join import already_joined, join
@@ -176,7 +176,7 @@ def _ready(plan: Plan, mine: list[int], tokenizer: Tokenizer | None) -> Callable
     else:
         tokenizer = tokenizer or load_tokenizer(plan.tokenizer)
         if plan.template is not None:
-            encoder = Conversations(plan.template, tokenizer.for_chat(), plan.job.dtype)
+            encoder = ConversationEncoder(plan.template, tokenizer.for_chat(), plan.job.dtype)
         else:
             encoder = WholeTexts(tokenizer, plan.job.dtype)
     return functools.partial(_task, plan, mine, encoder)

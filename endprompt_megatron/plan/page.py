@@ -47,9 +47,12 @@ def _head(plan: Plan) -> list[str]:
     recipe, shape, ours = plan.estimate.recipe, plan.shape, plan.estimate
     c = recipe.context
     name = Path(recipe.model.hf).name
+    what = f"{c.original:,} -> {c.target:,} tokens by {_METHODS[c.method]}"
+    if c.rope.type == "keep":
+        trained = "conversations" if recipe.data.kind == "chat" else _METHODS[c.method]
+        what = f"a window of {c.target:,} tokens, kept; {trained}"
     lines = [
-        f"{name}: {c.original:,} -> {c.target:,} tokens by {_METHODS[c.method]}".ljust(WIDTH - 1 - len(plan.where))
-        + f" {plan.where}",
+        f"{name}: {what}".ljust(WIDTH - 1 - len(plan.where)) + f" {plan.where}",
         f"{_number(shape.parameters / 1e9)} billion parameters: {shape.num_layers} layers, hidden {shape.hidden_size}, "
         f"{shape.num_heads} heads ({shape.num_kv_heads} for keys), intermediate {shape.ffn_size}, "
         f"vocabulary {shape.vocab_size:,}",
@@ -159,6 +162,8 @@ def _time(ours: Estimate) -> list[str]:
 def _savings(plan: Plan) -> list[str]:
     ours, full = plan.estimate, plan.full
     c = ours.recipe.context
+    if c.rope.type == "keep":
+        return ["Nothing is extended: there is no full-length training to compare with."]
     if c.physical >= c.target:
         return [f"This is full-length training at {c.target:,} tokens."]
     if full is None:

@@ -14,6 +14,7 @@ from endprompt_megatron.data.windows import DOCUMENT_ENDS
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
 from endprompt_megatron.positions import WITH_PROMPT
+from endprompt_megatron.rules.chat import check_chat
 from endprompt_megatron.rules.layout import check_layout
 from endprompt_megatron.rules.packing import check_packing
 from endprompt_megatron.rules.precision import check_precision
@@ -44,7 +45,13 @@ def check_for(recipe: Recipe, where: str, shape: ModelShape, *, world_size: int,
 
 def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
     c = recipe.context
-    if c.target <= c.original:
+    if c.rope.type == "keep":
+        if c.target != shape.window:
+            raise InputError(
+                f"{where}: context.target={c.target} with context.rope.type=keep, but the window of "
+                f"{recipe.model.hf} is {shape.window}: give the extended model as model.hf, or its window as target"
+            )
+    elif c.target <= c.original:
         raise InputError(
             f"{where}: context.target={c.target} is not above context.original={c.original}; there is nothing to extend"
         )
@@ -60,7 +67,17 @@ def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
         raise InputError(f"{where}: context.prompts is empty; {c.method} needs at least one, such as [EP_1]")
     if c.prompt_loss_weight < 0 or (c.method in WITH_PROMPT and c.prompt_loss_weight == 0):
         raise InputError(f"{where}: context.prompt_loss_weight={c.prompt_loss_weight} should be above 0")
-    if c.rope.type not in ("none",) and c.rope.factor < 1:
+    if c.rope.type in ("none", "keep") and shape.rope_scaling == "dynamic":
+        for key, on in (
+            ("data.packing=documents", recipe.data.packing == "documents"),
+            ("parallel.context above 1", recipe.parallel.context > 1),
+        ):
+            if on:
+                raise InputError(
+                    f"{where}: {key} with the dynamic RoPE of {recipe.model.hf}: its frequencies follow the length of "
+                    "one whole input; use a model with another scaling, or leave it out"
+                )
+    if c.rope.type != "none" and c.rope.factor < 1:
         raise InputError(f"{where}: context.rope.factor={c.rope.factor} should be at least 1 (target / original)")
     if c.method in ("pose", "end_prompt_pose") and c.chunks < 2:
         raise InputError(f"{where}: context.chunks={c.chunks} should be at least 2 for {c.method}")
@@ -73,6 +90,7 @@ def check_data(recipe: Recipe, where: str) -> None:
     d = recipe.data
     one_of(where, "data.document_ends", d.document_ends, DOCUMENT_ENDS)
     _check_content_skip(recipe, where)
+    check_chat(recipe, where)
     if not d.train:
         raise InputError(f"{where}: data.train is missing; give the PREFIX that tools/prepare_data.py wrote")
 

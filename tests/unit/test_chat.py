@@ -155,9 +155,8 @@ def test_bad_lines_are_refused_with_their_place_or_skipped_and_counted(tokenizer
     arguments = ["--input", path, "--tokenizer", tokenizers["chatml"], "--out", tmp_path / "out", "--chat"]
     assert_one_line_error(run_tool("prepare_data", *arguments), f"{path}:2: empty line; expected a JSON object")
     assert not list(tmp_path.glob(".out*"))
-    done = run_tool("prepare_data", *arguments, "--skip-bad")
-    assert done.returncode == 0, done.stderr
-    skipped = json.loads((tmp_path / "out.json").read_text())["skipped"]
+    manifest = prepare([str(path)], str(tokenizers["chatml"]), str(tmp_path / "out"), chat="auto", skip_bad=True)
+    skipped = manifest["skipped"]
     assert {kind: bad["count"] for kind, bad in skipped.items()} == dict.fromkeys(
         ("empty_line", "not_json", "no_answer", "no_conversation", "special_token", "empty_conversation"), 1
     )
@@ -178,7 +177,9 @@ def test_a_conversation_that_the_template_refuses_is_bad_input(tokenizers, tmp_p
 UNFIT = {
     # Earlier answers are cut, as some reasoning models' templates do.
     "not-a-prefix": (
-        CHATML.replace("message['content'] +", "(message['content'] if loop.last else 'cut') +"),
+        CHATML.replace(
+            "message['content'] +", "(message['content'] if loop.last or message['role'] == 'user' else 'cut') +"
+        ),
         "up to and with turn 2 is not the beginning",
     ),
     "no-generation-prompt": (CHATML.partition("{% if add")[0], "does not lead up to the answer of turn 2"),
@@ -211,12 +212,14 @@ def test_a_template_that_does_not_say_what_an_answer_is_is_refused_whatever_is_s
 def test_a_tokenizer_without_a_template_is_refused_and_a_file_stands_in(tokenizers, tmp_path):
     bare = chat_tokenizer(tmp_path / "bare", None)
     files = [write_chats(tmp_path / "chats.jsonl", conversations(3))]
-    arguments = ["--input", *files, "--tokenizer", bare, "--out", tmp_path / "out", "--chat"]
-    assert_one_line_error(run_tool("prepare_data", *arguments), f"{bare}: the tokenizer has no chat template")
     own = tmp_path / "own.jinja"
     own.write_text("{% for x in messages %}")
-    refused = run_tool("prepare_data", *arguments, "--chat-template", own)
-    assert_one_line_error(refused, f"--chat-template {own}: not a Jinja template")
+    for file, line in (
+        (None, "bare: the tokenizer has no chat template"),
+        (str(own), "own.jinja: not a Jinja template"),
+    ):
+        with pytest.raises(InputError, match=line):
+            prepare(files, str(bare), str(tmp_path / "out"), chat="auto", chat_template=file)
     own.write_text(CHATML)
     assert prepare(files, str(bare), str(tmp_path / "one"), chat="auto", chat_template=str(own), workers=1)
     assert prepare(files, str(tokenizers["chatml"]), str(tmp_path / "two"), chat="auto", workers=1)
@@ -229,16 +232,21 @@ def test_a_tokenizer_without_a_template_is_refused_and_a_file_stands_in(tokenize
         (["--chat", "--no-eos"], "--no-eos: is of texts"),
         (["--chat", "--text-field", "body"], "--text-field: is of texts"),
         (["--chat-template", "x"], "--chat-template x: belongs to --chat"),
-        (["--chat", "--chat-template", "none.jinja"], "--chat-template none.jinja: cannot be read"),
-        (["--chat"], "a text has no turns"),
     ],
 )
-def test_options_that_do_not_go_with_conversations_are_refused(tokenizers, tmp_path, options, needle):
-    (tmp_path / "chats.txt").write_text("hello")
-    write_chats(tmp_path / "chats.jsonl", [TALK])
-    name = "chats.txt" if options == ["--chat"] else "chats.jsonl"
-    arguments = ["--input", tmp_path / name, "--tokenizer", tokenizers["chatml"], "--out", tmp_path / "out"]
+def test_options_that_do_not_go_with_conversations_are_refused(tmp_path, options, needle):
+    arguments = ["--input", "chats.jsonl", "--tokenizer", "none", "--out", tmp_path / "out"]
     assert_one_line_error(run_tool("prepare_data", *arguments, *options), needle)
+
+
+def test_texts_and_templates_that_are_not_there_are_refused(tokenizers, tmp_path):
+    (tmp_path / "chats.txt").write_text("hello")
+    tokenizer, out = str(tokenizers["chatml"]), str(tmp_path / "out")
+    with pytest.raises(InputError, match=r"chats.txt: a text has no turns"):
+        prepare([str(tmp_path / "chats.txt")], tokenizer, out, chat="auto")
+    files = [write_chats(tmp_path / "chats.jsonl", [TALK])]
+    with pytest.raises(InputError, match=r"--chat-template none.jinja: cannot be read"):
+        prepare(files, tokenizer, out, chat="auto", chat_template="none.jinja")
 
 
 def write_kinds(directory: Path, made: list[list[dict]]) -> list[str]:
@@ -308,9 +316,10 @@ def test_a_join_that_was_stopped_between_tokens_and_mask_goes_on(tokenizers, tmp
         raise KeyboardInterrupt
 
     for function in ("_ones", "write_idx"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(join, function, stops)
-            prepare(files, tokenizer, str(tmp_path / "out"), chat="auto", workers=1)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(files, tokenizer, str(tmp_path / "out"), chat="auto", workers=1)
     assert join.write_idx is write_idx
     prepare(files, tokenizer, str(tmp_path / "out"), chat="auto", workers=1)
     assert five_files(tmp_path / "out") == five_files(tmp_path / "whole")
@@ -343,6 +352,7 @@ def test_only_a_hugging_face_tokenizer_has_conversations(tmp_path):
 
     files = [write_chats(tmp_path / "chats.jsonl", [TALK])]
     (tmp_path / "own.jinja").write_text(INST)
-    with pytest.raises(InputError, match="need a Hugging Face tokenizer with a tokenizer.json"):
-        options = {"chat": "auto", "chat_template": str(tmp_path / "own.jinja")}
-        prepare(files, str(small_sentencepiece(tmp_path)), str(tmp_path / "out"), workers=1, **options)
+    options = {"chat": "auto", "chat_template": str(tmp_path / "own.jinja")}
+    tokenizer = str(small_sentencepiece(tmp_path))
+    with pytest.raises(InputError, match=r"need a Hugging Face tokenizer with a tokenizer\.json"):
+        prepare(files, tokenizer, str(tmp_path / "out"), **options)

@@ -315,15 +315,17 @@ RECIPES = {
     "llama31_405b_256k": 512,
     "smollm2_135m_64k": 1,
 }
+SFT = {"llama3_8b_64k_sft": 8}
 EVERY_RECIPE = {f"{name}{twin}": gpus for name, gpus in RECIPES.items() for twin in ("", "_fp8")}
 
 
-@pytest.mark.parametrize("name", EVERY_RECIPE)
+@pytest.mark.parametrize("name", [*EVERY_RECIPE, *SFT])
 def test_recipe_that_comes_with_the_project_is_legal_and_fits(name):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     shape = shape_of(published_config(recipe.model.hf), name)
-    check_for(recipe, name, shape, world_size=EVERY_RECIPE[name], hardware=H100)
-    planned = estimate(shape, recipe, H100.gpu, EVERY_RECIPE[name])
+    gpus = {**EVERY_RECIPE, **SFT}[name]
+    check_for(recipe, name, shape, world_size=gpus, hardware=H100)
+    planned = estimate(shape, recipe, H100.gpu, gpus)
     assert planned.fits, [stage.total for stage in planned.stages]
 
 
@@ -338,4 +340,4 @@ def test_fp8_twin_differs_in_precision_and_layout_alone(name):
 
 def test_no_recipe_is_forgotten():
     files = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    assert files == {*EVERY_RECIPE, "smollm2_135m_demo"}
+    assert files == {*EVERY_RECIPE, "smollm2_135m_demo", *SFT}
