@@ -68,7 +68,7 @@ def transformers_config(config: dict) -> Any:
     """transformers' config object for a parsed config.json of a supported family."""
     from transformers import AutoConfig
 
-    values = dict(config)
+    values = copy.deepcopy(config)  # transformers writes rope_theta into the dicts that it is given
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 

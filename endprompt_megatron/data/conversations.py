@@ -76,8 +76,10 @@ def refuse_other_template(blends: list[tuple[str, list[tuple]]], model: Path | s
     own: Any = getattr(load_tokenizer(model), "own_template", None)
     for key, blend in blends:
         for prefix, *_ in blend:
-            made_with = (read_manifest(prefix) or {}).get("chat_template_sha256")
-            if own is not None and made_with == digest_of_template(own):
+            manifest = read_manifest(prefix) or {}
+            if manifest.get("kind") != KIND:  # refuse_other_kind has a word for it
+                continue
+            if own is not None and manifest.get("chat_template_sha256") == digest_of_template(own):
                 continue
             raise InputError(
                 f"{key}={prefix}: model.hf={model} has {'no' if own is None else 'another'} chat template, and so "
