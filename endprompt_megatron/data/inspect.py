@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.config import Recipe
+from endprompt_megatron.data.answers import KIND, answers_of
 from endprompt_megatron.data.dataset import Dataset, Source, sources_in
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
 from endprompt_megatron.data.seen import seen
@@ -96,9 +97,14 @@ def look_at_documents(prefix: str, tokenizer: Tokenizer, start: int, count: int)
     if not 0 <= start < len(index.lengths):
         raise InputError(f"--start {start}: {prefix} has documents 0 to {len(index.lengths) - 1}")
     numbers = range(start, min(start + count, len(index.lengths)))
-    documents = [
-        {"document": n, "tokens": int(index.lengths[n]), "text": _text(prefix, index, n, tokenizer)} for n in numbers
-    ]
+    chat = (read_manifest(prefix) or {}).get("kind") == KIND
+    answers = answers_of(prefix, index) if chat else None
+    documents = []
+    for n in numbers:
+        begin, size = int(index.pointers[n]) // index.dtype.itemsize, int(index.lengths[n])
+        documents.append({"document": n, "tokens": size, "text": _text(prefix, index, n, tokenizer)})
+        if answers is not None:
+            documents[-1]["answer_tokens"] = int(answers[begin : begin + size].sum())
     return {"documents": documents, **of_documents(index.lengths, {})}
 
 
@@ -129,9 +135,10 @@ def page(looked: dict[str, Any], recipe: Recipe) -> str:
 
 def documents_page(looked: dict[str, Any], prefix: str) -> str:
     """What `look_at_documents` found, for a person."""
-    parts = [
-        f"document {each['document']:,}, {each['tokens']:,} tokens\n  {each['text']}" for each in looked["documents"]
-    ]
+    parts = []
+    for each in looked["documents"]:
+        answers = f", {each['answer_tokens']:,} of them in answers" if "answer_tokens" in each else ""
+        parts.append(f"document {each['document']:,}, {each['tokens']:,} tokens{answers}\n  {each['text']}")
     return "\n\n".join([*parts, f"{prefix}\n{histogram(looked['lengths'])}"])
 
 

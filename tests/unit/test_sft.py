@@ -281,6 +281,11 @@ def test_the_tool_shows_which_tokens_have_a_loss(place):
     assert done.returncode == 0, done.stderr
     for needle in ("  answer: ", "  context: ", "of the tokens are answers, which alone have a loss", "<|im_end|>"):
         assert needle in done.stdout, done.stdout
+    from endprompt_megatron.data.inspect import look_at_documents
+    from endprompt_megatron.tokenizer import load_tokenizer
+
+    [first] = look_at_documents("chats", load_tokenizer("hf"), 3, 1)["documents"]
+    assert first["answer_tokens"] == sum(stored_documents("chats.mask")[3])
 
 
 HERE = {"model.hf": "hf", "data.train": "chats", "checkpoint.dir": "run"}
