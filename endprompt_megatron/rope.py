@@ -36,7 +36,7 @@ def scaled_config(config: dict, rope_type: str, factor: float, original: int, ta
     if base_type != "default" and rope_type not in ("none", "keep") and (base_type, rope_type) != ("llama3", "llama3"):
         raise InputError(
             f"{where}: context.rope.type={rope_type} cannot be put on top of the model's own {base_type} scaling: "
-            f"use {'llama3 or none' if base_type == 'llama3' else 'none'}"
+            f"use {'llama3 or none' if base_type == 'llama3' else 'none'}, or keep to train in its own window"
         )
     scaling: dict[str, Any] | None = None
     if rope_type in ("linear", "dynamic"):

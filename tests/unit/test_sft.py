@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from chat_files import CHATML, chat_tokenizer, conversations, write_chats
-from small import assert_one_line_error, edit_json, run_tool, small_llama
+from small import assert_one_line_error, edit_json, small_llama
 from unit.preparing import stored_documents
 from unit.starting import write_tokens
 
 from endprompt_megatron.config import load_recipe
+from endprompt_megatron.data.inspect import look, look_at_documents, page
 from endprompt_megatron.data.of_recipe import datasets_of
 from endprompt_megatron.data.prepare import prepare
 from endprompt_megatron.data.segments import segments
@@ -20,6 +21,7 @@ from endprompt_megatron.errors import InputError
 from endprompt_megatron.rope import frequencies, scaled_config, transformers_config
 from endprompt_megatron.rules.check import check_data, check_for
 from endprompt_megatron.shape import read_shape
+from endprompt_megatron.tokenizer import load_tokenizer
 
 SCALED = {"max_position_embeddings": 512, "rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}}
 RECIPE = """
@@ -276,19 +278,14 @@ def test_from_a_file_of_conversations_to_a_model_that_answers(process, place):
     assert answer.shape[1] > asked["input_ids"].shape[1]
 
 
-def test_the_tool_shows_which_tokens_have_a_loss(place):
-    done = run_tool("inspect_data", place / "recipe.yaml", *(f"{key}={place / name}" for key, name in HERE.items()))
-    assert done.returncode == 0, done.stderr
+def test_a_look_at_the_data_shows_which_tokens_have_a_loss(place):
+    recipe, tokenizer = load_recipe("recipe.yaml"), load_tokenizer("hf")
+    dataset, _ = dataset_of()
+    shown = page(look(recipe, dataset, tokenizer, 0, 2), recipe)
     for needle in ("  answer: ", "  context: ", "of the tokens are answers, which alone have a loss", "<|im_end|>"):
-        assert needle in done.stdout, done.stdout
-    from endprompt_megatron.data.inspect import look_at_documents
-    from endprompt_megatron.tokenizer import load_tokenizer
-
-    [first] = look_at_documents("chats", load_tokenizer("hf"), 3, 1)["documents"]
-    assert first["answer_tokens"] == sum(stored_documents("chats.mask")[3])
-
-
-HERE = {"model.hf": "hf", "data.train": "chats", "checkpoint.dir": "run"}
+        assert needle in shown, shown
+    [fourth] = look_at_documents("chats", tokenizer, 3, 1)["documents"]
+    assert fourth["answer_tokens"] == sum(stored_documents("chats.mask")[3])
 
 
 def test_a_base_model_that_was_not_extended_is_refused_by_its_window(place, extend, tmp_path):
