@@ -18,7 +18,7 @@ from endprompt_megatron.errors import InputError
 from endprompt_megatron.positions import METHODS
 from endprompt_megatron.shape import read_shape
 
-ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "none")
+ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "none", "keep")
 
 
 @dataclass
@@ -72,6 +72,8 @@ class Context:
 class Data:
     train: Any = None  # PREFIX, [PREFIX, ...], {PREFIX: weight, ...} or {PREFIX: {weight: ..., prompts: [...]}, ...}
     valid: Any = None  # the same, held out; or "99,1": the last hundredth of the documents of data.train
+    kind: str = "text"  # or chat: conversations (tools/prepare_data.py --chat), with a loss on the answers alone
+    long: str | None = None  # of chat: conversations longer than context.physical are left out (drop, default) or cut
     packing: str = "stream"  # or documents: each a sample of its own, packed into rows of context.physical
     document_ends: str = "cross"  # context segments cross the ends of documents, or each lies within one: within
     min_document_tokens: int = 0  # shorter documents are left out
@@ -326,6 +328,8 @@ def _resolve(recipe: Recipe, where: str) -> None:
             raise InputError(f"{where}: {key}={value} should be at least 0")
     if not 0 <= train.seed < 2**32:
         raise InputError(f"{where}: train.seed={train.seed} should lie between 0 and {2**32 - 1}")
+    if context.rope.type == "keep":
+        _keep_rope(context, where)
     if context.original is None and Path(recipe.model.hf).is_dir():
         context.original = read_shape(recipe.model.hf).window
     if context.rope.factor is None and context.original is not None:
@@ -333,6 +337,8 @@ def _resolve(recipe: Recipe, where: str) -> None:
     if recipe.data.packing == "documents" and recipe.data.align is None:
         # Ranks of context parallelism take two chunks of every sample.
         recipe.data.align = 2 * recipe.parallel.context if recipe.parallel.context > 1 else 1
+    if recipe.data.kind == "chat" and recipe.data.long is None:
+        recipe.data.long = "drop"
     from_tokens = math.ceil(train.tokens / recipe.tokens_per_step) if train.tokens is not None else None
     if train.steps is None and from_tokens is None:
         raise InputError(f"{where}: train.steps is missing; give it, or train.tokens")
@@ -342,6 +348,21 @@ def _resolve(recipe: Recipe, where: str) -> None:
             "give one"
         )
     train.steps = train.steps or from_tokens
+
+
+def _keep_rope(context: Context, where: str) -> None:
+    """The model's window is the target already, and its frequencies stay: whatever scales them again is refused."""
+    if context.rope.factor not in (None, 1.0):
+        raise InputError(
+            f"{where}: context.rope.factor={context.rope.factor} with context.rope.type=keep: the checkpoint's own "
+            "scaling stays as it is; leave the factor out"
+        )
+    if context.original not in (None, context.target):
+        raise InputError(
+            f"{where}: context.original={context.original} with context.rope.type=keep: nothing is extended, and the "
+            f"model's window is context.target={context.target}; leave it out"
+        )
+    context.original = context.target
 
 
 _POSITIVE = {

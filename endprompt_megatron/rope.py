@@ -24,6 +24,7 @@ def scaled_config(config: dict, rope_type: str, factor: float, original: int, ta
     for `dynamic`, whose formula takes it as the original window.
 
     ntk: a fixed change of base, theta' = theta * factor^(d / (d - 2)), so it needs no scaling type.
+    none: the model's own scaling stays.  keep: its window too: what is exported is what the model came with.
     llama3: original LLaMA-3.1 scaling; a base that has it already (3.1 to 3.3) gets the product of both
     factors.  Raises InputError if the base is scaled already and the type cannot be composed with that.
     """
@@ -32,10 +33,10 @@ def scaled_config(config: dict, rope_type: str, factor: float, original: int, ta
     theta = float(base.pop("rope_theta", None) or config.get("rope_theta", 10000.0))
     base_type = base.pop("rope_type", None) or base.pop("type", None) or "default"
     base.pop("type", None)
-    if base_type != "default" and rope_type != "none" and (base_type, rope_type) != ("llama3", "llama3"):
+    if base_type != "default" and rope_type not in ("none", "keep") and (base_type, rope_type) != ("llama3", "llama3"):
         raise InputError(
             f"{where}: context.rope.type={rope_type} cannot be put on top of the model's own {base_type} scaling: "
-            f"use {'llama3 or none' if base_type == 'llama3' else 'none'}"
+            f"use {'llama3 or none' if base_type == 'llama3' else 'none'}, or keep to train in its own window"
         )
     scaling: dict[str, Any] | None = None
     if rope_type in ("linear", "dynamic"):
@@ -53,12 +54,13 @@ def scaled_config(config: dict, rope_type: str, factor: float, original: int, ta
     elif rope_type == "ntk":
         dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         theta = theta * factor ** (dim / (dim - 2))
-    elif base_type != "default":  # none: the model's own scaling stays
+    elif base_type != "default":  # none and keep
         scaling = {"rope_type": base_type, **base}
     config["rope_theta"] = theta
     config["rope_scaling"] = dict(scaling) if scaling else None  # theta inside would make transformers 4 complain
     config["rope_parameters"] = dict(scaling or {"rope_type": "default"}, rope_theta=theta)
-    config["max_position_embeddings"] = original if rope_type == "dynamic" else target
+    if rope_type != "keep":
+        config["max_position_embeddings"] = original if rope_type == "dynamic" else target
     return config
 
 
@@ -66,7 +68,7 @@ def transformers_config(config: dict) -> Any:
     """transformers' config object for a parsed config.json of a supported family."""
     from transformers import AutoConfig
 
-    values = dict(config)
+    values = copy.deepcopy(config)  # transformers writes rope_theta into the dicts that it is given
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 

@@ -32,6 +32,7 @@ class ModelShape:
     mlp_bias: bool
     rope_theta: float
     window: int  # max_position_embeddings: the context the checkpoint was trained for
+    rope_scaling: str = "default"  # type of the scaling that it has already
 
     @property
     def parameters(self) -> int:
@@ -127,6 +128,7 @@ def shape_of(config: dict, where: str) -> ModelShape:
         mlp_bias=bool(family == "llama" and config.get("mlp_bias")),
         rope_theta=float(theta),
         window=window,
+        rope_scaling=str(rope.get("rope_type") or rope.get("type") or "default"),
     )
 
 

@@ -2,6 +2,7 @@
 
 python tools/prepare_data.py --input books.txt web.jsonl more.jsonl.gz --tokenizer HF_DIR --out data/corpus
 python tools/prepare_data.py --input shards/ --tokenizer HF_DIR --out data/corpus --dedup --held-out 0.01
+python tools/prepare_data.py --input chats.jsonl.gz --chat --tokenizer HF_DIR --out data/sft
 mpirun -n 64 python tools/prepare_data.py --input 'shards/*.parquet' --tokenizer HF_DIR --out data/corpus
 """
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import run_cli
+from endprompt_megatron.errors import InputError, run_cli
 
 
 def main() -> None:
@@ -51,7 +52,25 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --held-out; default: 0")
     parser.add_argument("--skip-bad", action="store_true", help="leave out what is no document, and count it")
+    parser.add_argument(
+        "--chat",
+        nargs="?",
+        const="auto",
+        choices=("auto", "messages", "conversations", "alpaca", "prompt"),
+        help="the inputs hold conversations; their format is recognised by its keys, or named. Also writes PREFIX.mask",
+    )
+    parser.add_argument("--chat-template", metavar="FILE", help="with --chat: Jinja, in place of the tokenizer's own")
     args = parser.parse_args()
+    if args.chat is None and args.chat_template is not None:
+        raise InputError(f"--chat-template {args.chat_template}: belongs to --chat")
+    given = {
+        "--text-field": args.text_field != "text",
+        "--split-blank-lines": args.split_blank_lines,
+        "--no-bos": args.no_bos,
+        "--no-eos": args.no_eos,
+    }
+    for option in (option for option, on in given.items() if on and args.chat is not None):
+        raise InputError(f"{option}: is of texts; with --chat the chat template decides what a conversation becomes")
 
     from endprompt_megatron.data.filters import Filters
     from endprompt_megatron.data.manifest import summary
@@ -69,6 +88,8 @@ def main() -> None:
         eos=not args.no_eos,
         filters=Filters(args.min_tokens, args.max_tokens, args.dedup, args.held_out, args.seed),
         skip_bad=args.skip_bad,
+        chat=args.chat,
+        chat_template=args.chat_template,
     )
     if manifest is not None:
         print(summary(args.out, manifest))

@@ -29,8 +29,8 @@ from endprompt_megatron.shape import ModelShape
 _FIXED = (
     "context.method context.target context.physical context.prompts context.prompt_loss_weight context.chunks "
     "context.anchors context.curriculum_samples context.recall context.rope.type context.rope.factor "
-    "context.content_skip data.train data.packing data.align data.document_ends data.min_document_tokens "
-    "train.global_batch_size train.seed precision.dtype longlora.shifted longlora.groups "
+    "context.content_skip data.train data.kind data.long data.packing data.align data.document_ends "
+    "data.min_document_tokens train.global_batch_size train.seed precision.dtype longlora.shifted longlora.groups "
     "longlora.rank longlora.alpha longlora.train_embeddings longlora.train_norms"
 ).split()
 

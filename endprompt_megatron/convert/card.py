@@ -7,10 +7,15 @@ from endprompt_megatron.shape import ModelShape
 _TITLES = {
     "end_prompt": "EndPrompt (a short context and a terminal prompt at the end of the target window)",
     "end_prompt_random": "EndPrompt with the terminal prompt at a random place",
+    "end_prompt_log": "EndPrompt with the terminal prompt at a log-uniform distance",
+    "end_prompt_curriculum": "EndPrompt with the terminal prompt moving from near to the end",
+    "end_prompt_multi": "EndPrompt with several terminal prompts at growing distances",
+    "end_prompt_near": "a terminal prompt directly after the context (a control)",
     "end_prompt_pose": "EndPrompt with the terminal prompt split into shifted chunks",
     "pose": "PoSE (chunks with skipped positions)",
     "full": "full-length fine-tuning",
     "short": "short-context fine-tuning (the control: no terminal prompt)",
+    "sft": "supervised fine-tuning on conversations, with a loss on the answers alone",
 }
 
 # Rows of the table: what it is called, and the recipe's key.
@@ -33,6 +38,7 @@ _ROWS = (
     ("Weight decay", "optim.weight_decay"),
     ("Precision", "precision.dtype"),
 )
+_OF_EXTENSION = ("context.original", "context.rope.factor", "context.prompts", "context.prompt_loss_weight")
 
 
 def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
@@ -43,10 +49,14 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
     name = PurePath(base).name if base.startswith(("/", ".", "~")) else base
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     method = _value(recipe, "context.method")
+    if _value(recipe, "data.kind") == "chat":
+        method = "sft"
+    kept = _value(recipe, "context.rope.type") == "keep"
     if recipe:
         lines += ["tags:", "- long-context", f"- {str(method or 'endprompt').replace('_', '-')}"]
     target = _value(recipe, "context.target")
-    title = f"# {PurePath(base).name}" + (f", extended to {target} tokens" if target else "")
+    done = ", fine-tuned" if kept else f", extended to {target} tokens" if target else ""
+    title = f"# {PurePath(base).name}{done}"
     lines += ["---", "", title, ""]
     if not recipe:
         lines += ["The weights of the source, converted to Megatron-Core and back; not trained further.", ""]
@@ -63,6 +73,8 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
         table.append(("LoRA", lora + (f"; {' and '.join(beside)} trained beside it" if beside else "")))
     for label, key in _ROWS if recipe else ():
         value = _value(recipe, key)
+        if kept and key in _OF_EXTENSION:
+            continue
         if value is not None:
             table.append((label, ", ".join(map(str, value)) if isinstance(value, list) else value))
     if recipe:

@@ -7,10 +7,14 @@ FIRST = 5  # places of each kind that are named
 
 
 class Bad(NamedTuple):
-    """In place of a text: `kind` is one of the words that the manifest counts by, `message` says what is wrong."""
+    """In place of a text: `kind` is one of the words that the manifest counts by, `message` says what is wrong.
+
+    What is not `skippable` ends the run whatever was asked for: it is wrong with more than this document.
+    """
 
     kind: str
     message: str
+    skippable: bool = True
 
 
 @dataclass

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from endprompt_megatron.data.answers import KIND
 from endprompt_megatron.data.blend import turns
+from endprompt_megatron.data.conversations import Conversations, refuse_other_kind, refuse_other_template
 from endprompt_megatron.data.fingerprint import refuse_other_tokenizer
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
 from endprompt_megatron.data.packed import Documents, PackedDataset, PackedRows
@@ -68,6 +70,8 @@ class _Cut:
     ends: str
     least: int
     align: int | None  # of packed documents; None for the stream
+    kind: str
+    long: str | None  # of conversations
     cache: Path | None
     vocab_size: int | None
 
@@ -116,6 +120,8 @@ def build_datasets(
     content_skip: bool = False,
     packing: str = "stream",
     align: int = 1,
+    kind: str = "text",
+    long: str | None = None,
     tokenizer: Path | str | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The training and the validation dataset (None where `valid` is None or `valid_samples` 0).
@@ -124,7 +130,8 @@ def build_datasets(
     `train`, "99,1" giving the last hundredth to validation.  A dataset holds the samples asked for, over as many
     epochs as they take.  Prompts are token ids; `vocab_size` is the model's, `tokenizer` its directory,
     None to take any dataset's ids.  `cache_dir` keeps large indices (windows.py, packing.py), None keeps none.  With
-    `packing` "documents" a sample is a row of them, each padded to a multiple of `align`.  `knobs` are further
+    `packing` "documents" a sample is a row of them, each padded to a multiple of `align`; with `kind` "chat" they are
+    conversations, and `long` says what becomes of those longer than a row (conversations.py).  `knobs` are further
     arguments of positions.position_ids; validation samples stand where a curriculum ends.  Works with torch.distributed
     and without; with it, all ranks must call.  Raises InputError, on every rank alike.
     """
@@ -140,6 +147,8 @@ def build_datasets(
         ends="single" if content_skip else document_ends,
         least=min_document_tokens,
         align=align if packing == "documents" else None,
+        kind=kind,
+        long=long,
         cache=None if cache_dir is None else Path(cache_dir),
         vocab_size=vocab_size,
     )
@@ -149,7 +158,10 @@ def build_datasets(
     split = _checked_split(valid) if isinstance(valid, str) else None
     held_out_blend = valid if split is None and valid_samples else None
     if tokenizer is not None:
-        refuse_other_tokenizer([("data.train", train), ("data.valid", held_out_blend or [])], tokenizer)
+        blends = [("data.train", train), ("data.valid", held_out_blend or [])]
+        refuse_other_tokenizer(blends, tokenizer)
+        if kind == KIND:
+            refuse_other_template(blends, tokenizer)
     if split is not None:
         train_set = _blended("data.train", train, cut, train_samples, (0.0, split))
         held_out = _blended("data.train", train, arrived, valid_samples, (split, 1.0)) if valid_samples else None
@@ -173,8 +185,9 @@ def _blended(key: str, blend: Blend, cut: _Cut, samples: int, part: tuple[float,
         builder = cut.builder(prompts, weight / whole, where)
         first, stop = (round(share * len(index.lengths)) for share in part or (0.0, 1.0))
         named = "" if part is None else " for training" if part[0] == 0 else " for validation"
+        answers = refuse_other_kind(key, prefix, cut.kind, index)
         if cut.align is not None:
-            sources.append(_packed(f"{key}={prefix}", prefix, index, first, stop, builder, cut, size, named))
+            sources.append(_packed(f"{key}={prefix}", prefix, index, first, stop, builder, cut, size, named, answers))
             continue
         windows = Windows(
             index,
@@ -193,13 +206,29 @@ def _blended(key: str, blend: Blend, cut: _Cut, samples: int, part: tuple[float,
 
 
 def _packed(
-    key: str, prefix: str, index: Index, first: int, stop: int, builder: SampleBuilder, cut: _Cut, size: int, part: str
+    key: str,
+    prefix: str,
+    index: Index,
+    first: int,
+    stop: int,
+    builder: SampleBuilder,
+    cut: _Cut,
+    size: int,
+    part: str,
+    answers: np.ndarray | None,
 ) -> PackedDataset:
     """Rows of the documents first .. stop-1 of a dataset.  Raises InputError if there is not one sample in them."""
     packing = builder.packing(cut.align)
-    documents = Documents(
-        np.asarray(np.memmap(path_of(prefix, ".bin"), dtype=index.dtype, mode="r")), index, first, stop, cut.least
-    )
+    stream = np.asarray(np.memmap(path_of(prefix, ".bin"), dtype=index.dtype, mode="r"))
+    if answers is None:
+        documents = Documents(stream, index, first, stop, cut.least)
+    else:
+        documents = Conversations(stream, index, first, stop, cut.least, answers, packing.piece_len, cut.long)
+        if stop > first and not documents.lengths.any():
+            raise InputError(
+                f"{key}: none of {stop - first} conversations{part} fits into context.physical={packing.row_len}; "
+                "raise it, or cut them (data.long=cut)"
+            )
     if documents.lengths.max(initial=0) < packing.shortest:
         few = f" of at least {cut.least} tokens (data.min_document_tokens)" if cut.least else ""
         held = np.count_nonzero(documents.lengths), int(documents.lengths.sum(dtype=np.int64))

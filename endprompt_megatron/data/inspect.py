@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.config import Recipe
+from endprompt_megatron.data.answers import KIND, answers_of
 from endprompt_megatron.data.dataset import Dataset, Source, sources_in
-from endprompt_megatron.data.indexed import Index, path_of, read_idx
+from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
 from endprompt_megatron.data.seen import seen
 from endprompt_megatron.data.segments import segments, weight_runs
 from endprompt_megatron.data.statistics import at_least, lengths_of, percent, verdict
@@ -34,7 +35,8 @@ def look(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer, start: int, cou
         held = read_idx(source.prefix).lengths
         lengths.append(held[held >= recipe.data.min_document_tokens])
         marks = {"context.physical": c.physical, "context.target": c.target}
-        sources.append({**counts, **of_documents(held, marks)})
+        answers = (read_manifest(source.prefix) or {}).get("answer_tokens")
+        sources.append({**counts, **of_documents(held, marks), "answer_tokens": answers})
     enough, words = verdict(
         c.method, c.physical, c.target, recipe.data.document_ends, lengths, [counts["share"] for counts in taken]
     )
@@ -99,9 +101,14 @@ def look_at_documents(prefix: str, tokenizer: Tokenizer, start: int, count: int)
     if not 0 <= start < len(index.lengths):
         raise InputError(f"--start {start}: {prefix} has documents 0 to {len(index.lengths) - 1}")
     numbers = range(start, min(start + count, len(index.lengths)))
-    documents = [
-        {"document": n, "tokens": int(index.lengths[n]), "text": _text(prefix, index, n, tokenizer)} for n in numbers
-    ]
+    chat = (read_manifest(prefix) or {}).get("kind") == KIND
+    answers = answers_of(prefix, index) if chat else None
+    documents = []
+    for n in numbers:
+        begin, size = int(index.pointers[n]) // index.dtype.itemsize, int(index.lengths[n])
+        documents.append({"document": n, "tokens": size, "text": _text(prefix, index, n, tokenizer)})
+        if answers is not None:
+            documents[-1]["answer_tokens"] = int(answers[begin : begin + size].sum())
     return {"documents": documents, **of_documents(index.lengths, {})}
 
 
@@ -132,9 +139,10 @@ def page(looked: dict[str, Any], recipe: Recipe) -> str:
 
 def documents_page(looked: dict[str, Any], prefix: str) -> str:
     """What `look_at_documents` found, for a person."""
-    parts = [
-        f"document {each['document']:,}, {each['tokens']:,} tokens\n  {each['text']}" for each in looked["documents"]
-    ]
+    parts = []
+    for each in looked["documents"]:
+        answers = f", {each['answer_tokens']:,} of them in answers" if "answer_tokens" in each else ""
+        parts.append(f"document {each['document']:,}, {each['tokens']:,} tokens{answers}\n  {each['text']}")
     return "\n\n".join([*parts, f"{prefix}\n{histogram(looked['lengths'])}"])
 
 
@@ -191,6 +199,9 @@ def source_in_words(source: dict[str, Any], recipe: Recipe) -> str:
         f"  an epoch is {source['epoch_samples']:,} {unit} of {source['epoch_documents']:,} documents ({how}); "
         f"{source['left_out_tokens']:,} tokens are left out",
     ]
+    if source["answer_tokens"] is not None:
+        share = percent(source["answer_tokens"] / max(source["lengths"]["tokens"], 1))
+        lines.append(f"  conversations: {share} of the tokens are answers, which alone have a loss")
     for name, reached in source["at_least"].items():
         count, share = reached["documents"], percent(reached["share"])
         lines.append(f"  of at least {reached['tokens']:,} tokens ({name}): {count:,} documents, {share} of the tokens")

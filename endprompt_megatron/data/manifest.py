@@ -33,6 +33,7 @@ def manifests(
             **about,
             "left_out": {**left_out, "duplicates": sum(other.duplicates for other in joined.values())},
             "skipped": skipped,
+            **({} if dataset.answers is None else {"answer_tokens": dataset.answers}),
             "lengths": histogram(dataset.lengths),
             "sources": _sources(pieces, parts, dataset, sums),
         }
@@ -71,9 +72,12 @@ def _sources(pieces: list[Piece], parts: list[Part], dataset: Joined, sums: dict
 
 def summary(out: Path | str, manifest: dict) -> str:
     """The closing line of a run: what is there, and what is not in it."""
-    line = f"{out}: {manifest['documents']} documents, {manifest['tokens']} tokens"
+    what = "conversations" if "answer_tokens" in manifest else "documents"
+    line = f"{out}: {manifest['documents']} {what}, {manifest['tokens']} tokens"
+    if "answer_tokens" in manifest:
+        line += f", {manifest['answer_tokens']} of them in answers"
     if held_out := manifest.get("held_out"):
-        line += f"; {out}{VALID}: {held_out['documents']} documents, {held_out['tokens']} tokens"
+        line += f"; {out}{VALID}: {held_out['documents']} {what}, {held_out['tokens']} tokens"
     left_out = manifest["left_out"]
     names = {"empty": "empty texts", "too_short": "too short", "too_long": "too long", "duplicates": "duplicates"}
     if reasons := [f"{left_out[key]} {name}" for key, name in names.items() if left_out[key]]:

@@ -45,6 +45,8 @@ def datasets_of(
         packing=d.packing,
         tokenizer=recipe.model.hf,
         align=d.align or 1,
+        kind=d.kind,
+        long=d.long,
     )
 
 

@@ -42,9 +42,20 @@ class Documents:
         """Where a document begins in the stream, in tokens."""
         return int(self._index.pointers[self.first + document]) // self.stream.itemsize
 
+    def length(self, document: int) -> int:
+        """Tokens of a document, whatever part of it counts."""
+        return int(self._index.lengths[self.first + document])
+
+    def weigh(self, row: dict[str, np.ndarray], begin: int) -> None:
+        """Change the weights of a sample that was written into the views `row`; its tokens begin at `begin`."""
+
     def describe(self) -> dict:
         """What tells these documents from others of the same dataset."""
         return {"documents": [self.first, self._stop], "least": self._least}
+
+    def said(self) -> str:
+        """What is left out or cut beside what the rows' counts tell, for the line that describes an epoch."""
+        return ""
 
 
 class PackedRows:
@@ -114,7 +125,7 @@ class PackedRows:
         """(document, its length, first token, tokens, where in the row they begin) of each sample of a row."""
         found, at = [], 0
         for _, document, first, size, prompt in self.samples(row):
-            length = int(self._documents.lengths[document])
+            length = self._documents.length(document)
             found.append((self._documents.first + document, length, first, size, at))
             at += -(-(size + self.packing.prompt_lens[prompt]) // self.packing.align) * self.packing.align
         return found
@@ -129,7 +140,7 @@ class PackedRows:
             )
         return (
             f"{prefix}: an epoch is {counts.samples:,} samples in {counts.rows:,} rows of {length:,} tokens, "
-            f"{counts.efficiency(length):.2%} of them real{left_out}"
+            f"{counts.efficiency(length):.2%} of them real{left_out}{self._documents.said()}"
         )
 
     def samples(self, row: int) -> list[tuple[int, int, int, int, int]]:
@@ -154,6 +165,7 @@ class PackedRows:
             begin = self._documents.begin(document) + first
             views = {key: array[start : start + real] for key, array in arrays.items()}
             self.builder.write(views, stream[begin : begin + size], prompt, number)
+            self._documents.weigh(views, begin)
             bounds.append(start + -(-real // align) * align)
         if bounds[-1] < length:
             bounds.append(length)

@@ -11,7 +11,16 @@ import numpy as np
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.data.dataset import Dataset
 from endprompt_megatron.data.inspect import documents_in
-from endprompt_megatron.data.segments import PADDING, PROMPT, Segment, samples_in, segments, weight_runs
+from endprompt_megatron.data.segments import (
+    ANSWER,
+    CONTEXT,
+    PADDING,
+    PROMPT,
+    Segment,
+    samples_in,
+    segments,
+    weight_runs,
+)
 from endprompt_megatron.evaluate.plots import PAPER, short
 
 if TYPE_CHECKING:
@@ -67,6 +76,7 @@ def positions(axes: "Axes", found: list[Segment], target: int, original: int | N
     """Position ids of a row's segments between two places: contiguous runs as lines, jumps dotted."""
     whole, near = shown[0] == 0 and shown[1] == found[-1].stop, shown[1] - shown[0] <= 200
     several = len(samples_in(found)) > 1
+    answers = any(segment.kind == ANSWER for segment in found)
     # A line that leaves the model's own window early would run through its name.
     climbs = bool(original) and found[0].positions[0][1] > 2 * original
     _windows(axes, target, original, named=whole, climbs=climbs)
@@ -86,14 +96,15 @@ def positions(axes: "Axes", found: list[Segment], target: int, original: int | N
             if near:
                 axes.plot(places + 0.5, ids, ".", color=colour, markersize=5, clip_on=True)
             else:
-                axes.plot([at, at + len(ids)], [first, last], color=colour, linewidth=2.2, solid_capstyle="butt")
-                if len(ids) < found[-1].stop / 100:  # it would be a speck
+                width = 1.0 if answers and segment.kind == CONTEXT else 2.2  # what is not supervised is thin
+                axes.plot([at, at + len(ids)], [first, last], color=colour, linewidth=width, solid_capstyle="butt")
+                if len(ids) < found[-1].stop / 100 and not answers:  # it would be a speck
                     axes.plot(
                         at + len(ids) / 2, (first + last) / 2, "o", color=colour, ms=3 if several else 5, clip_on=False
                     )
             before = (at + len(ids) - 1, last, segment.sample)
             at += len(ids)
-        if whole and not several:
+        if whole and not several and not answers:
             _name(axes, segment, found[-1].stop, target)
     axes.set_xlim(*shown)
     axes.set_ylim(-0.03 * target, 1.1 * target)

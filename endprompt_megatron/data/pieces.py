@@ -23,6 +23,7 @@ class Reading:
 
     split_blank_lines: int = 0  # a .txt is split where this many blank lines stand; 0: one document
     skip_bad: bool = False
+    chat: str | None = None  # documents are conversations in this format of chat.py; None: texts
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _pieces(source: Source, reading: Reading, step: int) -> list[Piece]:
         starts = range(0, size, step)
         return [Piece(source, start, min(start + step, size), min(step, size - start)) for start in starts]
     if source.kind in (".parquet", ARROW):
-        return list(_together(source, columns.sizes_of(source), step))
+        return list(_together(source, columns.sizes_of(source, reading.chat), step))
     return [Piece(source, 0, size, size * _RATIOS.get(source.kind, 1))]
 
 

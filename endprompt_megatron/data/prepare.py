@@ -8,6 +8,7 @@ order of the input (join.py), so the result does not depend on how many workers 
 Special tokens: BOS before each document where the model family begins texts with it (the tokenizer adds it
 when asked for special tokens: LLaMA-2, LLaMA-3, Mistral do, SmolLM2 does not), EOS after each document
 where the tokenizer has one, so that a stream of documents shows where one ends.  Both can be turned off.
+A conversation has what the chat template writes and nothing else, and the mask of answers.py beside its tokens.
 """
 
 import contextlib
@@ -20,19 +21,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from endprompt_megatron.data.answers import KIND, ConversationEncoder
 from endprompt_megatron.data.filters import Filters
 from endprompt_megatron.data.indexed import token_dtype
 from endprompt_megatron.data.join import already_joined, join
 from endprompt_megatron.data.manifest import manifests
-from endprompt_megatron.data.moving import finish_moving, move, refuse_taken
+from endprompt_megatron.data.moving import CHAT_SUFFIXES, SUFFIXES, finish_moving, move, refuse_taken
 from endprompt_megatron.data.pieces import Piece, Reading, pieces_of, shares
 from endprompt_megatron.data.progress import Progress
-from endprompt_megatron.data.sources import Source, sources_of
-from endprompt_megatron.data.tokenise import TRAIN, VALID, Job, Part, tokenise_once
+from endprompt_megatron.data.sources import Source, refuse_texts, sources_of
+from endprompt_megatron.data.tokenise import TRAIN, VALID, Encoder, Job, Part, tokenise_once
 from endprompt_megatron.data.words import Cut, WholeTexts, Words, cut_of
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import disk_errors, locked_staging
 from endprompt_megatron.tokenizer import Tokenizer, load_tokenizer
+from endprompt_megatron.tokenizer.chat_template import ChatTemplate, digest_of_template
 from endprompt_megatron.tokenizer.sums import fingerprint_of
 from endprompt_megatron.workers import for_each, mpi, number_of, ranks_agree
 
@@ -45,13 +48,15 @@ _FAILED = ".failed"
 class Plan:
     """What is to be done: `pieces` to tokenise and, after them in number, `sources` to take the checksum of.
 
-    `joined` says by output how many pieces an earlier start has put into the dataset.  `cut` is None for a tokenizer
-    that takes whole texts; every process then loads its own from the directory `tokenizer`.
+    `joined` says by output and stream how many pieces an earlier start has put into the dataset.  `cut` is None for a
+    tokenizer that takes whole texts; every process then loads its own from the directory `tokenizer`.  `template` is
+    that of conversations.
     """
 
     job: Job
     tokenizer: str
     cut: Cut | None
+    template: ChatTemplate | None
     sources: list[Source]
     pieces: list[Piece]
     joined: dict[str, int]
@@ -74,27 +79,37 @@ def prepare(
     eos: bool = True,
     filters: Filters | None = None,
     skip_bad: bool = False,
+    chat: str | None = None,
+    chat_template: str | None = None,
 ) -> dict | None:
     """Tokenise `inputs` and those in `manifest` into OUT.bin, .idx and .json; returns what is in OUT.json.
 
     `workers` processes, by default one a CPU; under mpirun or srun every rank is one, all must call, and None comes
     back on those past the first.  `bos` and `eos` put the special tokens of the module docstring.  With
-    `filters.held_out` there is OUT-valid too.  Killed or interrupted and called again with the same arguments and
-    inputs, it goes on.  Raises InputError for everything that the inputs, the tokenizer or the place of the output
-    can be wrong with; then nothing is left behind.
+    `filters.held_out` there is OUT-valid too.  `chat`: the inputs hold conversations, in one of chat.FORMATS or AUTO;
+    then there are OUT.mask.bin and .idx, and `chat_template` names a file in place of the tokenizer's template.
+    Killed or interrupted and called again with the same arguments and inputs, it goes on.  Raises InputError for
+    everything that the inputs, the tokenizer or the place of the output can be wrong with; then nothing is left
+    behind.
     """
     comm = mpi()
     workers = number_of(workers, comm)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers, who inherit this, are the parallelism
-    filters, reading = filters or Filters(), Reading(split_blank_lines, skip_bad)
+    filters, reading = filters or Filters(), Reading(split_blank_lines, skip_bad, chat)
     outputs = (TRAIN, VALID) if filters.held_out else (TRAIN,)
+    suffixes = CHAT_SUFFIXES if chat else SUFFIXES
     with contextlib.ExitStack() as stack:
         plan = finished = loaded = about = None
         with ranks_agree(comm):
             if comm is None or comm.rank == 0:
-                refuse_taken(out, outputs)
+                refuse_taken(out, outputs, suffixes)
                 sources = sources_of(inputs, manifest, text_field)
                 loaded = load_tokenizer(tokenizer)
+                template = None
+                if chat:
+                    refuse_texts(sources)
+                    template = loaded.chat_template(tokenizer, chat_template)
+                    bos = eos = False
                 about = {
                     "vocab_size": loaded.vocab_size,
                     "tokenizer_sha256": fingerprint_of(loaded),
@@ -102,13 +117,15 @@ def prepare(
                     "eos": loaded.eos_id if eos else None,
                     "options": {"text_field": text_field, **asdict(reading), **asdict(filters)},
                 }
+                if template is not None:
+                    about |= {"kind": KIND, "chat_template_sha256": digest_of_template(template.source)}
                 whole = {"format": 1, "sources": [asdict(source) for source in sources], **about}
                 staging = stack.enter_context(locked_staging(Path(out), whole))
-                finished = finish_moving(staging, out, outputs)
+                finished = finish_moving(staging, out, outputs, suffixes)
                 if finished is None:
                     dtype = token_dtype(loaded.vocab_size)
                     job = Job(staging, reading, filters, dtype, about["bos"], about["eos"])
-                    plan = _plan(job, tokenizer, loaded, sources)
+                    plan = _plan(job, tokenizer, loaded, template, sources)
         if comm:
             plan, finished = comm.bcast((plan, finished))
         if finished is None:
@@ -119,11 +136,14 @@ def prepare(
     return finished if comm is None or comm.rank == 0 else None
 
 
-def _plan(job: Job, tokenizer: str, loaded: Tokenizer, sources: list[Source]) -> Plan:
+def _plan(job: Job, tokenizer: str, loaded: Tokenizer, template: ChatTemplate | None, sources: list[Source]) -> Plan:
     for stray in (*job.staging.glob("*.tmp"), job.staging / _FAILED):
         stray.unlink(missing_ok=True)
-    joined = {output: len(already_joined(job, output)) for output in job.outputs}
-    return Plan(job, tokenizer, cut_of(loaded), sources, pieces_of(sources, job.reading), joined)
+    joined = {
+        output + stream: len(already_joined(job, output, stream)) for output in job.outputs for stream in job.streams
+    }
+    cut = None if template else cut_of(loaded)
+    return Plan(job, tokenizer, cut, template, sources, pieces_of(sources, job.reading), joined)
 
 
 def _work(plan: Plan, comm: Any | None, workers: int, loaded: Tokenizer | None, out: str) -> dict[int, Part | str]:
@@ -150,14 +170,19 @@ def _work(plan: Plan, comm: Any | None, workers: int, loaded: Tokenizer | None, 
 
 def _ready(plan: Plan, mine: list[int], tokenizer: Tokenizer | None) -> Callable[[int], Part | str | None]:
     """What does a task, made once in every process."""
+    encoder: Encoder
     if plan.cut is not None:
         encoder = Words(plan.cut, plan.job.dtype)
     else:
-        encoder = WholeTexts(tokenizer or load_tokenizer(plan.tokenizer), plan.job.dtype)
+        tokenizer = tokenizer or load_tokenizer(plan.tokenizer)
+        if plan.template is not None:
+            encoder = ConversationEncoder(plan.template, tokenizer.for_chat(), plan.job.dtype)
+        else:
+            encoder = WholeTexts(tokenizer, plan.job.dtype)
     return functools.partial(_task, plan, mine, encoder)
 
 
-def _task(plan: Plan, mine: list[int], encoder: Words | WholeTexts, index: int) -> Part | str | None:
+def _task(plan: Plan, mine: list[int], encoder: Encoder, index: int) -> Part | str | None:
     """The part of a piece, or a source's SHA-256; None when another process has met an error."""
     number, failed = mine[index], plan.job.staging / _FAILED
     if failed.exists():
@@ -210,5 +235,5 @@ def _finish(plan: Plan, results: dict[int, Part | str], about: dict, out: str) -
             f"--held-out {job.filters.held_out}: none of {written[TRAIN]['documents']} documents fell into it; give "
             "a larger share, or another --seed"
         )
-    move(job.staging, out, written)
+    move(job.staging, out, written, CHAT_SUFFIXES if job.reading.chat else SUFFIXES)
     return written[TRAIN]

@@ -1,4 +1,7 @@
-"""The documents of a piece: lines of .jsonl, plain or compressed, parts of a .txt; columns.py has the rest."""
+"""The documents of a piece: lines of .jsonl, plain or compressed, parts of a .txt; columns.py has the rest.
+
+A document is a text, or a conversation in the one form of chat.py.
+"""
 
 import io
 import json
@@ -11,6 +14,7 @@ import orjson
 
 from endprompt_megatron.data import columns
 from endprompt_megatron.data.bad import Bad
+from endprompt_megatron.data.chat import conversation_of
 from endprompt_megatron.data.compressed import CompressionError, Decompressed
 from endprompt_megatron.data.pieces import Piece, Reading
 from endprompt_megatron.data.sources import ARROW
@@ -26,10 +30,13 @@ def documents(piece: Piece, reading: Reading) -> Iterator[tuple[int, str | Bad]]
     elif source.kind == ".txt":
         yield from _split_txt(piece, reading.split_blank_lines) if reading.split_blank_lines else _whole_txt(piece)
     elif source.kind in (".parquet", ARROW):
-        yield from columns.rows(source, piece.start, piece.stop)
+        yield from columns.rows(source, piece.start, piece.stop, reading.chat)
     else:
         for number, line in enumerate(_lines(piece), start=1):
-            yield (0, line) if isinstance(line, Bad) else (number, _text_of(line, source.text_field))
+            if isinstance(line, Bad):
+                yield 0, line
+            else:
+                yield number, _conversation(line, reading.chat) if reading.chat else _text_of(line, source.text_field)
 
 
 def place(piece: Piece, number: int) -> str:
@@ -106,10 +113,18 @@ def _text_of(line: bytes, field: str) -> str | Bad:
     return Bad("not_text", f"field {field!r} is {'null' if text is None else type(text).__name__}, not text")
 
 
-def _slowly(line: bytes, field: str) -> object:
+def _conversation(line: bytes, asked: str) -> str | Bad:
+    try:
+        value = orjson.loads(line)
+    except ValueError:
+        value = _slowly(line)
+    return value if isinstance(value, Bad) else conversation_of(value, asked)
+
+
+def _slowly(line: bytes, field: str | None = None) -> object:
     """What orjson refused: Python's json takes some more of it (NaN), and says what is wrong with the rest."""
     if not line.strip():
-        return Bad("empty_line", f"empty line; expected a JSON object with {field!r}")
+        return Bad("empty_line", f"empty line; expected a JSON object{f' with {field!r}' if field else ''}")
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -1,8 +1,9 @@
-"""What a row of training tokens consists of, read off its tensors: samples, and in each context and prompt.
+"""What a row of training tokens consists of, read off its tensors: samples, in each context and prompt, or answers.
 
 Derived from the tensors that the model gets, not from what made them, so that a look at a row is a look at
 what is trained on.  A row holds one sample, or several where it says so itself: `sample_ids` [s] numbers them from
-0 (below 0: padding), or `cu_seqlens` [n+1] says where each begins.
+0 (below 0: padding), or `cu_seqlens` [n+1] says where each begins.  Where some tokens of a context have a loss and
+others none, as in conversations, those with one are the answers.
 """
 
 import itertools
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-CONTEXT, PROMPT, PADDING = "context", "prompt", "padding"
+CONTEXT, PROMPT, PADDING, ANSWER = "context", "prompt", "padding", "answer"
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,13 @@ def segments(sample: Mapping[str, Any]) -> list[Segment]:
     # The mask is of targets: the target at i is token i + 1.  A sample's last position has none.
     is_prompt = np.concatenate(([False], prompt_mask[:-1]))
     kinds = np.where(whose < 0, 2, is_prompt.astype(np.int64))
+    weighed = np.concatenate(([False], np.asarray(sample["loss_weights"])[:-1] > 0))
+    begins = np.concatenate(([True], np.diff(whose) != 0))  # a first token is nobody's target
+    if ((kinds == 0) & ~weighed & ~begins).any():
+        kinds = np.where((kinds == 0) & weighed, 3, kinds)
     changes = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(whose) != 0)) + 1
     bounds = [0, *changes.tolist(), length]
-    names = (CONTEXT, PROMPT, PADDING)
+    names = (CONTEXT, PROMPT, PADDING, ANSWER)
     return [
         Segment(start, stop, names[kinds[start]], int(whose[start]), ranges(positions[start:stop]))
         for start, stop in itertools.pairwise(bounds)
@@ -62,8 +67,9 @@ def _sample_ids(sample: Mapping[str, Any], length: int) -> np.ndarray:
         bounds = np.asarray(sample["cu_seqlens"]).astype(np.int64)
         places = np.arange(length)
         whose = np.searchsorted(bounds, places, side="right") - 1
-        weights = np.asarray(sample["loss_weights"])
-        real = np.concatenate(([False], weights[:-1] > 0)) | (weights > 0)  # a target, or with one
+        # Positions begin at 0 and grow in every sample, which has two tokens at least; those of padding are 0.
+        later = np.asarray(sample["position_ids"]) > 0
+        real = later | np.concatenate((later[1:], [False]))
         return np.where((places < bounds[-1]) & real, whose, -1)
     return np.zeros(length, dtype=np.int64)
 

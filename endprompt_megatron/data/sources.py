@@ -63,6 +63,14 @@ def sources_of(inputs: list[str], manifest: str | None, text_field: str) -> list
     return found
 
 
+def refuse_texts(sources: list[Source]) -> None:
+    """Raise InputError for a file that cannot hold conversations."""
+    for source in sources:
+        if source.kind == ".txt":
+            kinds = ", ".join(suffix for suffix in SUFFIXES if suffix != ".txt")
+            raise InputError(f"--input {source.path}: a text has no turns; --chat reads {kinds} and saved `datasets`")
+
+
 def _entries(manifest: Path) -> Iterator[tuple[str, str, str | None]]:
     """(where it stands, path, text field) of each entry: a path a line, or {"path": ..., "text_field": ...}."""
     try:

@@ -200,7 +200,7 @@ def make_plan(
         published=published,
         estimate=ours,
         full=full_length(shape, recipe, hardware, ours.gpus)
-        if recipe.context.physical < recipe.context.target
+        if recipe.context.physical < recipe.context.target and recipe.context.rope.type != "keep"
         else None,
         remedies=[] if ours.fits else remedies(shape, recipe, hardware, ours.gpus),
         warnings=_warnings(ours, gpus),

@@ -9,8 +9,15 @@ from endprompt_megatron.plan.memory import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL
 from endprompt_megatron.plan.time import EFFICIENCY, NODE
 
 WIDTH = 120
-_METHODS = {"end_prompt": "EndPrompt", "end_prompt_random": "EndPrompt, random place", "pose": "PoSE"} | {
+_METHODS = {
+    "end_prompt": "EndPrompt",
+    "end_prompt_random": "EndPrompt, random place",
+    "end_prompt_log": "EndPrompt, log-uniform place",
+    "end_prompt_curriculum": "EndPrompt, near to far",
+    "end_prompt_multi": "EndPrompt, several prompts",
+    "end_prompt_near": "short training with a prompt (a control)",
     "end_prompt_pose": "EndPrompt with PoSE chunks",
+    "pose": "PoSE",
     "full": "full-length training",
     "short": "short training without a prompt (the control)",
 }
@@ -48,9 +55,12 @@ def _head(plan: Plan) -> list[str]:
     recipe, shape, ours = plan.estimate.recipe, plan.shape, plan.estimate
     c = recipe.context
     name = Path(recipe.model.hf).name
+    what = f"{c.original:,} -> {c.target:,} tokens by {_method(recipe)}"
+    if c.rope.type == "keep":
+        trained = "conversations" if recipe.data.kind == "chat" else _method(recipe)
+        what = f"a window of {c.target:,} tokens, kept; {trained}"
     lines = [
-        f"{name}: {c.original:,} -> {c.target:,} tokens by {_method(recipe)}".ljust(WIDTH - 1 - len(plan.where))
-        + f" {plan.where}",
+        f"{name}: {what}".ljust(WIDTH - 1 - len(plan.where)) + f" {plan.where}",
         f"{_number(shape.parameters / 1e9)} billion parameters: {shape.num_layers} layers, hidden {shape.hidden_size}, "
         f"{shape.num_heads} heads ({shape.num_kv_heads} for keys), intermediate {shape.ffn_size}, "
         f"vocabulary {shape.vocab_size:,}",
@@ -82,6 +92,7 @@ def _head(plan: Plan) -> list[str]:
 
 def _method(recipe: Recipe) -> str:
     name = _METHODS[recipe.context.method]
+    name += ", recall" if recipe.context.recall.tokens else ""
     return f"{name}, shifted attention" if recipe.longlora.shifted else name
 
 
@@ -168,6 +179,8 @@ def _time(ours: Estimate) -> list[str]:
 def _savings(plan: Plan) -> list[str]:
     ours, full = plan.estimate, plan.full
     c = ours.recipe.context
+    if c.rope.type == "keep":
+        return ["Nothing is extended: there is no full-length training to compare with."]
     if c.physical >= c.target:
         return [f"This is full-length training at {c.target:,} tokens."]
     if full is None:

@@ -4,6 +4,7 @@ What config.json of the published checkpoint says, as far as shape.shape_of read
 took a shape from here; training never does.
 """
 
+import re
 from pathlib import PurePath
 
 from endprompt_megatron.config import Recipe
@@ -57,9 +58,14 @@ def published_config(name: str) -> dict | None:
     """The config of the published model that `name` (a directory, a hub's name) is called after, or None.
 
     Upper and lower case, `Meta-` before and `-hf` or `-Instruct` after the name, and the dash after Llama
-    make no difference: Llama-2-7b-hf, Meta-Llama-3-8B, Llama3.1-70B-Instruct.
+    make no difference: Llama-2-7b-hf, Meta-Llama-3-8B, Llama3.1-70B-Instruct.  `-64k` at its end stands for a
+    model that was extended to that window.
     """
     plain = PurePath(name).name.lower().replace("_", "-").replace(" ", "-")
+    extended = re.fullmatch(r"(.+)-(\d+)k", plain)
+    if extended:
+        base = published_config(extended.group(1))
+        return base and {**base, "max_position_embeddings": 1024 * int(extended.group(2))}
     for maker in _MAKERS:
         plain = plain.removeprefix(maker)
     for _ in _ENDINGS:

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from endprompt_megatron.config import Recipe
+from endprompt_megatron.data.answers import KIND
 from endprompt_megatron.data.blend import Source, is_split, sources_of
+from endprompt_megatron.data.conversations import refuse_other_kind, refuse_other_template
 from endprompt_megatron.data.fingerprint import refuse_other_tokenizer
 from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
 from endprompt_megatron.data.statistics import reach, verdict
@@ -58,6 +60,7 @@ def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape)
         prefix = source.prefix
         index = read_idx(prefix)
         _consistent(prefix, index)
+        refuse_other_kind(key, prefix, recipe.data.kind, index)
         highest = _highest_token(key, prefix, index, shape.vocab_size)
         tokens = int(index.lengths.sum(dtype=np.int64))
         windows = Windows(index, context, recipe.train.seed, ends=ends, least=least)
@@ -75,7 +78,10 @@ def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape)
             )
         epochs.append(samples * source.weight / shares / count)
         said.append(f"{prefix} {many(tokens)} tokens (ids to {highest})")
-    refuse_other_tokenizer([(key, [(source.prefix,) for source in sources])], recipe.model.hf)
+    blend = (key, [(source.prefix,) for source in sources])
+    refuse_other_tokenizer([blend], recipe.model.hf)
+    if recipe.data.kind == KIND:
+        refuse_other_template([blend], recipe.model.hf)
     found = f"{', '.join(said)}; vocabulary {shape.vocab_size}; {max(epochs):.2f} epochs in {recipe.train.steps} steps"
     if key == "data.train" and max(epochs) > 1:
         return Finding(key, f"{found}: tokens are seen again", WARN)

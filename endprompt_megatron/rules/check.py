@@ -13,6 +13,7 @@ from endprompt_megatron.config import Recipe, one_of
 from endprompt_megatron.data.windows import DOCUMENT_ENDS
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import Hardware
+from endprompt_megatron.rules.chat import check_chat
 from endprompt_megatron.rules.layout import check_layout
 from endprompt_megatron.rules.longlora import check_longlora
 from endprompt_megatron.rules.methods import check_methods
@@ -46,7 +47,13 @@ def check_for(recipe: Recipe, where: str, shape: ModelShape, *, world_size: int,
 
 def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
     c = recipe.context
-    if c.target <= c.original:
+    if c.rope.type == "keep":
+        if c.target != shape.window:
+            raise InputError(
+                f"{where}: context.target={c.target} with context.rope.type=keep, but the window of "
+                f"{recipe.model.hf} is {shape.window}: give the extended model as model.hf, or its window as target"
+            )
+    elif c.target <= c.original:
         raise InputError(
             f"{where}: context.target={c.target} is not above context.original={c.original}; there is nothing to extend"
         )
@@ -55,7 +62,17 @@ def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
             f"{where}: context.physical={c.physical} is longer than context.target={c.target}; use at most the target"
         )
     check_methods(recipe, where)
-    if c.rope.type not in ("none",) and c.rope.factor < 1:
+    if c.rope.type in ("none", "keep") and shape.rope_scaling == "dynamic":
+        for key, on in (
+            ("data.packing=documents", recipe.data.packing == "documents"),
+            ("parallel.context above 1", recipe.parallel.context > 1),
+        ):
+            if on:
+                raise InputError(
+                    f"{where}: {key} with the dynamic RoPE of {recipe.model.hf}: its frequencies follow the length of "
+                    "one whole input; use a model with another scaling, or leave it out"
+                )
+    if c.rope.type != "none" and c.rope.factor < 1:
         raise InputError(f"{where}: context.rope.factor={c.rope.factor} should be at least 1 (target / original)")
     if shape.head_dim % 2:
         raise InputError(f"{where}: head_dim={shape.head_dim} of {recipe.model.hf} is odd; RoPE needs pairs")
@@ -66,6 +83,7 @@ def check_data(recipe: Recipe, where: str) -> None:
     d = recipe.data
     one_of(where, "data.document_ends", d.document_ends, DOCUMENT_ENDS)
     _check_content_skip(recipe, where)
+    check_chat(recipe, where)
     if not d.train:
         raise InputError(f"{where}: data.train is missing; give the PREFIX that tools/prepare_data.py wrote")
 

@@ -1,6 +1,10 @@
 """What every tokenizer does here: text to ids and back, without special tokens."""
 
 import abc
+from typing import Any
+
+from endprompt_megatron.errors import InputError
+from endprompt_megatron.tokenizer.chat_template import ChatTemplate
 
 
 class Tokenizer(abc.ABC):
@@ -29,6 +33,20 @@ class Tokenizer(abc.ABC):
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text in which the names of special tokens stand for these tokens, as its author means them."""
         return self.encode(text)
+
+    def chat_template(self, where: str, file: str | None = None) -> ChatTemplate:
+        """The template of conversations: that of `file`, or the tokenizer's own.
+
+        Raises InputError, naming the tokenizer's directory `where`, if there is none or it cannot be used.
+        """
+        raise InputError(
+            f"{where}: conversations need a Hugging Face tokenizer with a tokenizer.json; save it once with "
+            "transformers' save_pretrained"
+        )
+
+    def for_chat(self) -> Any:
+        """A tokenizers.Tokenizer that finds special tokens in texts and gives the offsets of what it found."""
+        raise TypeError("chat_template says which tokenizers have one")
 
     @abc.abstractmethod
     def decode(self, ids: list[int]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json
 from endprompt_megatron.tokenizer.base import Tokenizer, refuse_surrogates
+from endprompt_megatron.tokenizer.chat_template import ChatTemplate
 from endprompt_megatron.tokenizer.files import TOKENIZER_CONFIG, TOKENIZER_JSON
 from endprompt_megatron.tokenizer.sums import pruned, sum_of_files
 
@@ -95,6 +96,44 @@ class HuggingFace(Tokenizer):
             return self._by_backend([text])[0]
         finally:
             self.backend.encode_special_tokens = True
+
+    def chat_template(self, where: str, file: str | None = None) -> ChatTemplate:
+        if self.backend is None:
+            return super().chat_template(where, file)
+        if file is not None:
+            try:
+                source = Path(file).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"--chat-template {file}: cannot be read ({error})") from None
+        else:
+            source = self.own_template
+            if source is None:
+                raise InputError(
+                    f"{where}: the tokenizer has no chat template; put one there as chat_template.jinja, so that the "
+                    "exported model has it too, or try one with --chat-template FILE"
+                )
+        added = [token for token in self.backend.get_added_tokens_decoder().values() if not token.content.isspace()]
+        tokens = tuple(token.content for token in added if token.special or token.content in source)
+        names = tuple(
+            (key, name) for key, name in self._transformers.special_tokens_map.items() if isinstance(name, str)
+        )
+        template = ChatTemplate(source, names, tokens)
+        template.check(f"--chat-template {file}" if file else where)
+        return template
+
+    @functools.cached_property
+    def own_template(self) -> str | None:
+        """The directory's chat template, of several the default one; None if it has none."""
+        found = self._transformers.chat_template
+        return found.get("default") if isinstance(found, dict) else found
+
+    def for_chat(self) -> Any:
+        backend = type(self.backend).from_str(self.backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        backend.post_processor = None  # it would cut blanks off the offsets
+        return backend
 
     def decode(self, ids: list[int]) -> str:
         if self.backend is not None:

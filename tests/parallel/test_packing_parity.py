@@ -2,7 +2,18 @@
 
 import numpy as np
 import pytest
-from parallel.cases import LAYOUTS, build, compare, make_packed, micro_batches, recipe_for
+import torch
+from parallel.cases import (
+    LAYOUTS,
+    build,
+    compare,
+    huggingface_model,
+    join_gradients,
+    losses_and_gradients,
+    make_packed,
+    micro_batches,
+    recipe_for,
+)
 
 from endprompt_megatron.shape import read_shape
 
@@ -57,6 +68,53 @@ def test_packed_rows_equal_samples_alone_with_recompute(ranks, models, layout, r
 
 def test_a_wider_alignment_changes_nothing_but_the_padding(ranks, models):
     check(ranks, models, "tp2-pp2-sp", "data.align=16", "train.micro_batch_size=2")
+
+
+def conversations(recipe, count, seed=0):
+    """Packed rows in which only the answers have a weight, and each conversation alone with labels as transformers."""
+    generator = np.random.default_rng(seed)
+    rows, alone = packed(recipe, count)
+    taken = iter(alone)
+    for row in rows:
+        row["loss_weights"][:] = 0
+        for start in row["cu_seqlens"][:-1].tolist():
+            if not row["position_ids"][start : start + 2].any():  # what is left of the row
+                continue
+            sample = next(taken)
+            # Two questions with answers: tokens 3 .. first and from `second` to the end are answers.
+            length = len(sample["tokens"])
+            first, second = np.sort(generator.integers(4, length, 2))
+            answer = np.zeros(length, bool)
+            answer[3:first] = answer[second:] = True
+            sample["loss_weights"] = np.append(answer[1:], False).astype(np.float32)
+            row["loss_weights"][start : start + length] = sample["loss_weights"]
+            sample["answers"] = np.where(answer, sample["tokens"], -100)
+    assert next(taken, None) is None
+    return rows, alone
+
+
+@pytest.mark.parametrize("layout", ["tp1-pp1", "tp2-pp2-sp", "cp2"])
+def test_packed_conversations_equal_each_alone_with_labels_on_its_answers(ranks, models, layout):
+    world, keys = LAYOUTS[layout]
+    overrides = ["data.kind=chat", "context.method=short", "train.micro_batch_size=2"]
+    recipe = recipe_for(*models("gqa"), *keys, *TIGHT, *overrides)
+    rows, alone = conversations(recipe, 8)
+    results = ranks.run(world, losses_and_gradients, recipe, rows)
+    model = huggingface_model(recipe)
+    total, count = 0.0, sum(int((sample["answers"][1:] != -100).sum()) for sample in alone)
+    for sample in alone:
+        tokens, labels = (torch.from_numpy(sample[key])[None] for key in ("tokens", "answers"))
+        # transformers' own loss: a mean over the labels that are not -100, shifted by itself.
+        loss = model(tokens, attention_mask=torch.ones_like(tokens), labels=labels, use_cache=False).loss
+        total = total + loss * int((sample["answers"][1:] != -100).sum()) / count
+    total.backward()
+    for result in results:
+        assert result["losses"].total == pytest.approx(total.item(), rel=1e-5)
+        assert result["losses"].targets == count
+    gradients = join_gradients(results, read_shape(recipe.model.hf))
+    for name, parameter in model.named_parameters():
+        error = np.linalg.norm(gradients[name] - parameter.grad.numpy()) / np.linalg.norm(parameter.grad.numpy())
+        assert error < 1e-4, f"{name}: relative error {error:.2e}"
 
 
 def token_losses_of(recipe, rows: list) -> list[np.ndarray]:

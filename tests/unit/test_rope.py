@@ -1,5 +1,6 @@
 """RoPE: what is exported is what was trained, and phases are exact where bfloat16 positions would not be."""
 
+import copy
 import math
 
 import pytest
@@ -235,3 +236,11 @@ def test_dynamic_phases_do_not_depend_on_what_came_before():
     module.phases(far())
     assert torch.equal(module.phases(short), first)
     assert not torch.equal(module.phases(far())[:6], first[:6])
+
+
+def test_a_config_is_not_changed_by_what_transformers_makes_of_it():
+    config = scaled("linear")
+    before = copy.deepcopy(config)
+    transformers_config(config)
+    assert config == before
+    assert "rope_theta" not in config["rope_scaling"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from small import ROOT
 
+from endprompt_megatron import positions
 from endprompt_megatron.config import load_recipe
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.hardware import GPUS, Hardware, of_kind
@@ -341,15 +342,17 @@ METHODS = {
     "llama3_8b_32k_full": 8,
     "smollm2_135m_16k_full": 1,
 }
+SFT = {"llama3_8b_64k_sft": 8}
 EVERY_RECIPE = {f"{name}{twin}": gpus for name, gpus in RECIPES.items() for twin in ("", "_fp8")} | METHODS
 
 
-@pytest.mark.parametrize("name", EVERY_RECIPE)
+@pytest.mark.parametrize("name", [*EVERY_RECIPE, *SFT])
 def test_recipe_that_comes_with_the_project_is_legal_and_fits(name):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     shape = shape_of(published_config(recipe.model.hf), name)
-    check_for(recipe, name, shape, world_size=EVERY_RECIPE[name], hardware=H100)
-    planned = estimate(shape, recipe, H100.gpu, EVERY_RECIPE[name])
+    gpus = {**EVERY_RECIPE, **SFT}[name]
+    check_for(recipe, name, shape, world_size=gpus, hardware=H100)
+    planned = estimate(shape, recipe, H100.gpu, gpus)
     assert planned.fits, [stage.total for stage in planned.stages]
 
 
@@ -364,4 +367,12 @@ def test_fp8_twin_differs_in_precision_and_layout_alone(name):
 
 def test_no_recipe_is_forgotten():
     files = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    assert files == {*EVERY_RECIPE, "smollm2_135m_demo"}
+    assert files == {*EVERY_RECIPE, "smollm2_135m_demo", *SFT}
+
+
+def test_every_method_has_a_name_in_plans_and_model_cards():
+    from endprompt_megatron.convert import card
+    from endprompt_megatron.plan import page
+
+    assert set(positions.METHODS) <= set(page._METHODS)
+    assert set(positions.METHODS) <= set(card._TITLES)
