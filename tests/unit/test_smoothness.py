@@ -60,7 +60,7 @@ def test_scores_of_real_rope_stay_within_the_bound_by_autograd():
 def test_one_wave_reaches_the_bound():
     found = Smoothness(np.array([0.3, 0.01]))
     at = np.linspace(0, 100, 100001)
-    values, first, second = score(found.frequencies, np.array([2.0, 0.0]), np.zeros(2), at)
+    _, first, second = score(found.frequencies, np.array([2.0, 0.0]), np.zeros(2), at)
     assert np.abs(first).max() == pytest.approx(found.slope * 2, rel=1e-6)
     assert np.abs(second).max() == pytest.approx(found.curvature * 2, rel=1e-6)
     assert score(found.frequencies, np.array([2.0, 0.0]), np.zeros(2), [found.swing])[0] == pytest.approx(-2)
