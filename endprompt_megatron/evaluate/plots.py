@@ -77,7 +77,7 @@ def legend(axes: "Axes", palette: Palette, **options: object) -> None:
     """Frameless; left out where one line needs no name, below the axes where many would cover the lines."""
     count = len(axes.get_legend_handles_labels()[0])
     if count > 3:
-        options = {"loc": "upper left", "bbox_to_anchor": (0, -0.16), "ncols": 2} | options
+        options = {"loc": "upper left", "bbox_to_anchor": (0, -0.2), "ncols": 2} | options
     if count > 1:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=palette.ink, **options)
 

@@ -5,7 +5,7 @@ from html import escape
 from endprompt_megatron.report.html import details, missing, table
 from endprompt_megatron.report.run import Run, Runs
 
-_ALWAYS = ("model.hf", "context.method", "context.original", "context.target", "context.physical", "context.rope.type")
+_ALWAYS = ("context.method", "context.original", "context.target", "context.physical", "context.rope.type")
 _ELSEWHERE = ("checkpoint.dir", "log.", "data.cache")  # where things are kept tells no runs apart
 _OPEN = 16  # rows of the recipes' table; more are folded
 
@@ -16,7 +16,9 @@ def header(runs: Runs) -> str:
         return _one(runs.runs[0])
     names = " · ".join(escape(run.name) for run in runs.runs)
     kind = f"Long-context extension, {len(runs.runs)} runs side by side"
-    return f'<header><p class="kind">{kind}</p><h1>{names}</h1>{_recipes(runs)}</header>'
+    models = {str(run.value("model.hf")) for run in runs.all if run.recipe}
+    lead = f'<p class="lead">All of {escape(*models)}.</p>' if len(models) == 1 else ""
+    return f'<header><p class="kind">{kind}</p><h1>{names}</h1>{lead}{_recipes(runs)}</header>'
 
 
 def _one(run: Run) -> str:

@@ -67,9 +67,10 @@ def table(
     for name, cells in rows:
         line = "".join(f"<td{_class(of)}>{cell}</td>" for cell, of in zip(cells, classes, strict=True))
         body += f'<tr><th scope="row">{name}</th>{line}</tr>'
-    above = f"<caption>{caption}</caption>" if caption else ""
+    # Not a <caption>: that would be as wide as the table, and cut off with it where the table scrolls.
+    above = f'<p class="caption">{caption}</p>' if caption else ""
     return (
-        f'<div class="scroll" tabindex="0"><table{_class(kind)}>{above}<thead><tr><th></th>{top}</tr></thead>'
+        f'{above}<div class="scroll" tabindex="0"><table{_class(kind)}><thead><tr><th></th>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -177,9 +177,9 @@ def _sources(measured: dict) -> dict:
 
 def against_control(model: Model, control: Model) -> dict[Key, dict]:
     """What differs between a run and the control, as far as their intervals say."""
-    found = {}
+    found, both = {}, model.measured.keys() & control.measured.keys()
     for key, score in model.scores.items():
-        other = control.scores.get(key)
+        other = control.scores.get(key) if key[0] in both else None
         compared = compare_intervals(other, score) if other else None
         if compared is not None and not _differing(key[0], model, control):
             found[key] = {name: score[name] for name in ("suite", "task", "length", "metric")} | compared

@@ -220,11 +220,11 @@ def wavelengths(
     if gap is not None:
         width = gap[1] - gap[0] + 1
         axes.axhline(width, color=palette.muted, linewidth=0.9, linestyle=(0, (1, 2)))
-        options = {"ha": "right", "va": "bottom", "fontsize": 7.5, "color": palette.muted}
-        axes.annotate(f"the gap, {width:,} tokens", (1.0, width), xycoords=("axes fraction", "data"), **options)
+        options = {"ha": "left", "va": "bottom", "fontsize": 7.5, "color": palette.muted}
+        axes.annotate(f"the gap, {width:,} tokens", (0.01, width), xycoords=("axes fraction", "data"), **options)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     dress(axes, palette, "Wavelengths of the rotary embedding", "pair of dimensions", "tokens a turn")
-    legend(axes, palette)
+    legend(axes, palette, loc="lower right")

@@ -19,6 +19,7 @@ SUITES = {
     "short": "short text",
 }
 _MEANS = ("mean", "mean_16", "mean_21", "all depths", "by_length", "repeat")
+_METRICS = dict.fromkeys(SUITES, "score") | {"perplexity": "loss", "needle": "accuracy", "virtual": "accuracy"}
 Row = tuple[str, Callable[[Model], str]]
 
 
@@ -164,7 +165,7 @@ def _of_pair(title: str, compared: dict[Key, dict], words: str) -> list[str]:
     if not compared:
         return []
     beyond = sum(each["beyond_noise"] for each in compared.values())
-    means = {key: each for key, each in compared.items() if key[1] in _MEANS and key[3] != "recall"}
+    means = {key: each for key, each in compared.items() if key[1] in _MEANS and key[3] == _METRICS[key[0]]}
     aside = f", {words}" if words else ""
     caption = f"{title}: {beyond} of {len(compared)} differences are larger than the noise (95%{aside})."
     rows = [_row(key, each) for key, each in (means or compared).items()]

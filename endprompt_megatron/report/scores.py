@@ -26,7 +26,7 @@ def longbench(measured: Measured) -> str:
     if not models:
         return section("longbench", title, missing("LongBench was not run (<code>--suite longbench</code>)."))
     paper = published()["longbench"]["groups"]
-    head = [*map(cells.head, models), *(f"{escape(name)}, published" for name in paper)]
+    head = [*map(cells.head, models), *map(_papers, paper)]
     rows = []
     for key, name in _GROUPS.items():
         ours = [cells.percent(m, ("longbench", key, 0, "score"), whole=_whole(m, key)) for m in models]
@@ -49,6 +49,11 @@ def longbench(measured: Measured) -> str:
         note([cells.AS_ABOVE, *map(escape, measured.left_out("longbench"))]),
         details("By task", table([*map(cells.head, models), "questions"], by_task)),
     )
+
+
+def _papers(name: str) -> str:
+    """A method of the paper at the top of its column."""
+    return f"{escape(name)}<small>published</small>"
 
 
 def _mean(model: Model, key: str) -> dict:
@@ -102,7 +107,7 @@ def short_text(measured: Measured) -> str:
         ours = [cells.percent(model, key, whole=all_of_it) for model, all_of_it in zip(models, whole, strict=True)]
         theirs = [f"{of[task]:.2f}" if task in of else NONE for of in paper["tasks"].values()]
         rows.append((f"{escape(task)}{_how(models, task)}", [*ours, *theirs]))
-    head = [*map(cells.head, models), *(f"{escape(name)}, published" for name in paper["tasks"])]
+    head = [*map(cells.head, models), *map(_papers, paper["tasks"])]
     columns = [*(model.key for model in models), *["paper"] * len(paper["tasks"])]
     return section(
         "short",

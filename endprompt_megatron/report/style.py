@@ -68,7 +68,7 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin-top: 1.6rem; fon
 a { color: var(--extended); text-decoration: none; }
 a:hover, a:focus { text-decoration: underline; }
 .lead { font-size: 1.1rem; overflow-wrap: anywhere; }
-.note, figcaption, caption { color: var(--muted); font-size: .88rem; }
+.note, figcaption, .caption { color: var(--muted); font-size: .88rem; }
 .note strong { color: var(--ink); }
 figcaption { margin-top: .3rem; }
 .missing { color: var(--muted); border-left: 3px solid var(--grid); padding-left: .8rem; }
@@ -88,8 +88,9 @@ figure { margin: 0; break-inside: avoid; min-width: 0; }
 .figures figure { max-width: 36rem; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; margin: .6rem 0 .8rem; }
-caption { text-align: left; padding-bottom: .4rem; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .93rem;
+  margin: .6rem 0 .8rem; }
+.caption { margin: .9rem 0 0; }
 th, td { padding: .34rem 1rem .34rem 0; text-align: right; border-bottom: 1px solid var(--grid);
   white-space: nowrap; vertical-align: top; }
 th { font-weight: 600; color: var(--muted); }
@@ -121,7 +122,7 @@ summary { cursor: pointer; color: var(--muted); font-size: .93rem; max-width: 44
 footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   main { padding: 1.6rem 1rem 3rem; } h1 { font-size: 1.5rem; }
-  tbody th { min-width: 7.5rem; max-width: 9.5rem; }
+  tbody th { min-width: 7.5rem; max-width: 9.5rem; } th small { white-space: normal; }
   thead th:first-child, tbody th { position: sticky; left: 0; background: var(--paper); }
   .heat td { min-width: 3.1rem; padding: .45rem .2rem; }
   .figures.maps figure { width: 100%; }
@@ -132,7 +133,7 @@ footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; overflow-wrap
 @media print {
   main { max-width: none; padding: 0; } body { font-size: 10.5pt; }
   nav { display: none; }
-  section { border-top-color: #bbb; } h2, h3, summary { break-after: avoid; }
+  section { border-top-color: #bbb; } h2, h3, summary, p:has(+ .figures) { break-after: avoid; }
   .scroll { overflow: visible; }
   table { font-size: .8rem; } th, td { padding-right: .6rem; white-space: normal; }
   thead th { min-width: 0; overflow-wrap: break-word; } tr { break-inside: avoid; }

@@ -1,10 +1,14 @@
 """The report's sections on the training: losses, what was read of each source, and what it cost."""
 
 from html import escape
+from typing import TYPE_CHECKING
 
 from endprompt_megatron.report import cost
 from endprompt_megatron.report.html import Figures, group, missing, note, section, table
 from endprompt_megatron.report.run import Run, Runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PANELS = (
     ("lr", "Learning rate", ""),
@@ -82,17 +86,18 @@ def _of_several(runs: Runs, figures: Figures) -> str:
         ("Context loss, held out", "nats a token", "valid_loss_context"),
         ("Gradient norm", "before clipping", "grad_norm"),
     ):
-        lines = {
-            label: series(run.validations if key.startswith("valid") else run.steps, key)
-            for label, run in keyed.items()
-        }
-        lines = {label: line for label, line in lines.items() if line[0]}
-        if lines:
-            drawn.append(
-                figures.figure(
-                    lambda axes, lines=lines, name=name, unit=unit: over_steps(axes, lines, name, unit, palette), name
-                )
-            )
+        held_out = key.startswith("valid")
+        found = {label: series(run.validations if held_out else run.steps, key) for label, run in keyed.items()}
+        lines = {label: line for label, line in found.items() if line[0]}
+        if not lines:
+            continue
+
+        def draw(
+            axes: "Axes", lines: dict = lines, name: str = name, unit: str = unit, held_out: bool = held_out
+        ) -> None:
+            over_steps(axes, lines, name, unit, palette, 0.0 if held_out else 0.85)
+
+        drawn.append(figures.figure(draw, name))
     words = ["Faint: each logged step. Strong: smoothed."]
     if any(_prompted(run) for run in runs.all):
         words.append(BY_HEART)
