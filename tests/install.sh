@@ -6,17 +6,19 @@ set -euo pipefail
 
 # want FOR "COMMANDS" "PACKAGES": install the packages unless all commands are there
 want() {
-    local tests=$1 commands=$2 packages=$3
-    # shellcheck disable=SC2086  # a list of words
-    if command -v $commands >/dev/null; then return; fi
+    local tests=$1 commands=$2 packages=$3 command missing=""
+    for command in $commands; do  # one by one: of several names `command -v` is content with any
+        command -v "$command" >/dev/null || missing+=" $command"
+    done
+    if [ -z "$missing" ]; then return; fi
     if ! command -v apt-get >/dev/null; then
-        echo "$tests: no ${commands// /, } here, and no apt-get to install them with: its tests are skipped" >&2
+        echo "$tests: no${missing} here, and no apt-get to install with: its tests are skipped" >&2
         return
     fi
     local as_root=()
     if [ "$(id -u)" != 0 ]; then
         if ! sudo -n true 2>/dev/null; then
-            echo "$tests: no ${commands// /, } here, and no right to install them (apt-get install $packages)" >&2
+            echo "$tests: no${missing} here, and no right to install it (apt-get install $packages)" >&2
             return
         fi
         as_root=(sudo -n)

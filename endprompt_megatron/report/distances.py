@@ -9,7 +9,7 @@ import numpy as np
 
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.report.cells import NONE
-from endprompt_megatron.report.html import Figures, group, missing, note, section, table
+from endprompt_megatron.report.html import SIZE, WIDE, Figures, group, missing, note, section, table
 from endprompt_megatron.report.run import Run, Runs
 from endprompt_megatron.smoothness import Smoothness
 
@@ -141,7 +141,7 @@ def distances(runs: Runs, figures: Figures) -> str:
                 lambda axes, found=found: coverage(axes, found.counts, found.gaps, PAGE),
                 title,
                 run.name if name else "",
-                size=(8.0, 2.9) if alone else (5.2, 2.9),
+                size=WIDE if alone else SIZE,
             )
         )
         smooth = smoothness(run)

@@ -6,6 +6,9 @@ Functions take and give HTML unless they say text: what comes from a file is esc
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
+SIZE = (4.6, 2.9)  # inches of a picture in a column; words in it are about 8.5 points
+WIDE = (7.2, 3.0)  # across the page
+
 
 class Figures:
     """Numbers the pictures, so that their ids stay apart on one page."""
@@ -13,13 +16,16 @@ class Figures:
     def __init__(self) -> None:
         self.count = 0
 
-    def figure(self, draw: Callable, title: str, caption: str = "", size: tuple[float, float] = (5.2, 3.1)) -> str:
+    def figure(self, draw: Callable, title: str, caption: str = "", size: tuple[float, float] = SIZE) -> str:
         """A <figure> of what `draw(axes)` draws.  `title` and `caption` are text."""
         from endprompt_megatron.report.plots import svg
 
         self.count += 1
         below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-        return f"<figure>{svg(draw, escape(title), self.count, size)}{below}</figure>"
+        drawn = svg(draw, escape(title), self.count, size)
+        if size[0] > SIZE[0]:  # on a phone it keeps a width at which its words can be read
+            drawn = f'<div class="scroll wide" tabindex="0">{drawn}</div>'
+        return f"<figure>{drawn}{below}</figure>"
 
 
 def group(figures: list[str], small: bool = False) -> str:

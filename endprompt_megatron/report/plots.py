@@ -57,7 +57,7 @@ def page_palette(names: dict[str, str]) -> PagePalette:
     return PagePalette(**_COLOURS, names=names)
 
 
-def svg(draw: Callable[["Axes"], None], title: str, number: int, size: tuple[float, float] = (5.2, 3.1)) -> str:
+def svg(draw: Callable[["Axes"], None], title: str, number: int, size: tuple[float, float]) -> str:
     """An <svg> element that scales with its column.  `number` keeps its ids apart from other pictures'."""
     import matplotlib
     from matplotlib.figure import Figure

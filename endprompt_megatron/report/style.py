@@ -104,7 +104,7 @@ td.paper, th.paper, .paper { color: var(--muted); }
 .recipes td { white-space: normal; max-width: 16rem; overflow-wrap: anywhere; }
 .recipes th code { overflow-wrap: normal; }
 .mark { font-size: .78em; } .better { color: var(--better); } .worse { color: var(--worse); }
-.heat td, .scale span { text-align: center; border: 2px solid var(--paper);
+.heat td, .scale span { text-align: center; border: 1px solid var(--paper);
   background: color-mix(in srgb, var(--heat) calc(var(--level, 0) * 100%), var(--wash));
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .heat td { padding: .5rem .3rem; min-width: 4.2rem; vertical-align: middle; }
@@ -125,7 +125,7 @@ footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; overflow-wrap
   tbody th { min-width: 7.5rem; max-width: 9.5rem; } th small { white-space: normal; }
   thead th:first-child, tbody th { position: sticky; left: 0; background: var(--paper); }
   .heat td { min-width: 3.1rem; padding: .45rem .2rem; }
-  .figures.maps figure { width: 100%; }
+  .figures.maps figure { width: 100%; } .wide svg { min-width: 33rem; }
 }
 """
     + f"@media print {{ :root {{ color-scheme: light; {_variables(LIGHT)} }} }}\n"

@@ -4,7 +4,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from endprompt_megatron.report import cost
-from endprompt_megatron.report.html import Figures, group, missing, note, section, table
+from endprompt_megatron.report.html import WIDE, Figures, group, missing, note, section, table
 from endprompt_megatron.report.run import Run, Runs
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _of_one(run: Run, figures: Figures) -> str:
         lambda axes: losses(axes, run.steps, run.validations, PAGE),
         "Loss over training",
         "Faint: each logged step. Strong: smoothed. " + (BY_HEART if _prompted(run) else ""),
-        (8.0, 3.3),
+        WIDE,
     )
     panels = [
         figures.figure(

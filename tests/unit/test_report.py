@@ -3,8 +3,6 @@
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 import small
@@ -268,14 +266,3 @@ def test_perplexity_results_have_the_form_that_the_report_reads():
     assert set(real) == set(fake)
     assert set(real["by_length"][0]) == set(fake["by_length"][0])
     assert set(real["by_position"][0]) == set(fake["by_position"][0])
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_renders_it(run, tmp_path):
-    evaluated(run, results())
-    page = shutil.copy(write_report([run]), tmp_path / "page.html")
-    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    options += f" --disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'}"
-    options += f" --screenshot={tmp_path / 'shot.png'} --window-size=1200,3000"
-    subprocess.run(["chromium", *options.split(), f"file://{page}"], capture_output=True, timeout=120, check=True)
-    assert (tmp_path / "shot.png").stat().st_size > 50_000

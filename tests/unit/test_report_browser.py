@@ -14,7 +14,16 @@ from unit import reports
 from endprompt_megatron.report.page import write_report
 from endprompt_megatron.report.style import DARK, LIGHT
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+def installed():
+    """A Chromium that starts; some distributions have a name that only says how to get one."""
+    for path in filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        if subprocess.run([path, "--version"], capture_output=True).returncode == 0:
+            return path
+    return None
+
+
+CHROMIUM = installed()
 WIDTHS = {"desk": 1200, "phone": 360}
 SCHEMES = {"dark": (0, DARK), "light": (1, LIGHT)}  # Chromium's number of the preferred scheme, our colours
 OPTIONS = (
@@ -35,7 +44,7 @@ addEventListener("load", () => {{
       requests: shown.performance.getEntriesByType("resource").map(each => each.name),
       paper: shown.getComputedStyle(page.body).backgroundColor,
       ink: shown.getComputedStyle(page.body).color,
-      pictures: [...page.querySelectorAll("svg")].map(each => each.getBoundingClientRect().width),
+      pictures: [...page.querySelectorAll("figure > svg")].map(each => each.getBoundingClientRect().width),
       tables: page.querySelectorAll("table").length,
       height: page.documentElement.scrollHeight,
     }};
