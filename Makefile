@@ -29,15 +29,15 @@ demo: $(VENV)/.installed ## Extend SmolLM2-135M on this machine: convert, train,
 demo-control: $(VENV)/.installed ## The same training without a terminal prompt, side by side with the demo
 	@$(PY) tools/demo.py --control --target $(TARGET) --steps $(STEPS) $(ARGS)
 
-test: $(VENV)/.installed-dev ## Run the tests (installs Slurm where it can; GPU tests are skipped without one)
-	@tests/slurm/install.sh
+test: $(VENV)/.installed-dev ## Run the tests (installs Slurm and Chromium where it can; GPU tests are skipped without one)
+	@tests/install.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider --durations=15 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and shell scripts
 	@failed=0; \
 	$(PY) -m ruff check --no-cache . || failed=1; \
 	$(PY) -m ruff format --no-cache --check . || failed=1; \
-	$(VENV)/bin/shellcheck --external-sources .ci/run $(wildcard slurm/*.sh tools/*.sh tests/*/*.sh) || failed=1; \
+	$(VENV)/bin/shellcheck --external-sources .ci/run $(wildcard slurm/*.sh tools/*.sh tests/*.sh tests/*/*.sh) || failed=1; \
 	if [ "$$failed" != 0 ]; then echo "make lint: the checks above failed" >&2; exit 1; fi; \
 	echo "lint: clean"
 

@@ -83,6 +83,7 @@ class Recorder:
             "tflops_per_gpu": flops / 1e12,
             "mfu": flops / peak if peak else None,
             "memory_gib": peak_memory_gib(),
+            "processes": self.gpus,
             "skipped_steps": self.skipped,
         }
         if self.bar is not None:

@@ -1,4 +1,9 @@
-"""Make RUN/report.html: one self-contained page of a run's recipe, losses, evaluation and limits."""
+"""Make one self-contained HTML page of runs: recipe, cost, losses, evaluation beside the published numbers, limits.
+
+python tools/report.py RUN
+python tools/report.py RUN --control SHORT_RUN
+python tools/report.py RUN_A RUN_B RUN_C --out compared.html
+"""
 
 import argparse
 import sys
@@ -11,13 +16,18 @@ from endprompt_megatron.errors import run_cli
 
 def main() -> None:
     """Write the page and say where it is."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the directory that extend.py wrote")
-    parser.add_argument("--control", type=Path, metavar="RUN2", help="a run to stand beside it, method `short`")
-    options = parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="the directory that extend.py wrote, or --out of evaluate.py"
+    )
+    parser.add_argument("--control", type=Path, metavar="RUN2", help="a run to stand beside them, method `short`")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page; default: RUN/report.html, beside the first RUN for several"
+    )
+    options = parser.parse_intermixed_args()
     from endprompt_megatron.report.page import write_report
 
-    print(write_report(options.run, options.control))
+    print(write_report(options.runs, options.control, options.out))
 
 
 if __name__ == "__main__":

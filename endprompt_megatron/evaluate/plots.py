@@ -31,6 +31,17 @@ class Palette:
         """The colour of a model."""
         return getattr(self, label, self.ink)
 
+    def line(self, label: str) -> dict:
+        """How a model's line is drawn, and what it is called."""
+        return {
+            "label": LABELS.get(label, label),
+            "color": self.of(label),
+            "marker": MARKERS.get(label, "o"),
+            "linestyle": DASHES.get(label, "-"),
+            "markersize": 4,
+            "linewidth": 1.7,
+        }
+
 
 PAPER = Palette()
 MARKERS = {"baseline": "s", "extended": "o", "control": "^", "untrained": "D"}  # told apart without colour too
@@ -63,8 +74,11 @@ def dress(axes: "Axes", palette: Palette, title: str, x: str, y: str) -> None:
 
 
 def legend(axes: "Axes", palette: Palette, **options: object) -> None:
-    """Frameless, in the muted ink; left out where one line needs no name."""
-    if len(axes.get_legend_handles_labels()[0]) > 1:
+    """Frameless; left out where one line needs no name, below the axes where many would cover the lines."""
+    count = len(axes.get_legend_handles_labels()[0])
+    if count > 3:
+        options = {"loc": "upper left", "bbox_to_anchor": (0, -0.2), "ncols": 2} | options
+    if count > 1:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=palette.ink, **options)
 
 
@@ -79,7 +93,7 @@ def level_axis(axes: "Axes", values: list[float]) -> None:
     subs = (1, 1.5, 2, 3, 5, 7) if span < 12 else (1, 2, 5) if span < 120 else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
 
 
 def length_axis(axes: "Axes", lengths: list[int]) -> None:
@@ -117,7 +131,7 @@ def by_length(axes: "Axes", results: dict, palette: Palette = PAPER) -> None:
         # The error is of the loss, so its bounds are not symmetric once exponentiated.
         low = [p * (1 - math.exp(-(e["stderr"] or 0))) for p, e in zip(middle, entries, strict=True)]
         high = [p * (math.exp(e["stderr"] or 0) - 1) for p, e in zip(middle, entries, strict=True)]
-        axes.errorbar(lengths, middle, [low, high], capsize=2, **_line(label, palette))
+        axes.errorbar(lengths, middle, [low, high], capsize=2, **palette.line(label))
         values += middle
     level_axis(axes, values)
     length_axis(axes, lengths)
@@ -127,7 +141,9 @@ def by_length(axes: "Axes", results: dict, palette: Palette = PAPER) -> None:
 
 
 def by_position(axes: "Axes", results: dict, palette: Palette = PAPER) -> None:
-    """Perplexity along the longest input."""
+    """Perplexity along the longest input, with bands of 95% where there are several inputs."""
+    import math
+
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     values, end = [], 1
@@ -135,8 +151,15 @@ def by_position(axes: "Axes", results: dict, palette: Palette = PAPER) -> None:
         buckets = measured["by_position"]
         end = buckets[-1]["end"]
         middle = [bucket["perplexity"] for bucket in buckets]
-        style = _line(label, palette) | {"marker": None}
-        axes.plot([(bucket["start"] + bucket["end"]) / 2 for bucket in buckets], middle, **style)
+        style = palette.line(label) | {"marker": None}
+        places = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
+        axes.plot(places, middle, **style)
+        if all(bucket["stderr"] is not None for bucket in buckets):
+            bounds = [
+                [math.exp(min(bucket["loss"] + sign * 1.96 * bucket["stderr"], 700)) for bucket in buckets]
+                for sign in (-1, 1)
+            ]
+            axes.fill_between(places, *bounds, color=style["color"], alpha=0.15, linewidth=0)
         values += middle
     level_axis(axes, values)
     axes.set_xlim(0, end)
@@ -152,12 +175,13 @@ def virtual_distance(
     axes: "Axes", results: dict, kind: str = "repeat", quantity: str = "loss", palette: Palette = PAPER
 ) -> None:
     """Loss or accuracy of the virtual-distance probe against the virtual length."""
-    distances, physical = [], 0
+    every, physical = set(), 0
     for label, measured in of_suite(results, "virtual"):
         probe, physical = measured[kind], measured["physical"]
         distances = [int(distance) for distance in probe]
-        axes.plot(distances, [entry[quantity] for entry in probe.values()], **_line(label, palette))
-    length_axis(axes, distances)
+        axes.plot(distances, [entry[quantity] for entry in probe.values()], **palette.line(label))
+        every |= set(distances)
+    length_axis(axes, sorted(every))
     what = {"repeat": "Recalling a passage", "continue": "Going on with the text"}[kind]
     unit = {"loss": "loss, nats a token", "accuracy": "share of tokens right"}[quantity]
     dress(axes, palette, f"{what} at a virtual distance", f"virtual length, {physical} physical tokens", unit)
@@ -183,17 +207,6 @@ def passkey(axes: "Axes", cells: list[dict], title: str, palette: Palette = PAPE
     dress(axes, palette, title, "tokens in the input", "depth of the key")
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
-
-
-def _line(label: str, palette: Palette) -> dict:
-    return {
-        "label": LABELS.get(label, label),
-        "color": palette.of(label),
-        "marker": MARKERS.get(label, "o"),
-        "linestyle": DASHES.get(label, "-"),
-        "markersize": 4,
-        "linewidth": 1.7,
-    }
 
 
 def write_plots(results: dict, directory: Path) -> None:

@@ -122,6 +122,29 @@ def compare(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> dict:
     }
 
 
+def compare_intervals(first: dict, second: dict) -> dict | None:
+    """Second minus first where all that is known are two scores with their intervals (`Series.score`).
+
+    The interval is that of two independent scores (Newcombe, 1998, method 10; Zou and Donner, 2008): of the same
+    questions it is wider than a comparison question by question.  Returns what `compare` does; None without intervals.
+    """
+    if not (first["interval"] and second["interval"]):
+        return None
+    (low, high), (other_low, other_high) = first["interval"], second["interval"]
+    one, other = first["score"], second["score"]
+    bounds = [
+        other - one - math.hypot(other - other_low, high - one),
+        other - one + math.hypot(other_high - other, one - low),
+    ]
+    return {
+        "samples": second["samples"],
+        "difference": other - one,
+        "interval": bounds,
+        "p": None,
+        "beyond_noise": bool(bounds[0] > 0 or bounds[1] < 0),
+    }
+
+
 @dataclass(frozen=True)
 class Series:
     """The values behind one number of the results, one an answered question."""

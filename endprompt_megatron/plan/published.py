@@ -61,6 +61,12 @@ def published_config(name: str) -> dict | None:
     make no difference: Llama-2-7b-hf, Meta-Llama-3-8B, Llama3.1-70B-Instruct.  `-64k` at its end stands for a
     model that was extended to that window.
     """
+    plain = plain_name(name)
+    return CONFIGS.get("mistral-7b-v0.3" if plain == "mistral-7b-instruct-v0.3" else plain)
+
+
+def plain_name(name: str) -> str:
+    """A model's name without its maker and ending, in small letters: llama-3-8b for Meta-Llama-3-8B-Instruct."""
     plain = PurePath(name).name.lower().replace("_", "-").replace(" ", "-")
     extended = re.fullmatch(r"(.+)-(\d+)k", plain)
     if extended:
@@ -73,9 +79,7 @@ def published_config(name: str) -> dict | None:
             plain = plain.removesuffix(ending)
     if plain.startswith("llama") and not plain.startswith("llama-"):
         plain = "llama-" + plain.removeprefix("llama")
-    if plain == "mistral-7b-instruct-v0.3":
-        plain = "mistral-7b-v0.3"
-    return CONFIGS.get(plain)
+    return plain
 
 
 def shape_for(recipe: Recipe, where: str) -> tuple[ModelShape, bool]:

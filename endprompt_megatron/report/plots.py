@@ -7,21 +7,57 @@ import io
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from endprompt_megatron.evaluate.plots import PAPER, Palette, dress, legend, length_axis, level_axis, short
+from endprompt_megatron.evaluate.plots import DASHES, MARKERS, Palette, dress, legend, length_axis, level_axis, short
+from endprompt_megatron.report.run import MOST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # matplotlib wants real colours; these are unlikely ones, each replaced by a variable of the page's style sheet.
-_PURPOSES = ("ink", "muted", "grid", "baseline", "extended", "control", "untrained")
-PAGE = Palette(**{name: f"#0102{index:02x}" for index, name in enumerate(_PURPOSES)})
+_RUNS = tuple(f"run{number}" for number in range(2, MOST + 1))
+_PURPOSES = ("ink", "muted", "grid", "baseline", "extended", "control", "untrained", *_RUNS)
+_STAND_INS = {name: f"#0102{index:02x}" for index, name in enumerate(_PURPOSES)}
+# Told apart without colour too, on paper and by those who do not see it.
+_RUN_MARKERS = dict(zip(_RUNS, "vPX*h", strict=True))
+_RUN_DASHES = dict(
+    zip(_RUNS, [(0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (2, 1)), (0, (8, 2, 1, 2)), (0, (5, 3))], strict=True)
+)
 
 
-def svg(draw: Callable[["Axes"], None], title: str, number: int, size: tuple[float, float] = (5.2, 3.1)) -> str:
+@dataclass(frozen=True)
+class PagePalette(Palette):
+    """Colours of the page, and the names of its models by their keys."""
+
+    names: dict[str, str] = field(default_factory=dict)
+
+    def of(self, label: str) -> str:
+        return _STAND_INS.get(label, self.baseline if label.startswith("baseline") else self.ink)
+
+    def line(self, label: str) -> dict:
+        return super().line(label) | {
+            "label": self.names.get(label, label),
+            "marker": {**MARKERS, **_RUN_MARKERS}.get(label, "s"),
+            "linestyle": {**DASHES, **_RUN_DASHES}.get(label, ":"),
+        }
+
+
+_COLOURS = {name: colour for name, colour in _STAND_INS.items() if name not in _RUNS}
+PAGE = PagePalette(**_COLOURS)
+
+
+def page_palette(names: dict[str, str]) -> PagePalette:
+    """PAGE with names for its legends, by key."""
+    # A leading underscore would hide a line from matplotlib's legend, a dollar sign would begin mathematics.
+    names = {key: name.lstrip("_").replace("$", "\\$") or key for key, name in names.items()}
+    return PagePalette(**_COLOURS, names=names)
+
+
+def svg(draw: Callable[["Axes"], None], title: str, number: int, size: tuple[float, float]) -> str:
     """An <svg> element that scales with its column.  `number` keeps its ids apart from other pictures'."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -43,8 +79,8 @@ def svg(draw: Callable[["Axes"], None], title: str, number: int, size: tuple[flo
     text = re.sub(r'href="#', f'href="#f{number}-', text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = re.sub(r"font: (\w+) ([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", text)
-    for name in _PURPOSES:
-        text = text.replace(getattr(PAGE, name), f"var(--{name})")
+    for name, colour in _STAND_INS.items():
+        text = text.replace(colour, f"var(--{name})")
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
@@ -64,7 +100,7 @@ def series(steps: list[dict], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def losses(axes: "Axes", steps: list[dict], validations: list[dict], palette: Palette = PAPER) -> None:
+def losses(axes: "Axes", steps: list[dict], validations: list[dict], palette: PagePalette = PAGE) -> None:
     """Context and prompt loss over the steps: faint as measured, strong smoothed; validation as dots."""
     for key, name, colour, line in (
         ("loss_context", "context", palette.extended, "-"),
@@ -83,7 +119,26 @@ def losses(axes: "Axes", steps: list[dict], validations: list[dict], palette: Pa
     legend(axes, palette)
 
 
-def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, palette: Palette = PAPER) -> None:
+def over_steps(
+    axes: "Axes",
+    lines: dict[str, tuple[list[int], list[float]]],
+    title: str,
+    unit: str,
+    palette: PagePalette = PAGE,
+    weight: float = 0.85,
+) -> None:
+    """A quantity over the steps, a line a run, smoothed by `weight` (0: as measured); `lines` by the runs' keys."""
+    for key, (x, y) in lines.items():
+        style = palette.line(key)
+        if weight:
+            axes.plot(x, y, color=style["color"], linewidth=0.7, alpha=0.25)
+            style["marker"] = None
+        axes.plot(x, smooth(y, weight), **style)
+    dress(axes, palette, title, "step", unit)
+    legend(axes, palette)
+
+
+def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, palette: PagePalette = PAGE) -> None:
     """One quantity over the steps, small."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -102,13 +157,14 @@ def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, pale
     dress(axes, palette, title, "step", unit)
 
 
-def virtual_over_training(axes: "Axes", validations: list[dict], palette: Palette = PAPER) -> None:
+def virtual_over_training(axes: "Axes", validations: list[dict], palette: PagePalette = PAGE) -> None:
     """Probe loss against virtual length, one line a validation: faint at the start, full at the end."""
     probed = [line for line in validations if line.get("virtual")]
     distances: list[int] = []
     for place, line in enumerate(probed):
         distances = sorted(int(distance) for distance in line["virtual"])
-        values = [line["virtual"][str(distance)]["loss"] for distance in distances]
+        found = [line["virtual"][str(distance)]["loss"] for distance in distances]
+        values = [math.nan if loss is None else loss for loss in found]  # null: not finite
         last = place == len(probed) - 1
         axes.plot(
             distances,
@@ -125,7 +181,7 @@ def virtual_over_training(axes: "Axes", validations: list[dict], palette: Palett
     legend(axes, palette)
 
 
-def coverage(axes: "Axes", counts: np.ndarray, gaps: list[tuple[int, int]], palette: Palette = PAPER) -> None:
+def coverage(axes: "Axes", counts: np.ndarray, gaps: list[tuple[int, int]], palette: PagePalette = PAGE) -> None:
     """How often each relative distance is supervised; what is never seen is hatched."""
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
@@ -149,3 +205,26 @@ def coverage(axes: "Axes", counts: np.ndarray, gaps: list[tuple[int, int]], pale
     axes.xaxis.set_major_locator(MultipleLocator(2 ** max(0, (length // 5).bit_length())))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     dress(axes, palette, "Relative distances in training", "distance between query and key", "pairs a sample")
+
+
+def wavelengths(
+    axes: "Axes", before: np.ndarray, after: np.ndarray, gap: tuple[int, int] | None, palette: PagePalette = PAGE
+) -> None:
+    """Tokens of a full turn of each pair of rotary dimensions, before and after scaling, and the gap's width."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    pairs = np.arange(len(after))
+    base, scaled = palette.line("baseline"), palette.line("extended")
+    axes.plot(pairs, before, **base | {"marker": None, "label": "before scaling"})
+    axes.plot(pairs, after, **scaled | {"marker": None, "label": "after"})
+    if gap is not None:
+        width = gap[1] - gap[0] + 1
+        axes.axhline(width, color=palette.muted, linewidth=0.9, linestyle=(0, (1, 2)))
+        options = {"ha": "left", "va": "bottom", "fontsize": 7.5, "color": palette.muted}
+        axes.annotate(f"the gap, {width:,} tokens", (0.01, width), xycoords=("axes fraction", "data"), **options)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    dress(axes, palette, "Wavelengths of the rotary embedding", "pair of dimensions", "tokens a turn")
+    legend(axes, palette, loc="lower right")

@@ -1,4 +1,4 @@
-"""Reads what a run left in its directory, whatever of it is there, for the report."""
+"""Reads what runs left in their directories, whatever of it is there, for the report."""
 
 import json
 from dataclasses import dataclass, field
@@ -9,7 +9,8 @@ import numpy as np
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import read_json
 
-COVERAGE_SAMPLES = 256
+RESULTS = "results.json"
+MOST = 6  # runs on a page: colours and line styles that can be told apart
 
 
 @dataclass
@@ -17,17 +18,14 @@ class Run:
     """A run's files.  What is missing is empty or None."""
 
     directory: Path
+    name: str = ""
     recipe: dict = field(default_factory=dict)
     recipe_text: str = ""
     steps: list[dict] = field(default_factory=list)
     validations: list[dict] = field(default_factory=list)
     seen: list[dict] = field(default_factory=list)  # of each source of the training data: data/seen.py
     evaluation: dict | None = None
-    control: "Run | None" = None
-
-    @property
-    def name(self) -> str:
-        return self.directory.resolve().name
+    untrained: dict | None = None  # the evaluation of the same scaling without training
 
     def value(self, key: str, default: object = None) -> object:
         """A dotted recipe key; `default` where the recipe does not have it."""
@@ -41,12 +39,57 @@ class Run:
         values = [line[key] for line in self.steps if isinstance(line.get(key), (int, float))][-over:]
         return float(np.mean(values)) if values else None
 
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything of a training here, not of an evaluation alone."""
+        return bool(self.recipe or self.steps)
 
-def read_run(directory: Path, control: Path | None = None) -> Run:
-    """Everything the report shows.  Raises InputError if `directory` holds none of it, or a file is broken."""
+
+@dataclass
+class Runs:
+    """What stands on one page: the runs asked for, in their order, and the control beside them."""
+
+    runs: list[Run]
+    control: Run | None = None
+
+    @property
+    def all(self) -> list[Run]:
+        return [*self.runs, *([self.control] if self.control else [])]
+
+    @property
+    def several(self) -> bool:
+        return len(self.runs) > 1
+
+
+def read_runs(directories: list[Path], control: Path | None = None) -> Runs:
+    """Everything of one page, each run under a name of its own.
+
+    Raises InputError as read_run does, for a run named twice, and for more than can be told apart.
+    """
+    if len(directories) > MOST:
+        raise InputError(f"{directories[MOST]}: {len(directories)} runs are too many for one page; name {MOST} at most")
+    every = [*directories, *([control] if control else [])]
+    places = [directory.resolve() for directory in every]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise InputError(f"{every[number]}: is named twice; name each RUN once, and the control only as --control")
+    runs = [read_run(directory) for directory in every]
+    names = [_name(place) for place in places]
+    for run, name, place in zip(runs, names, places, strict=True):
+        run.name = name if names.count(name) == 1 else f"{_name(place.parent)}/{name}"
+    return Runs(runs[: len(directories)], runs[-1] if control else None)
+
+
+def _name(place: Path) -> str:
+    """What a directory is called; RUN/evaluation is called after its run."""
+    return place.parent.name if place.name == "evaluation" and place.parent.name else place.name
+
+
+def read_run(directory: Path) -> Run:
+    """One RUN, or the --out of evaluate.py.  Raises InputError if it is neither, or a file is broken."""
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; expected a RUN that extend.py wrote")
-    run = Run(directory)
+        raise InputError(f"{directory}: no such directory; expected a RUN of extend.py, or the --out of evaluate.py")
+    run = Run(directory, _name(directory.resolve()))
     recipe, metrics = directory / "recipe.yaml", directory / "metrics.jsonl"
     if recipe.is_file():
         run.recipe_text = recipe.read_text(encoding="utf-8", errors="replace")
@@ -60,43 +103,26 @@ def read_run(directory: Path, control: Path | None = None) -> Run:
     seen = directory / "data_seen.json"
     if seen.is_file():
         run.seen = read_json(seen, "what training read of each source").get("sources") or []
-    results = directory / "evaluation" / "results.json"
-    if results.is_file():
-        run.evaluation = _results(results)
-        _beside(run.evaluation, "untrained", directory / "untrained" / "evaluation" / "results.json")
-    if not (run.recipe or run.steps or run.evaluation):
+    run.evaluation = _first_results(directory / "evaluation" / RESULTS, directory / RESULTS)
+    run.untrained = _first_results(directory / "untrained" / "evaluation" / RESULTS)
+    if not (run.trained or run.evaluation):
         raise InputError(
-            f"{directory}: holds neither recipe.yaml nor metrics.jsonl nor evaluation/results.json; expected a RUN"
+            f"{directory}: holds neither recipe.yaml nor metrics.jsonl nor evaluation/results.json nor results.json; "
+            "expected a RUN of extend.py, or the --out of evaluate.py"
         )
-    if control is not None:
-        run.control = read_run(control)
-        if run.evaluation is not None:
-            _beside(run.evaluation, "control", control / "evaluation" / "results.json")
     return run
 
 
-def _beside(evaluation: dict, label: str, path: Path) -> None:
-    """Add another evaluation's extended model under `label`, where it measured the same inputs."""
-    if not path.is_file():
-        return
-    other = _results(path)
-    same = ("text", "lengths", "windows", "scored", "seed", "samples", "physical", "probe_samples", "filler", "depths")
-    mine, theirs = evaluation.get("settings", {}), other.get("settings", {})
-    if (evaluation.get("text") or {}).get("sha256") != (other.get("text") or {}).get("sha256") or any(
-        mine.get(key) != theirs.get(key) for key in same if key != "text"
-    ):
-        evaluation.setdefault("left_out", []).append(f"{label}: {path} measured other inputs")
-        return
-    evaluation["measurements"][label] = other["measurements"]["extended"]
-    evaluation["models"][label] = other["models"]["extended"]
-
-
-def _results(path: Path) -> dict:
-    value = read_json(path, "the results of evaluate.py")
-    for key in ("models", "measurements"):
-        if not isinstance(value.get(key), dict) or "extended" not in value[key]:
-            raise InputError(f"{path}: no {key}.extended; expected the results of evaluate.py: run it again")
-    return value
+def _first_results(*paths: Path) -> dict | None:
+    """The first of these files that is there."""
+    for path in paths:
+        if path.is_file():
+            value = read_json(path, "the results of evaluate.py")
+            for key in ("models", "measurements"):
+                if not isinstance(value.get(key), dict) or "extended" not in value[key]:
+                    raise InputError(f"{path}: no {key}.extended; expected the results of evaluate.py: run it again")
+            return value
+    return None
 
 
 def _yaml(path: Path, text: str) -> dict:
@@ -123,27 +149,3 @@ def _lines(path: Path) -> list[dict]:
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             result.append(value)
     return result
-
-
-def distance_coverage(run: Run) -> tuple[np.ndarray, list[tuple[int, int]], int] | None:
-    """Mean supervised pairs a sample by distance (float64 [L]), the gaps, and the prompt length used.
-
-    None where the recipe does not say enough.  The prompt's length is read from the run's own tokenizer if that is
-    still there; otherwise 12 tokens, about what EP_1 has.
-    """
-    from endprompt_megatron.config import recipe_of
-    from endprompt_megatron.coverage import coverage_of
-    from endprompt_megatron.positions import METHODS
-
-    method, physical, target = (run.value(f"context.{key}") for key in ("method", "physical", "target"))
-    if method not in METHODS or not isinstance(physical, int) or not isinstance(target, int):
-        return None
-    try:
-        recipe = recipe_of(run.recipe)
-    except InputError:
-        return None
-    try:
-        found = coverage_of(recipe, samples=COVERAGE_SAMPLES)
-    except (InputError, ImportError):
-        found = coverage_of(recipe, samples=COVERAGE_SAMPLES, prompt_len=12)
-    return found.counts, found.gaps, round(found.prompt)

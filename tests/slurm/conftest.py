@@ -12,7 +12,7 @@ def cluster():
     """A Slurm of two nodes.  Skipped where it is not installed and cannot be; in CI that is a failure."""
     missing = missing_programs()
     if missing:
-        reason = f"no Slurm here: {', '.join(missing)} missing (tests/slurm/install.sh says why)"
+        reason = f"no Slurm here: {', '.join(missing)} missing (tests/install.sh says why)"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)

@@ -87,6 +87,18 @@ def ruler(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def measured(tmp_path_factory) -> Path:
+    """What reports.py makes: made/ with models and texts, run/ with a training and an evaluation by every suite."""
+    from unit import reports
+
+    root = tmp_path_factory.mktemp("measured")
+    reports.sources(root / "made")
+    reports.trained(root / "run", root / "made")
+    reports.evaluated(root / "made", root / "run" / "evaluation", suites=reports.SUITES)
+    return root
+
+
+@pytest.fixture(scope="session")
 def pieces(ruler):
     from endprompt_megatron.tokenizer import load_tokenizer
 

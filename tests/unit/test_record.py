@@ -60,7 +60,7 @@ def test_step_is_one_object_with_the_keys_of_the_contract(recorder, tmp_path, ca
     (line,) = strict((tmp_path / "run/metrics.jsonl").read_text())
     assert set(line) >= {
         *("step", "consumed_samples", "consumed_tokens", "loss", "loss_context", "loss_prompt", "grad_norm", "lr"),
-        *("step_time_s", "tokens_per_s", "tflops_per_gpu", "mfu", "memory_gib"),
+        *("step_time_s", "tokens_per_s", "tflops_per_gpu", "mfu", "memory_gib", "processes"),
     }
     assert (line["step"], line["consumed_samples"], line["consumed_tokens"]) == (2, 16, 16 * 64)
     assert (line["loss"], line["loss_context"], line["loss_prompt"]) == (2.5, 3.0, 1.5)
