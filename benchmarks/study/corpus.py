@@ -2,8 +2,8 @@
 
 A document is a row of sentences of four kinds:
   prose      words that follow one another by a fixed chain, so that a small model learns them quickly
-  fact       "note KEY V V V." with a key that this document has not used lately and values drawn at random
-  question   "ask KEY V V V." for a fact told earlier; only who finds the fact can tell the values
+  fact       "note KEY V V." with a key that this document has not used lately and values drawn at random
+  question   "ask KEY V V." for a fact told earlier; only who finds the fact can tell the values
   quotation  "quote W .. W." and later "again W .. W.", the same words
 
 Distances between what is told and what is asked are log-uniform from the nearest to the longest that is wanted, as
@@ -17,7 +17,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-VALUES = 3  # words of a value
+VALUES = 2  # words of a value
+MARKS = ("note", "ask", "quote", "again")  # the words that open a sentence of each kind
 SPAN = 10  # words of a quotation
 _FORGET = 4096  # tokens after which a key may be told anew: above every window of the study
 
@@ -90,6 +91,19 @@ def drill(rng: random.Random, vocabulary: dict[str, list[str]], length: int) -> 
         row[-1] += "."
         said += row * rng.randint(2, 4)
     return " " + " ".join(said)
+
+
+def recall_form() -> dict:
+    """Facts and questions of this corpus, for the recall suite of tools/evaluate.py."""
+    vocabulary = words()
+    return {
+        "fact": " note {key} {value}.",
+        "question": " ask {key}",
+        "keys": tuple(vocabulary["keys"]),
+        "key_words": 1,
+        "values": tuple(vocabulary["values"]),
+        "value_words": VALUES,
+    }
 
 
 def documents(count: int, seed: int, *, length: int, nearest: int, longest: int, drills: float = 0.0) -> Iterator[str]:

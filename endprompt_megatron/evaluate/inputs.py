@@ -81,24 +81,19 @@ class Inputs:
                     filler=filler,
                 )
             elif suite == "recall":
-                yield from self.recall_items()
+                yield from recall.items(
+                    self.tokenizer,
+                    self.text.tokens,
+                    s.lengths,
+                    recall.read_form(s.recall_form),
+                    distances=s.recall_distances,
+                    samples=s.samples,
+                    seed=s.seed,
+                )
             elif suite == "virtual":
                 yield from virtual.items(self.probes)
             else:
                 yield from self.questions[label, suite].items()
-
-    def recall_items(self) -> Iterator[Item]:
-        """What the recall suite asks of any model."""
-        s = self.settings
-        return recall.items(
-            self.tokenizer,
-            self.text.tokens,
-            s.lengths,
-            recall.read_form(s.recall_form),
-            distances=s.recall_distances,
-            samples=s.samples,
-            seed=s.seed,
-        )
 
     def result(self, label: str, suite: str, pairs: list[Answered]) -> dict:
         """The suite's part of results.json."""
@@ -130,8 +125,8 @@ class Inputs:
             cells = len(s.depths) * s.samples
             items, tokens = items + len(lengths) * cells, tokens + sum(lengths) * cells
         if "recall" in s.suites:
-            for item in self.recall_items():
-                items, tokens = items + 1, tokens + item.tokens
+            more = recall.expected(s.lengths, s.recall_distances, s.samples)
+            items, tokens = items + more[0], tokens + more[1]
         for probes in self.probes.values():
             items, tokens = items + len(probes), tokens + sum(probe["tokens"].size for probe in probes)
         for (of, suite), questions in self.questions.items():
@@ -191,9 +186,8 @@ def prepare(settings: Settings, models: dict[str, Model]) -> Inputs:
     if "recall" in settings.suites:
         form, rng = recall.read_form(settings.recall_form), np.random.default_rng(0)
         for length in settings.lengths:
-            for distance in settings.recall_distances or recall.default_distances(length):
-                if distance < length:
-                    recall.build_row(tokenizer, text.tokens, length, distance, form, rng)
+            for distance in recall.distances_of(length, settings.recall_distances):
+                recall.build_row(tokenizer, text.tokens, length, distance, form, rng)
     if "virtual" in settings.suites:
         probes = _probes(settings, text, shape.window)
     if not settings.beyond_window:

@@ -65,9 +65,21 @@ def read_form(path: Path | str | None) -> Form:
 
 
 def default_distances(length: int) -> list[int]:
-    """Powers of two from 64 up to half of the length, and three quarters and fifteen sixteenths of it."""
+    """Powers of two from 64 up to half of the length, and three quarters and seven eighths of it."""
     powers = [2**exponent for exponent in range(6, 64) if 2**exponent <= length // 2]
-    return [*powers, length * 3 // 4, length * 15 // 16]
+    return [*powers, length * 3 // 4, length * 7 // 8]
+
+
+def distances_of(length: int, distances: list[int] | None) -> list[int]:
+    """The distances that are asked in inputs of that length: those of `distances` below it, or the usual ones."""
+    return [each for each in distances if each < length] if distances else default_distances(length)
+
+
+def expected(lengths: list[int], distances: list[int] | None, samples: int) -> tuple[int, int]:
+    """How many items, and how many tokens in all."""
+    cells = {length: len(distances_of(length, distances)) for length in lengths}
+    items = sum(count * -(-samples // max(1, AT_ONCE // length)) for length, count in cells.items())
+    return items, sum(count * samples * length for length, count in cells.items())
 
 
 def items(
@@ -85,9 +97,7 @@ def items(
     The same seed asks the same.  Raises InputError for a length that is longer than the text, or too short.
     """
     for length in lengths:
-        for distance in distances or default_distances(length):
-            if distances and distance >= length:
-                continue
+        for distance in distances_of(length, distances):
             rows, scored = [], []
             for sample in range(samples):
                 # Keyed by place, not drawn in order: a cell stays the same when the grid changes.
@@ -140,7 +150,7 @@ def build_row(
     room = length - len(fact) - len(question) - len(answer)
     place = length - len(answer) - distance - told
     if room < 0 or not 0 <= place <= room:
-        nearest, farthest = len(answer) + len(question) + len(fact) - told - len(answer), length - len(answer) - told
+        nearest, farthest = len(fact) - told + len(question), length - len(answer) - told
         raise InputError(
             f"--recall-distances {distance}: in {length} tokens a fact stands {nearest} to {farthest} away from its "
             "question; use a distance between them"
