@@ -87,7 +87,7 @@ def drill(rng: random.Random, vocabulary: dict[str, list[str]], length: int) -> 
     every = [word for kind in vocabulary.values() for word in kind]
     said: list[str] = []
     while len(said) < length:
-        row = [rng.choice(every) for _ in range(rng.randint(6, 40))]
+        row = [rng.choice(every) for _ in range(rng.randint(4, 20))]
         row[-1] += "."
         said += row * rng.randint(2, 4)
     return " " + " ".join(said)
