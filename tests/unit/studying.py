@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from unit.starting import RECIPE
 
 from endprompt_megatron.study.cell import Work
 from endprompt_megatron.study.grid import Study, read_study
@@ -39,7 +40,8 @@ def write_study(directory: Path, text: str = STUDY, **replaced: str) -> Path:
 
 def made_up(directory: Path, values: dict[str, np.ndarray], text: str = STUDY) -> Study:
     """The study with finished cells that nobody trained: `values` of one recall score, by cell."""
-    study = read_study(write_study(directory, text))
+    (directory / "recipe.yaml").write_text(RECIPE)
+    study = read_study(write_study(directory, text.replace("out: study", f"out: {directory / 'study'}")))
     for cell in study.cells:
         if cell.name not in values:
             continue
@@ -51,7 +53,7 @@ def made_up(directory: Path, values: dict[str, np.ndarray], text: str = STUDY) -
             work.state["stages"][stage] = {"seconds": 1.0, "cpu_seconds": 2.0, "options": work.options}
         work.write()
         found = work.directory / "evaluation"
-        found.mkdir()
+        found.mkdir(exist_ok=True)
         entry = {"suite": "recall", "task": "64", "length": 128, "metric": "loss", "paired": True}
         entry["strata"] = [list(map(float, values[cell.name]))]
         (found / "values.json").write_text(json.dumps({"format": 1, "extended": [entry]}))

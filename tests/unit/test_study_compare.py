@@ -23,7 +23,7 @@ def losses(better_by: float, seed: int) -> np.ndarray:
     return HARDNESS - better_by + rng.normal(0, 0.05) + rng.normal(0, 0.3, QUESTIONS)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def values():
     found = {"base": HARDNESS + 1.0}
     for seed in SEEDS:
@@ -33,10 +33,9 @@ def values():
     return found
 
 
-@pytest.fixture
-def comparison(place, monkeypatch, values):
-    monkeypatch.chdir(place)
-    return compare(made_up(place, values))
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory, values):
+    return compare(made_up(tmp_path_factory.mktemp("made_up"), values))
 
 
 def row(comparison: dict, name: str) -> dict:
@@ -98,27 +97,25 @@ def test_cells_that_are_not_done_are_named_and_left_out(comparison):
     assert "short-linear-seed1" not in comparison["missing"]
 
 
-def test_one_seed_has_the_interval_over_questions_alone(place, monkeypatch, values):
-    monkeypatch.chdir(place)
-    found = compare(made_up(place, {name: v for name, v in values.items() if name.endswith("seed1")}))
+def test_one_seed_has_the_interval_over_questions_alone(tmp_path, values):
+    found = compare(made_up(tmp_path, {name: v for name, v in values.items() if name.endswith("seed1")}))
     (score,) = row(found, "full-linear")["scores"]
     assert score["over_seeds"] is None
     assert score["over_questions"] is not None
     assert row(found, "full-linear")["differences"][0]["beyond_noise"]
 
 
-def test_cells_that_were_asked_something_else_are_refused(place, monkeypatch, values):
-    monkeypatch.chdir(place)
-    study = made_up(place, values)
-    path = place / "study" / "cells" / "full-linear-seed2" / "evaluation" / "results.json"
+def test_cells_that_were_asked_something_else_are_refused(tmp_path, values):
+    study = made_up(tmp_path, values)
+    path = tmp_path / "study" / "cells" / "full-linear-seed2" / "evaluation" / "results.json"
     changed = json.loads(path.read_text()) | {"text": {"sha256": "2"}}
     path.write_text(json.dumps(changed))
     with pytest.raises(InputError, match="base and full-linear-seed2 were not asked the same"):
         compare(study)
 
 
-def test_pages_say_the_same_and_mark_what_is_beyond_the_noise(place, comparison):
-    written = write(comparison, place / "study", place / "page.md")
+def test_pages_say_the_same_and_mark_what_is_beyond_the_noise(tmp_path, comparison):
+    written = write(comparison, tmp_path / "study", tmp_path / "page.md")
     assert [path.name for path in written] == ["study.json", "study.md", "study.html", "page.md"]
     assert json.loads(written[0].read_text()) == json.loads(json.dumps(comparison))
     markdown = as_markdown(comparison)
@@ -134,10 +131,9 @@ def test_pages_say_the_same_and_mark_what_is_beyond_the_noise(place, comparison)
     assert "http" not in html.replace("http-equiv", "")
 
 
-def test_the_page_says_how_far_budgets_are_apart(place, monkeypatch, values):
-    monkeypatch.chdir(place)
+def test_the_page_says_how_far_budgets_are_apart(tmp_path, values):
     text = STUDY.replace("train.tokens: 4096", "train.tokens: 4100").replace(
         "global_batch_size: 2", "global_batch_size: 1"
     )
-    markdown = as_markdown(compare(made_up(place, values, text)))
+    markdown = as_markdown(compare(made_up(tmp_path, values, text)))
     assert "Tokens consumed differ by 256 at most, less than a global batch (512)." in markdown

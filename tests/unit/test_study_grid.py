@@ -5,6 +5,7 @@ import subprocess
 import pytest
 import yaml
 from small import ROOT, assert_one_line_error, run_tool
+from unit.starting import RECIPE
 from unit.studying import STUDY, write_study
 
 from endprompt_megatron.errors import InputError
@@ -12,9 +13,16 @@ from endprompt_megatron.study.grid import read_study
 
 
 @pytest.fixture
-def study(place, monkeypatch):
-    monkeypatch.chdir(place)
-    return read_study(write_study(place))
+def bare(tmp_path, monkeypatch):
+    """A directory with a recipe, of a model that is not there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+@pytest.fixture
+def study(bare):
+    return read_study(write_study(bare))
 
 
 def test_the_grid_is_every_combination_one_seed_after_the_other(study):
@@ -46,16 +54,15 @@ def test_all_trained_cells_get_the_same_tokens_though_full_is_physically_longer(
     assert (physical["full-linear"], physical["short-linear"]) == (256, 64)
 
 
-def test_budgets_that_are_not_a_whole_number_of_batches_may_differ_by_less_than_one(place, monkeypatch):
-    monkeypatch.chdir(place)
+def test_budgets_that_are_not_a_whole_number_of_batches_may_differ_by_less_than_one(bare):
     text = STUDY.replace("train.tokens: 4096", "train.tokens: 4100").replace(
         "global_batch_size: 2", "global_batch_size: 3"
     )
-    tokens = {cell.tokens for cell in read_study(write_study(place, text)).cells if cell.trained}
+    tokens = {cell.tokens for cell in read_study(write_study(bare, text)).cells if cell.trained}
     assert tokens == {4608}
     text = text.replace("global_batch_size: 3", "global_batch_size: 3, train.tokens: 5400")
     with pytest.raises(InputError, match=r"do not get the same tokens: .* 4,608, .* 6,144, a global batch \(768\)"):
-        read_study(write_study(place, text))
+        read_study(write_study(bare, text))
 
 
 @pytest.mark.parametrize(
@@ -82,18 +89,16 @@ def test_budgets_that_are_not_a_whole_number_of_batches_may_differ_by_less_than_
         ("title:", "title: [", "not valid YAML"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(place, monkeypatch, old, new, needle):
-    monkeypatch.chdir(place)
-    path = write_study(place, **{old: new})
+def test_what_is_wrong_is_said_in_one_line(bare, old, new, needle):
+    path = write_study(bare, **{old: new})
     with pytest.raises(InputError) as raised:
         read_study(path)
     assert "\n" not in str(raised.value)
     assert needle in str(raised.value)
 
 
-def test_the_tool_lists_cells_and_refuses_what_it_does_not_know(place):
-    path = write_study(place, **{"out: study": f"out: {place / 'study'}"})
-    (place / "recipe.yaml").write_text((place / "recipe.yaml").read_text().replace("hf: hf", f"hf: {place / 'hf'}"))
+def test_the_tool_lists_cells_and_refuses_what_it_does_not_know(bare):
+    path = write_study(bare, **{"out: study": f"out: {bare / 'study'}"})
     listed = run_tool("study", path, "--list", "--only", "full-linear")
     assert listed.returncode == 0, listed.stderr
     lines = listed.stdout.splitlines()
@@ -108,7 +113,7 @@ def test_the_tool_lists_cells_and_refuses_what_it_does_not_know(place):
     names = ":".join(f"full-linear-seed{seed}" for seed in (1, 2, 3))
     assert f"STUDY_CELLS={names} sbatch --parsable --array=0-2 " in array
     assert "sbatch --dependency=afterany:JOB " in report
-    assert not (place / "study").exists()
+    assert not (bare / "study").exists()
 
 
 def test_a_cell_that_cannot_train_is_refused_before_anything_runs(place):
@@ -120,7 +125,7 @@ def test_a_cell_that_cannot_train_is_refused_before_anything_runs(place):
 
 
 @pytest.mark.parametrize("task", [0, 1])
-def test_the_batch_script_takes_the_cell_of_its_task(place, task):
+def test_the_batch_script_takes_the_cell_of_its_task(task):
     import os
 
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
@@ -139,10 +144,9 @@ def test_the_batch_script_takes_the_cell_of_its_task(place, task):
     assert said.stdout.splitlines()[0].endswith("tools/study.py study.yaml --report-only")
 
 
-def test_the_examples_of_the_documentation_are_studies(place, monkeypatch):
+def test_the_examples_of_the_documentation_are_studies(bare):
     import re
 
-    monkeypatch.chdir(place)
     text = (ROOT / "docs" / "study_runner.md").read_text()
     blocks = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "axes:" in block]
     assert blocks
@@ -152,5 +156,5 @@ def test_the_examples_of_the_documentation_are_studies(place, monkeypatch):
         base = (
             "model: {hf: hf}\ncontext: {target: 2048, physical: 256}\ncheckpoint: {dir: x}\noptim: {warmup_steps: 1}\n"
         )
-        (place / keys["base"]).write_text(base + "train: {tokens: 65536, global_batch_size: 32}\n")
-        assert read_study(write_study(place, block)).cells
+        (bare / keys["base"]).write_text(base + "train: {tokens: 65536, global_batch_size: 32}\n")
+        assert read_study(write_study(bare, block)).cells
