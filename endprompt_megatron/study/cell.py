@@ -155,6 +155,9 @@ class Work:
 def interpolate(recipe: Recipe, out: Path) -> None:
     """Write `out`: the base model's weights, linked, under the config that training by `recipe` would export."""
     from endprompt_megatron.convert.linked import with_config
+    from endprompt_megatron.runtime import quiet_libraries
+
+    quiet_libraries()  # before Megatron is imported
     from endprompt_megatron.rope import scaled_config
 
     c, model = recipe.context, Path(recipe.model.hf)
