@@ -47,7 +47,7 @@ MODEL = dict(
     eos_token_id=1,
 )
 # Tokens of a row, sequences a step, tokens in all, learning rate and how it goes on.
-LESSONS = {"drills": (64, 32, 2_000_000, 3e-3, "constant"), "near": (256, 16, 3_000_000, 2e-3, "cosine")}
+LESSONS = {"drills": (64, 32, 1_200_000, 2e-3, "constant"), "near": (256, 16, 3_000_000, 2e-3, "cosine")}
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def untaught(directory: Path, corpus_file: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,
+        vocab_size=640,
         special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -122,7 +122,7 @@ def untaught(directory: Path, corpus_file: Path) -> None:
     if split:
         raise InputError(f"{len(split)} words are more than one token, such as {split[0]}: enlarge the vocabulary")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=1024, **MODEL))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=640, **MODEL))
     with staged_directory(directory) as staging:
         model.save_pretrained(staging)
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[1])
