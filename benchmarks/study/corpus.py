@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 VALUES = 2  # words of a value
@@ -82,16 +82,15 @@ def document(rng: random.Random, vocabulary: dict[str, list[str]], length: int, 
     return " " + " ".join(sentences)
 
 
-def drill(rng: random.Random, vocabulary: dict[str, list[str]], length: int) -> str:
-    """`length` tokens of rows of random words, each said again and again: nothing but copying.
+def drill(rng: random.Random, vocabulary: dict[str, list[str]], length: int, shortest: int, longest: int) -> str:
+    """About `length` tokens of rows of random words, each said again and again: nothing but copying.
 
     No full stops: with a token that frequent in them, a small model takes many times as long to find copying.
     """
     every = [word for kind in vocabulary.values() for word in kind]
     said: list[str] = []
     while len(said) < length:
-        row = [rng.choice(every) for _ in range(rng.randint(3, 10))]
-        said += row * rng.randint(3, 6)
+        said += [rng.choice(every) for _ in range(rng.randint(shortest, longest))] * rng.randint(3, 6)
     return " " + " ".join(said)
 
 
@@ -108,15 +107,11 @@ def recall_form() -> dict:
     }
 
 
-def documents(count: int, seed: int, *, length: int, nearest: int, longest: int, drills: float = 0.0) -> Iterator[str]:
-    """`count` documents, each from its own random numbers; a share `drills` of them are drills."""
+def documents(make: Callable[..., str], count: int, seed: int, *bounds: int) -> Iterator[str]:
+    """`count` texts of `document` or `drill`, each from its own random numbers; `bounds` are their last arguments."""
     vocabulary = words()
     for number in range(count):
-        rng = random.Random(f"{seed}/{number}")
-        if rng.random() < drills:
-            yield drill(rng, vocabulary, length)
-        else:
-            yield document(rng, vocabulary, length, nearest, longest)
+        yield make(random.Random(f"{seed}/{number}"), vocabulary, *bounds)
 
 
 def write_jsonl(path: Path, texts: Iterator[str]) -> None:
