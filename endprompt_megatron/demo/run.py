@@ -18,8 +18,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from endprompt_megatron.convert.linked import with_config
 from endprompt_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, InputError
-from endprompt_megatron.files import disk_errors, read_json, write_json, write_text
+from endprompt_megatron.files import disk_errors, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
 RECIPE = "recipes/smollm2_135m_demo.yaml"
@@ -332,9 +333,4 @@ def remove(path: Path) -> None:
 
 def interpolate(model: Path, like: Path, out: Path) -> None:
     """Write `out`: the weights of `model` (linked, not copied) under the config of `like`, which scales RoPE."""
-    remove(out)
-    out.mkdir(parents=True)
-    for source in sorted(model.iterdir()):
-        if source.is_file() and source.name != "config.json":
-            os.symlink(os.path.relpath(source, out), out / source.name)
-    write_text(out / "config.json", (like / "config.json").read_text(encoding="utf-8"))
+    with_config(model, (like / "config.json").read_text(encoding="utf-8"), out)

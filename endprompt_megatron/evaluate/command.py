@@ -16,7 +16,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     plain = (
         *("text", "windows", "scored", "stride", "samples", "filler", "physical", "probe_samples", "template"),
         *("ruler_samples", "haystack", "squad", "hotpotqa", "longbench_data", "limit", "beyond_window", "seed"),
-        *("english_words", "punkt", "ruler_seed"),
+        *("english_words", "punkt", "ruler_seed", "recall_form"),
     )
 
     def numbers(name: str) -> list[int] | None:
@@ -28,6 +28,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         depths=parse_numbers("--depths", options.depths, float),
         needle_lengths=numbers("needle_lengths"),
         distances=numbers("distances"),
+        recall_distances=numbers("recall_distances"),
         **{
             name: given[name] and parse_names(given[name]) for name in ("ruler_tasks", "longbench_tasks", "short_tasks")
         },

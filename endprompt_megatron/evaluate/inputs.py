@@ -11,7 +11,7 @@ import numpy as np
 from endprompt_megatron import __version__
 from endprompt_megatron.convert import layout
 from endprompt_megatron.errors import InputError, Unavailable
-from endprompt_megatron.evaluate import needle, perplexity, virtual
+from endprompt_megatron.evaluate import needle, perplexity, recall, virtual
 from endprompt_megatron.evaluate.fingerprint import fingerprint
 from endprompt_megatron.evaluate.items import Answered, Item
 from endprompt_megatron.evaluate.settings import EXTENDED, Settings
@@ -23,7 +23,7 @@ from endprompt_megatron.files import read_json
 from endprompt_megatron.shape import read_shape
 from endprompt_megatron.tokenizer import Tokenizer, load_tokenizer
 
-_NATIVE = {"perplexity": perplexity, "needle": needle, "virtual": virtual}
+_NATIVE = {"perplexity": perplexity, "needle": needle, "recall": recall, "virtual": virtual}
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,16 @@ class Inputs:
                     seed=s.seed,
                     filler=filler,
                 )
+            elif suite == "recall":
+                yield from recall.items(
+                    self.tokenizer,
+                    self.text.tokens,
+                    s.lengths,
+                    recall.read_form(s.recall_form),
+                    distances=s.recall_distances,
+                    samples=s.samples,
+                    seed=s.seed,
+                )
             elif suite == "virtual":
                 yield from virtual.items(self.probes)
             else:
@@ -116,6 +126,9 @@ class Inputs:
             lengths = s.needle_lengths or s.lengths
             cells = len(s.depths) * s.samples
             items, tokens = items + len(lengths) * cells, tokens + sum(lengths) * cells
+        if "recall" in s.suites:
+            more = recall.expected(s.lengths, s.recall_distances, s.samples)
+            items, tokens = items + more[0], tokens + more[1]
         for probes in self.probes.values():
             items, tokens = items + len(probes), tokens + sum(probe["tokens"].size for probe in probes)
         for (of, suite), questions in self.questions.items():
@@ -152,10 +165,10 @@ def prepare(settings: Settings, models: dict[str, Model]) -> Inputs:
     text = None
     if settings.text is not None:
         text = held_out(settings.text, tokenizer)
-    elif {"perplexity", "virtual"} & set(settings.suites) or settings.filler == "text":
+    elif {"perplexity", "recall", "virtual"} & set(settings.suites) or settings.filler == "text":
         raise InputError(
-            "--text: missing; perplexity, virtual and --filler text measure on held-out text: give a UTF-8 text file "
-            "that the training has not seen, a book for example, or the PREFIX of a prepared dataset"
+            "--text: missing; perplexity, recall, virtual and --filler text measure on held-out text: give a UTF-8 "
+            "text file that the training has not seen, a book for example, or the PREFIX of a prepared dataset"
         )
     rows, probes = None, {}
     if "perplexity" in settings.suites:
@@ -172,6 +185,11 @@ def prepare(settings: Settings, models: dict[str, Model]) -> Inputs:
         for length in settings.needle_lengths or settings.lengths:
             rng = np.random.default_rng(0)
             needle.build_prompt(tokenizer, "12345", length - needle.ANSWER_TOKENS, 0.5, filler, rng)
+    if "recall" in settings.suites:
+        form, rng = recall.read_form(settings.recall_form), np.random.default_rng(0)
+        for length in settings.lengths:
+            for distance in recall.distances_of(length, settings.recall_distances):
+                recall.build_row(tokenizer, text.tokens, length, distance, form, rng)
     if "virtual" in settings.suites:
         probes = _probes(settings, text, shape.window)
     if not settings.beyond_window:
@@ -205,7 +223,7 @@ def _suite(suite: str, settings: Settings, model: Model, tokenizer: Tokenizer) -
 def _refuse_beyond(settings: Settings, models: dict[str, Model]) -> None:
     """Raise InputError for an input that is longer than a model's window."""
     longest = {}
-    if {"perplexity", "ruler"} & set(settings.suites):
+    if {"perplexity", "recall", "ruler"} & set(settings.suites):
         longest["--lengths"] = settings.lengths[-1]
     if "needle" in settings.suites:
         flag = "--needle-lengths" if settings.needle_lengths else "--lengths"

@@ -112,10 +112,15 @@ def _ask(engine: Engine, tokenizer: Tokenizer, key: str, prompt: list[int], expe
 
 def expected_answer(tokenizer: Tokenizer, key: str) -> list[int]:
     """The ids that follow QUESTION in the right answer."""
-    asked = tokenizer.encode(QUESTION)
-    answered = tokenizer.encode(f"{QUESTION} {key}")
+    return continuation(tokenizer, QUESTION, f" {key}")
+
+
+def continuation(tokenizer: Tokenizer, before: str, after: str) -> list[int]:
+    """The ids of `after` where it goes on from `before`."""
+    asked = tokenizer.encode(before)
+    answered = tokenizer.encode(before + after)
     # Tokenised together, because SentencePiece marks a word's start differently at the start of a text.
-    return answered[len(asked) :] if answered[: len(asked)] == asked else tokenizer.encode(f" {key}")
+    return answered[len(asked) :] if answered[: len(asked)] == asked else tokenizer.encode(after)
 
 
 def build_prompt(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from endprompt_megatron.errors import InputError
 
-SUITES = ("perplexity", "needle", "virtual", "ruler", "longbench", "short")
+SUITES = ("perplexity", "needle", "recall", "virtual", "ruler", "longbench", "short")
 EXTENDED, BASELINE = "extended", "baseline"
 DEPTHS = (0.1, 0.5, 0.9)
 
@@ -24,6 +24,8 @@ class Settings:
     samples: int = 1
     filler: str = "noise"
     needle_lengths: list[int] | None = None  # None: `lengths`
+    recall_distances: list[int] | None = None  # None: recall.default_distances of each length
+    recall_form: str | None = None
     physical: int = 512
     distances: list[int] | None = None  # None: virtual.default_distances up to the extended model's window
     probe_samples: int = 8
@@ -59,6 +61,7 @@ class Settings:
             self.english_words,
             self.punkt,
             self.longbench_data,
+            self.recall_form,
         ]
         return [Path(name) for name in named if name is not None]
 

@@ -38,6 +38,38 @@ def wilson(successes: int, samples: int, level: float = LEVEL) -> tuple[float, f
     return (0.0 if successes == 0 else middle - half), (1.0 if successes == samples else middle + half)
 
 
+def student(t: float, freedom: int) -> float:
+    """P(|T| < t) of Student's t with `freedom` degrees, an integer (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term = cosine if freedom % 2 else 1.0
+    total = 0.0
+    for k in range(2 if freedom % 2 else 1, freedom, 2):
+        total += term
+        term *= cosine * cosine * k / (k + 1)
+    return 2 / math.pi * (angle + sine * total) if freedom % 2 else sine * total
+
+
+def student_quantile(level: float, freedom: int) -> float:
+    """The t within which `level` of Student's distribution lies, on both sides together."""
+    low, high = 0.0, 1.0
+    while student(high, freedom) < level:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, freedom) < level else (low, middle)
+    return high
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
+    """Student's interval of the mean of independent values, such as one a seed; None for a lone one."""
+    count = len(values)
+    if count < 2:
+        return None
+    half = student_quantile(level, count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
 def resampled_means(strata: Sequence[np.ndarray], *, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
     """Means of `resamples` draws with replacement, each stratum from itself.  float64 [resamples]."""
     rng = np.random.default_rng(seed)
@@ -160,14 +192,18 @@ class Series:
     def key(self) -> tuple[str, str, int, str]:
         return self.suite, self.task, self.length, self.metric
 
+    def named(self) -> dict:
+        """The key as a dict."""
+        return dict(zip(("suite", "task", "length", "metric"), self.key, strict=True))
+
+    def raw(self) -> dict:
+        """For values.json: the values themselves."""
+        return self.named() | {"paired": self.paired, "strata": [np.asarray(v).tolist() for v in self.strata]}
+
     def score(self) -> dict:
         """For results.json: the number, how many samples it rests on, and its interval (null for a lone one)."""
         bounds = interval(self.strata)
-        return {
-            "suite": self.suite,
-            "task": self.task,
-            "length": self.length,
-            "metric": self.metric,
+        return self.named() | {
             "samples": int(sum(len(values) for values in self.strata)),
             "score": mean(self.strata),
             "interval": [bounds.low, bounds.high] if bounds else None,
@@ -183,7 +219,6 @@ def comparisons(first: list[Series], second: list[Series]) -> list[dict]:
         other = others.get(series.key)
         if other is None or [len(v) for v in series.strata] != [len(v) for v in other.strata]:
             continue
-        named = dict(zip(("suite", "task", "length", "metric"), series.key, strict=True))
         compared = compare if series.paired else compare_unpaired
-        result.append(named | compared(series.strata, other.strata))
+        result.append(series.named() | compared(series.strata, other.strata))
     return result

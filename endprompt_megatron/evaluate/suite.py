@@ -6,6 +6,7 @@ models, text, lengths, seeds, versions, times.
 """
 
 import gc
+import json
 import os
 import platform
 import tempfile
@@ -25,7 +26,7 @@ from endprompt_megatron.evaluate.progress import Progress
 from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED, Settings
 from endprompt_megatron.evaluate.split import Alone, ModelRanks, Part
 from endprompt_megatron.evaluate.statistics import Series, comparisons
-from endprompt_megatron.files import disk_errors, read_json, write_json
+from endprompt_megatron.files import disk_errors, read_json, write_json, write_text
 
 OpenEngine = Callable[[Model], Engine]
 
@@ -177,7 +178,8 @@ def _put_together(inputs: Inputs, out: Path, counts: dict[str, int]) -> dict:
         results["comparisons"] = comparisons(series[BASELINE], series[EXTENDED])
     results["seconds"] = round(total, 2)
     results["versions"] = _versions()
-    _write(results, out)
+    values = {label: [each.raw() for each in of_model] for label, of_model in series.items()}
+    _write(results, values, out)
     return results
 
 
@@ -188,13 +190,14 @@ def _described(model: Model, said: Path) -> dict:
     return {"path": str(model.weights), "window": model.window}
 
 
-def _write(results: dict, out: Path) -> None:
+def _write(results: dict, values: dict, out: Path) -> None:
     from endprompt_megatron.evaluate.plots import write_plots
 
     with disk_errors(out, "--out"), tempfile.TemporaryDirectory(prefix=".plots-", dir=out) as staging:
         write_plots(results, Path(staging))
         for plot in Path(staging).iterdir():
             os.replace(plot, out / plot.name)
+        write_text(out / "values.json", json.dumps({"format": 1, **values}) + "\n")
         write_json(out / "results.json", results)
 
 

@@ -32,7 +32,7 @@ def terminal(results: dict) -> str:
     names = labels(results)
     first = results["measurements"][names[0]]
     parts = []
-    for suite, tables in (("perplexity", _perplexity), ("needle", _needle), ("virtual", _virtual)):
+    for suite, tables in (("perplexity", _perplexity), ("needle", _needle), ("recall", _recall), ("virtual", _virtual)):
         if suite in first:
             parts += tables(results, names)
     for suite in ("ruler", "longbench", "short"):
@@ -88,6 +88,20 @@ def _needle(results: dict, names: list[str]) -> list[str]:
             row += [found, bounds_text(score, 100, 0), f"{cell['recall']:.0%}", f"{cell['logprob']:.2f}"]
         rows.append(row)
     return ["Passkey retrieval at real input lengths\n" + table(header, rows)]
+
+
+def _recall(results: dict, names: list[str]) -> list[str]:
+    measured, scores = results["measurements"], scores_by_key(results)
+    header = ["length", "distance", *(f"{name} {what}" for name in names for what in ("recalled", "95%", "loss"))]
+    rows = []
+    for cells in zip(*(measured[name]["recall"]["cells"] for name in names), strict=True):
+        row = [str(cells[0]["length"]), str(cells[0]["distance"])]
+        for name, cell in zip(names, cells, strict=True):
+            score = lookup(scores, name, "recall", str(cell["distance"]), cell["length"], "recalled")
+            found = f"{round(cell['recalled'] * cell['samples'])} of {cell['samples']}"
+            row += [found, bounds_text(score, 100, 0), f"{cell['loss']:.3f}"]
+        rows.append(row)
+    return ["Facts recalled from held-out text, by distance\n" + table(header, rows)]
 
 
 def _virtual(results: dict, names: list[str]) -> list[str]:

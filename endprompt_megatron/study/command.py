@@ -1,0 +1,90 @@
+"""tools/study.py behind its command line: list, run here, submit to Slurm, compare."""
+
+import argparse
+import os
+import subprocess
+from pathlib import Path
+
+from endprompt_megatron.errors import EXIT_DONE, InputError
+from endprompt_megatron.evaluate.tables_of_scores import table
+from endprompt_megatron.study.cell import Work
+from endprompt_megatron.study.grid import Cell, Study, read_study
+
+ROOT = Path(__file__).resolve().parents[2]  # of the repository
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the options ask; returns the exit code.  Raises InputError."""
+    study = read_study(options.study)
+    cells = study.chosen(options.only)
+    if options.list:
+        print(listing(study, cells))
+        return EXIT_DONE
+    if options.slurm:
+        return submit(study, cells, again=options.again, dry_run=options.dry_run)
+    if not options.report_only:
+        from endprompt_megatron.study.run import run as run_cells
+
+        code = run_cells(study, cells, again=options.again)
+        if code != EXIT_DONE or options.no_report:
+            return code
+    from endprompt_megatron.study.compare import compare
+    from endprompt_megatron.study.page import write
+
+    comparison = compare(study)
+    written = write(comparison, study.out, options.markdown)
+    print("\n".join(map(str, written)))
+    return EXIT_DONE
+
+
+def listing(study: Study, cells: list[Cell]) -> str:
+    """A line a cell: what it trains on and what is done of it."""
+    rows = []
+    for cell in cells:
+        work, recipe = Work(study, cell), cell.recipe
+        trains = ["-"] * 3
+        if cell.trained:
+            trains = [f"{cell.tokens:,}", f"{recipe.train.steps:,}", f"{recipe.context.physical:,}"]
+        left = work.left
+        rows.append([cell.name, *trains, "done" if not left else f"{', '.join(left)} left"])
+    return table(["cell", "tokens", "steps", "physical", "state"], rows)
+
+
+def submit(study: Study, cells: list[Cell], *, again: bool, dry_run: bool) -> int:
+    """An array with a task a cell that is not done, and the comparison after it.  Raises InputError."""
+    left = cells
+    if not dry_run:
+        from endprompt_megatron.study.run import works_of
+
+        left = [work.cell for work in works_of(study, cells, again) if work.left]
+        study.out.mkdir(parents=True, exist_ok=True)
+    if not left:
+        print("all cells are done; --report-only compares them")
+        return EXIT_DONE
+    names = ":".join(cell.name for cell in left)
+    script = str(ROOT / "slurm" / "study.sh")
+    at_once = f"%{study.parallel}" if study.parallel > 1 else ""
+    array = ["sbatch", "--parsable", f"--array=0-{len(left) - 1}{at_once}", script]
+    report = ["sbatch", "--dependency=afterany:JOB", script]
+    common = {"STUDY": str(study.path), "STUDY_OUT": str(study.out)}
+    settings = {**common, "STUDY_CELLS": names}
+    if dry_run:
+        print(" ".join([f"{name}={value}" for name, value in settings.items()] + array))
+        print(" ".join([*(f"{name}={value}" for name, value in common.items()), *report]))
+        return EXIT_DONE
+    job = _sbatch(array, settings)
+    report[1] = f"--dependency=afterany:{job}"
+    after = _sbatch([report[0], "--parsable", *report[1:]], {**common, "STUDY_CELLS": ""})
+    print(f"job {job}: {len(left)} cells; job {after}: their comparison, into {study.out}")
+    return EXIT_DONE
+
+
+def _sbatch(command: list[str], settings: dict[str, str]) -> str:
+    """The job's number.  Raises InputError where there is no Slurm, or it refuses."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
+    except FileNotFoundError:
+        raise InputError("--slurm: there is no sbatch here; leave it out, or submit from the cluster") from None
+    if done.returncode != EXIT_DONE:
+        raise InputError(f"--slurm: sbatch refused ({' '.join(done.stderr.split())})")
+    return done.stdout.strip().split(";")[0]

@@ -1,0 +1,220 @@
+"""The tables of a study's comparison, made of study.json: budgets, scores, losses by position, differences, cost."""
+
+from dataclasses import dataclass
+
+from endprompt_megatron.study.compare import Key
+
+MEANS = ("mean", "all depths", "all distances")  # tasks that sum the others of their suite up
+LOWER_IS_BETTER = ("loss",)
+POSITIONS = "Loss by position in the longest inputs"
+_SUITES = {"ruler": "RULER", "longbench": "LongBench", "needle": "Passkey", "virtual": "Virtual distance"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows` of text; `marks`: cells to be set apart, (row, column)."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+    marks: frozenset[tuple[int, int]] = frozenset()
+
+
+def tables(comparison: dict) -> list[Table]:
+    """Budgets, scores, losses by position, differences to the reference, cost."""
+    found = [_budgets(comparison), *_scores(comparison)]
+    position = _positions(comparison)
+    found += [position] if position else []
+    found += _differences(comparison)
+    return [*found, _cost(comparison)]
+
+
+def _budgets(comparison: dict) -> Table:
+    rows = []
+    for row in comparison["rows"]:
+        t = row["training"]
+        cells = [row["name"], str(len(row["cells"]))]
+        if t is None:
+            cells += ["not trained", *["-"] * 6]
+        else:
+            numbers = (t["tokens"], t["steps"], t["global_batch_size"], t["physical"], t["samples"])
+            cells += [t["method"], t["rope"], *(f"{number:,}" for number in numbers)]
+        rows.append(cells)
+    trained = [row["training"] for row in comparison["rows"] if row["training"]]
+    note = ""
+    if trained:
+        tokens = [t["tokens"] for t in trained]
+        apart, batch = max(tokens) - min(tokens), max(t["global_batch_size"] * t["physical"] for t in trained)
+        note = (
+            f"Tokens consumed differ by {apart:,} at most, less than a global batch ({batch:,})."
+            if apart
+            else f"Every trained row consumed the same {tokens[0]:,} tokens."
+        )
+    header = ["row", "seeds", "method", "RoPE", "tokens", "steps", "sequences a step", "tokens a sequence", "sequences"]
+    return Table("Training budgets", note, header, rows)
+
+
+def key_of(score: dict) -> Key:
+    """Suite, task, length and metric."""
+    return score["suite"], score["task"], score["length"], score["metric"]
+
+
+def groups(keys: list[Key]) -> list[tuple[str, list[Key]]]:
+    """Titles of tables and their columns.
+
+    A suite with many tasks and lengths has its mean over tasks by length, and where tasks are distances a table of
+    those in the longest inputs; one with few of them has them all.
+    """
+    found = []
+    for suite, metric in dict.fromkeys((key[0], key[3]) for key in keys):
+        own = [key for key in keys if (key[0], key[3]) == (suite, metric)]
+        lengths = {key[2] for key in own}
+        summary = [key for key in own if key[1] in MEANS]
+        title = f"{_SUITES.get(suite, suite.capitalize())}, {metric}"
+        if len(own) <= 8 or not summary or len(lengths) == 1:
+            found.append((title, own))
+            continue
+        found.append((f"{title}, {summary[0][1]}", summary))
+        distances = [key for key in own if key[1].isdigit() and key[2] == max(lengths)]
+        if distances:
+            found.append((f"{title}, by distance in inputs of {max(lengths):,} tokens", distances))
+    return found
+
+
+def _columns(keys: list[Key]) -> list[str]:
+    several_tasks = len({key[1] for key in keys}) > 1
+    several_lengths = len({key[2] for key in keys}) > 1
+    heads = []
+    for _, task, length, _ in keys:
+        task = f"{int(task):,}" if task.isdigit() else task
+        words = [task] * several_tasks + [f"{length:,}" if length else "all"] * (several_lengths or not several_tasks)
+        heads.append(" at ".join(words))
+    return heads
+
+
+def all_keys(comparison: dict, part: str) -> list[Key]:
+    return list(dict.fromkeys(key_of(score) for row in comparison["rows"] for score in row[part]))
+
+
+def form(metric: str) -> tuple[float, int]:
+    """Scale and digits: losses in nats, shares in percent."""
+    return (1.0, 3) if metric in LOWER_IS_BETTER else (100.0, 1)
+
+
+def _scores(comparison: dict) -> list[Table]:
+    found = []
+    for title, keys in groups(all_keys(comparison, "scores")):
+        scale, digits = form(keys[0][3])
+        lower = keys[0][3] in LOWER_IS_BETTER
+        rows, means = [], []
+        for row in comparison["rows"]:
+            at = {key_of(score): score for score in row["scores"]}
+            rows.append([row["name"], *(_value(at.get(key), scale, digits) for key in keys)])
+            trained = row["trained"]
+            means.append([at[key]["mean"] if trained and key in at else None for key in keys])
+        marks = set()
+        for column in range(len(keys)):
+            there = [(values[column], line) for line, values in enumerate(means) if values[column] is not None]
+            best = (min if lower else max)(there, default=(None, 0))[0]
+            marks |= {(line, column + 1) for value, line in there if value == best}
+        note = (
+            f"{'Nats, lower is better' if lower else 'Percent, higher is better'}; mean over seeds, ± half of "
+            "Student's 95% interval over seeds where there are several. Bold: the best trained row."
+        )
+        found.append(Table(title, note, ["row", *_columns(keys)], rows, frozenset(marks)))
+    return found
+
+
+def _value(score: dict | None, scale: float, digits: int) -> str:
+    if score is None:
+        return "-"
+    text = f"{scale * score['mean']:.{digits}f}"
+    if score["over_seeds"] is not None:
+        low, high = score["over_seeds"]
+        text += f" ±{scale * (high - low) / 2:.{digits}f}"
+    return text
+
+
+def _positions(comparison: dict) -> Table | None:
+    with_losses = [row for row in comparison["rows"] if row["by_position"]]
+    if not with_losses:
+        return None
+    buckets = with_losses[0]["by_position"]
+    every = max(1, len(buckets) // 8)
+    chosen = [range(start, min(start + every, len(buckets))) for start in range(0, len(buckets), every)]
+    header = ["row", *(f"{buckets[of[0]]['start']:,}-{buckets[of[-1]]['end']:,}" for of in chosen)]
+    rows = []
+    for row in with_losses:
+        losses = [row["by_position"][place] for place in range(len(buckets))]
+        cells = []
+        for of in chosen:
+            tokens = [losses[place]["end"] - losses[place]["start"] for place in of]
+            total = sum(losses[place]["loss"] * count for place, count in zip(of, tokens, strict=True))
+            cells.append(f"{total / sum(tokens):.3f}")
+        rows.append([row["name"], *cells])
+    return Table(POSITIONS, "Nats, mean over seeds.", header, rows)
+
+
+def _differences(comparison: dict) -> list[Table]:
+    reference, found = comparison["reference"], []
+    if reference is None:
+        return []
+    for title, keys in groups(all_keys(comparison, "differences")):
+        scale, digits = form(keys[0][3])
+        rows, marks = [], set()
+        for row in comparison["rows"]:
+            at = {key_of(each): each for each in row["differences"]}
+            if not at:
+                continue
+            for column, key in enumerate(keys):
+                if key in at and at[key]["beyond_noise"]:
+                    marks.add((len(rows), column + 1))
+            rows.append([row["name"], *(_change(at.get(key), scale, digits) for key in keys)])
+        note = (
+            f"Row minus {reference}, question by question and seed by seed"
+            f"{' (nats, negative is better)' if scale == 1 else ' (percent points)'}; in brackets the wider of the "
+            "two 95% intervals, over seeds and over questions. Bold: neither holds 0. Each comparison stands alone: "
+            "of twenty that differ by chance only, about one is bold."
+        )
+        found.append(
+            Table(f"{title}: difference to {reference}", note, ["row", *_columns(keys)], rows, frozenset(marks))
+        )
+    return found
+
+
+def _change(each: dict | None, scale: float, digits: int) -> str:
+    if each is None:
+        return "-"
+    text = f"{scale * each['difference']:+.{digits}f}"
+    bounds = [b for b in (each["over_seeds"], each["over_questions"]) if b is not None]
+    if bounds:
+        low, high = max(bounds, key=lambda b: b[1] - b[0])
+        text += f" ({scale * low:+.{digits}f} to {scale * high:+.{digits}f})"
+    return text
+
+
+def _cost(comparison: dict) -> Table:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rows = []
+    for row in comparison["rows"]:
+        cost = row["cost"]
+        rows.append(
+            [
+                row["name"],
+                number(cost["step_seconds"], ",.1f"),
+                number(cost["tokens_per_s"], ",.0f"),
+                number(cost["memory_gib"], ".2f"),
+                number(cost["cpu_seconds"].get("train"), ",.0f"),
+                number(cost["seconds"].get("train"), ",.0f"),
+                number(cost["seconds"].get("evaluate"), ",.0f"),
+            ]
+        )
+    header = ["row", "steps, s", "tokens/s", "peak memory, GiB", "training, CPU s", "training, s", "evaluation, s"]
+    note = (
+        "Of a cell, means over seeds (memory: the highest of a rank). Steps: the sum of the steps' times; training and "
+        "evaluation with the start of their processes."
+    )
+    return Table("Cost", note, header, rows)

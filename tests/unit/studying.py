@@ -1,0 +1,62 @@
+"""A small study that is right, and made-up cells."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from unit.starting import RECIPE
+
+from endprompt_megatron.study.cell import Work
+from endprompt_megatron.study.grid import Study, read_study
+
+STUDY = """
+base: recipe.yaml
+out: study
+title: A small study
+axes:
+  method:
+    short: {context.method: short}
+    full: {context.method: full, context.physical: 256, train.global_batch_size: 2}
+    end_prompt: {context.method: end_prompt}
+  rope: {linear: {}, yarn: {context.rope.type: yarn}}
+  seed: [1, 2, 3]
+exclude: [{method: full, rope: yarn}]
+untrained: {base: null, interpolated: {context.rope.type: linear}}
+overrides: {train.tokens: 4096, optim.warmup_steps: 1}
+evaluation: {suite: [perplexity], lengths: [64, 128], scored: 16, windows: 2, text: train, beyond_window: true}
+reference: short-linear
+"""
+
+
+def write_study(directory: Path, text: str = STUDY, **replaced: str) -> Path:
+    """study.yaml in `directory`, with one part of its text replaced by another for each of `replaced`' pairs."""
+    for old, new in replaced.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    path = directory / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def made_up(directory: Path, values: dict[str, np.ndarray], text: str = STUDY) -> Study:
+    """The study with finished cells that nobody trained: `values` of one recall score, by cell."""
+    (directory / "recipe.yaml").write_text(RECIPE)
+    study = read_study(write_study(directory, text.replace("out: study", f"out: {directory / 'study'}")))
+    for cell in study.cells:
+        if cell.name not in values:
+            continue
+        work = Work(study, cell)
+        work.begin()
+        cost = {"tokens": cell.tokens, "samples": 1, "steps": 2, "step_seconds": 3.0, "tokens_per_s": 5.0}
+        work.state["cost"] = cost | {"memory_gib": 0.5} if cell.trained else {}
+        for stage in work.stages:
+            work.state["stages"][stage] = {"seconds": 1.0, "cpu_seconds": 2.0, "options": work.options}
+        work.write()
+        found = work.directory / "evaluation"
+        found.mkdir(exist_ok=True)
+        entry = {"suite": "recall", "task": "64", "length": 128, "metric": "loss", "paired": True}
+        entry["strata"] = [list(map(float, values[cell.name]))]
+        (found / "values.json").write_text(json.dumps({"format": 1, "extended": [entry]}))
+        results = {"settings": {"seed": 0}, "text": {"sha256": "1"}, "measurements": {"extended": {}}}
+        (found / "results.json").write_text(json.dumps(results))
+    return study
