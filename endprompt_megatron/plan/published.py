@@ -62,16 +62,16 @@ def published_config(name: str) -> dict | None:
     model that was extended to that window.
     """
     plain = plain_name(name)
+    extended = re.fullmatch(r"(.+)-(\d+)k", plain)
+    if extended:
+        base = published_config(extended.group(1))
+        return base and {**base, "max_position_embeddings": 1024 * int(extended.group(2))}
     return CONFIGS.get("mistral-7b-v0.3" if plain == "mistral-7b-instruct-v0.3" else plain)
 
 
 def plain_name(name: str) -> str:
     """A model's name without its maker and ending, in small letters: llama-3-8b for Meta-Llama-3-8B-Instruct."""
     plain = PurePath(name).name.lower().replace("_", "-").replace(" ", "-")
-    extended = re.fullmatch(r"(.+)-(\d+)k", plain)
-    if extended:
-        base = published_config(extended.group(1))
-        return base and {**base, "max_position_embeddings": 1024 * int(extended.group(2))}
     for maker in _MAKERS:
         plain = plain.removeprefix(maker)
     for _ in _ENDINGS:

@@ -79,7 +79,7 @@ def test_killed_at_any_moment_it_resumes_to_the_last_bit(jobs, place):
     logged = lost = written = 0
     for attempt in range(KILLS):
         beside = attempt % 2 == 1
-        before = newest(run)
+        before, log = newest(run), steps_of(run) if run.is_dir() else []
         asynchronous = f"checkpoint.async={str(beside).lower()}"
         job = jobs.start(place / "recipe.yaml", f"checkpoint.dir={run}", asynchronous, "train.steps=3000")
         # Half of them while something is written, the others at any moment: starting, loading, training.
@@ -98,7 +98,8 @@ def test_killed_at_any_moment_it_resumes_to_the_last_bit(jobs, place):
         assert not [child for child in children if child.is_running()], "processes stayed behind"
         logged = max((step for step, _, _ in steps_of(run)), default=0)
         assert newest(run) >= before
-        assert logged - newest(run) <= INTERVAL * (2 if beside else 1), job.said()
+        if steps_of(run) != log:  # a run that was killed before its first step left the log of the one before it
+            assert logged - newest(run) <= INTERVAL * (2 if beside else 1), job.said()
         lost = max(lost, logged - newest(run))
     assert written >= KILLS // 4
     print(f"killed {KILLS} times, {written} while writing; at step {logged}; lost {lost} steps at most")
