@@ -83,15 +83,15 @@ def document(rng: random.Random, vocabulary: dict[str, list[str]], length: int, 
 
 
 def drill(rng: random.Random, vocabulary: dict[str, list[str]], length: int, shortest: int, longest: int) -> str:
-    """About `length` tokens of rows of random words, each said again and again: nothing but copying.
+    """`length` tokens of rows of random words, each said two to four times in a row: nothing but copying.
 
     No full stops: with a token that frequent in them, a small model takes many times as long to find copying.
     """
     every = [word for kind in vocabulary.values() for word in kind]
     said: list[str] = []
     while len(said) < length:
-        said += [rng.choice(every) for _ in range(rng.randint(shortest, longest))] * rng.randint(3, 6)
-    return " " + " ".join(said)
+        said += [rng.choice(every) for _ in range(rng.randint(shortest, longest))] * rng.randint(2, 4)
+    return " " + " ".join(said[:length])
 
 
 def recall_form() -> dict:
