@@ -1,10 +1,12 @@
 """Text in which retrieval matters: made-up prose between facts that are told once and asked for later.
 
-A document is a row of sentences of four kinds:
+A document is a row of sentences of three kinds:
   prose      words that follow one another by a fixed chain, so that a small model learns them quickly
-  fact       "note KEY V V." with a key that this document has not used lately and values drawn at random
-  question   "ask KEY V V." for a fact told earlier; only who finds the fact can tell the values
-  quotation  "quote W .. W." and later "again W .. W.", the same words
+  fact       "note STEMending.", a stem that this document has not used lately with an ending drawn at random
+  question   "ask STEM STEMending." for a fact told earlier: the ending can be known only from there
+
+A stem with its ending is one token, so that looking a fact up takes one step of attention; two steps (find the stem,
+read what follows it) come about in models of this size only after many times the tokens that this study spends.
 
 Distances between what is told and what is asked are log-uniform from the nearest to the longest that is wanted, as
 references in real texts are mostly near and sometimes far.  Pure functions of a seed; no torch.
@@ -14,21 +16,26 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-VALUES = 2  # words of a value
-MARKS = ("note", "ask", "quote", "again")  # the words that open a sentence of each kind
-SPAN = 10  # words of a quotation
-_FORGET = 2304  # tokens after which a key may be told anew: above the study's target
+MARKS = ("note", "ask")  # the words that open a sentence of a kind
+_NEAREST = 8  # tokens between a fact and its question
 
 
 def words(seed: int = 0) -> dict[str, list[str]]:
-    """The vocabulary by kind: prose, keys, values; no word is in two of them."""
+    """The vocabulary by kind: prose, stems, endings; no word of prose is a stem."""
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
     pairs = [a + b for a, b in itertools.product(syllables, syllables)]
     random.Random(seed).shuffle(pairs)
-    return {"prose": pairs[:40], "keys": pairs[40:136], "values": pairs[136:160]}
+    return {"prose": pairs[:40], "stems": pairs[40:136], "endings": ["x", "ch", "sh", "ss", "th", "nk"]}
+
+
+def every_word() -> list[str]:
+    """All words that are to be one token."""
+    vocabulary = words()
+    inflected = [stem + ending for stem in vocabulary["stems"] for ending in vocabulary["endings"]]
+    return [*vocabulary["prose"], *vocabulary["stems"], *inflected, *MARKS]
 
 
 def chain(prose: list[str], seed: int = 0) -> dict[str, list[str]]:
@@ -37,81 +44,65 @@ def chain(prose: list[str], seed: int = 0) -> dict[str, list[str]]:
     return {word: rng.sample(prose, 6) for word in prose}
 
 
-def document(rng: random.Random, vocabulary: dict[str, list[str]], length: int, nearest: int, longest: int) -> str:
-    """About `length` tokens (a word and a full stop are one each), distances from `nearest` to `longest` tokens."""
+def document(rng: random.Random, length: int, longest: int, facts: float) -> str:
+    """About `length` tokens (a word and a full stop are one each).
+
+    `longest`: distance of a question, in tokens; `facts`: their share of the sentences that are no questions.
+    """
+    vocabulary = words()
     follow = chain(vocabulary["prose"])
     sentences: list[str] = []
     due: list[tuple[int, str]] = []  # at which token a sentence is to come
     told: dict[str, int] = {}
     at, word = 0, rng.choice(vocabulary["prose"])
 
-    def say(text: str, count: int) -> None:
+    def say(said: list[str]) -> None:
         nonlocal at
-        sentences.append(text + ".")
-        at += count + 1
-
-    def later() -> int:
-        return at + round(math.exp(rng.uniform(math.log(nearest), math.log(longest))))
+        sentences.append(" ".join(said) + ".")
+        at += len(said) + 1
 
     while at < length:
         due.sort()
-        if due and due[0][0] <= at + VALUES + 2:
-            _, text = due.pop(0)
-            say(text, text.count(" ") + 1)
-            continue
-        kind = rng.random()
-        if kind < 0.3:
-            key = rng.choice(vocabulary["keys"])
-            if told.get(key, -_FORGET) > at - _FORGET:
-                continue
-            told[key] = at
-            value = " ".join(rng.choice(vocabulary["values"]) for _ in range(VALUES))
-            say(f"note {key} {value}", VALUES + 2)
+        if due and due[0][0] <= at:
+            stem, inflected = due.pop(0)[1].split()
+            say(["ask", stem, inflected])
+        elif rng.random() < facts:
+            stem = rng.choice(vocabulary["stems"])
+            if at - told.get(stem, -math.inf) < longest + _NEAREST * 8:
+                continue  # its questions may still come
+            told[stem] = at
+            inflected = stem + rng.choice(vocabulary["endings"])
+            say(["note", inflected])
             for _ in range(rng.choice((1, 1, 2))):
-                due.append((later(), f"ask {key} {value}"))
-        elif kind < 0.4:
-            span = " ".join(rng.choice(vocabulary["prose"]) for _ in range(SPAN))
-            say(f"quote {span}", SPAN + 1)
-            due.append((later(), f"again {span}"))
+                distance = math.exp(rng.uniform(math.log(_NEAREST), math.log(longest)))
+                due.append((at + round(distance), f"{stem} {inflected}"))
         else:
             said = []
             for _ in range(rng.randint(4, 9)):
                 word = rng.choice(follow[word])
                 said.append(word)
-            say(" ".join(said), len(said))
+            say(said)
     return " " + " ".join(sentences)
-
-
-def drill(rng: random.Random, vocabulary: dict[str, list[str]], length: int, shortest: int, longest: int) -> str:
-    """About `length` tokens of rows of random words, each said again and again: nothing but copying.
-
-    No full stops: with a token that frequent in them, a small model takes many times as long to find copying.
-    """
-    every = [word for kind in vocabulary.values() for word in kind]
-    said: list[str] = []
-    while len(said) < length:
-        said += [rng.choice(every) for _ in range(rng.randint(shortest, longest))] * rng.randint(3, 6)
-    return " " + " ".join(said)
 
 
 def recall_form() -> dict:
     """Facts and questions of this corpus, for the recall suite of tools/evaluate.py."""
     vocabulary = words()
     return {
-        "fact": " note {key} {value}.",
+        "fact": " note {key}{value}.",
         "question": " ask {key}",
-        "keys": tuple(vocabulary["keys"]),
+        "answer": " {key}{value}",
+        "keys": tuple(vocabulary["stems"]),
         "key_words": 1,
-        "values": tuple(vocabulary["values"]),
-        "value_words": VALUES,
+        "values": tuple(vocabulary["endings"]),
+        "value_words": 1,
     }
 
 
-def documents(make: Callable[..., str], count: int, seed: int, *bounds: int) -> Iterator[str]:
-    """`count` texts of `document` or `drill`, each from its own random numbers; `bounds` are their last arguments."""
-    vocabulary = words()
+def documents(count: int, seed: int, length: int, longest: int, facts: float) -> Iterator[str]:
+    """`count` documents, each from its own random numbers."""
     for number in range(count):
-        yield make(random.Random(f"{seed}/{number}"), vocabulary, *bounds)
+        yield document(random.Random(f"{seed}/{number}"), length, longest, facts)
 
 
 def write_jsonl(path: Path, texts: Iterator[str]) -> None:

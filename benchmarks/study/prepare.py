@@ -3,10 +3,8 @@
 
     python benchmarks/study/prepare.py [--out runs/study]
 
-What is there already is not made again.  The model learns in three lessons, all with method `full` and no RoPE scaling:
-rows of 16 tokens of nothing but repetition, in which copying comes about within 100 steps (in rows of 64 it does not
-within 500), then longer ones, then 256 tokens of the corpus with distances that fit them.  OUT/base is the Hugging Face
-model of window 256 that the study extends.
+What is there already is not made again.  The model learns with method `full` and no RoPE scaling, in rows of 256 tokens
+of the corpus with distances that fit them.  OUT/base is the Hugging Face model of window 256 that the study extends.
 """
 
 import argparse
@@ -26,15 +24,12 @@ from endprompt_megatron.evaluate.recall import Form, form_as_json  # noqa: E402
 from endprompt_megatron.files import staged_directory, write_text  # noqa: E402
 from endprompt_megatron.prompts import PROMPTS  # noqa: E402
 
-WINDOW, TARGET = 256, 2048
-LONG = 8192  # tokens of a document
-# Of each text: kind, documents, seed, the nearest and longest distance, or the shortest and longest row of a drill.
+WINDOW, TARGET, VOCABULARY = 256, 2048, 1536
+# Of each text: documents, seed, tokens of a document, longest distance, share of facts.
 TEXTS = {
-    "drills": (corpus.drill, 120, 1, 3, 6),
-    "rows": (corpus.drill, 120, 2, 4, 30),
-    "near": (corpus.document, 400, 3, 8, 200),
-    "far": (corpus.document, 160, 4, 8, TARGET - 128),
-    "held_out": (corpus.document, 24, 5, 8, TARGET - 128),
+    "near": (400, 1, 8192, 200, 0.4),
+    "far": (160, 2, 8192, TARGET - 128, 0.2),
+    "held_out": (24, 3, 8192, TARGET - 128, 0.2),
 }
 MODEL = dict(
     hidden_size=128,
@@ -45,16 +40,10 @@ MODEL = dict(
     max_position_embeddings=WINDOW,
     tie_word_embeddings=True,
     initializer_range=0.02,
-    rope_parameters={"rope_type": "default", "rope_theta": 500.0},  # wavelengths for a window of 256
     bos_token_id=0,
     eos_token_id=1,
 )
-# Text, tokens of a row, sequences a step, tokens in all, learning rate and how it goes on.
-LESSONS = (
-    ("drills", 16, 128, 900_000, 2e-3, "constant"),
-    ("rows", 64, 32, 900_000, 2e-3, "constant"),
-    ("near", 256, 16, 2_500_000, 2e-3, "cosine"),
-)
+LESSON = {"tokens": 3_000_000, "global_batch_size": 16, "micro_batch_size": 16, "log_interval": 10}
 
 
 def main() -> None:
@@ -65,42 +54,36 @@ def main() -> None:
     (out / "data").mkdir(parents=True, exist_ok=True)
     form = corpus.recall_form()
     write_text(out / "recall.json", form_as_json(Form(**form)))
-    for name, (kind, count, seed, *bounds) in TEXTS.items():
+    for name, what in TEXTS.items():
         path = out / "data" / f"{name}.jsonl"
         if not path.exists():
-            corpus.write_jsonl(path, corpus.documents(kind, count, seed, LONG, *bounds))
+            corpus.write_jsonl(path, corpus.documents(*what))
     if not (out / "untaught").exists():
         untaught(out / "untaught", out / "data" / "near.jsonl")
     for name in TEXTS:
         if not (out / "data" / f"{name}.idx").exists():
             source, prefix = out / "data" / f"{name}.jsonl", out / "data" / name
             tool("prepare_data.py", "--input", source, "--tokenizer", out / "untaught", "--out", prefix)
-    start = out / "untaught"
-    for name, row, batch, tokens, lr, schedule in LESSONS:
-        lesson = out / f"lesson_{name}"
-        recipe = {
-            "model": {"hf": str(out / "untaught"), "init_from": str(start)},
-            # Nothing is extended: the window of the config that is exported is the row, and RoPE stays as it is.
-            "context": {
-                "method": "full",
-                "original": row // 2,
-                "target": row,
-                "physical": row,
-                "rope": {"type": "none"},
-            },
-            "data": {"train": str(out / "data" / name)},
-            "train": {"tokens": tokens, "global_batch_size": batch, "micro_batch_size": batch, "log_interval": 10},
-            "optim": {"lr": lr, "min_lr": lr / 10, "schedule": schedule, "warmup_steps": 50},
-            "precision": {"dtype": "float32"},
-            "checkpoint": {"dir": str(lesson), "interval": 500, "keep": 1},
-            "log": {"tensorboard": False},
-        }
-        write_text(out / f"lesson_{name}.yaml", json.dumps(recipe, indent=1))
-        if not (out / "base").exists():
-            tool("extend.py", out / f"lesson_{name}.yaml")
-        start = lesson / "checkpoints"
-    if not (out / "base").exists():
-        tool("convert_megatron_to_hf.py", "--megatron", start, "--out", out / "base", "--workers", 1)
+    if (out / "base").exists():
+        return
+    recipe = {
+        "model": {"hf": str(out / "untaught"), "init_from": str(out / "untaught")},
+        # Nothing is extended: the window of the config that is exported is the row, and RoPE stays as it is.
+        "context": {
+            **{"method": "full", "original": WINDOW // 2, "target": WINDOW, "physical": WINDOW},
+            "rope": {"type": "none"},
+        },
+        "data": {"train": str(out / "data" / "near")},
+        "train": LESSON,
+        "optim": {"lr": 2e-3, "min_lr": 2e-4, "schedule": "cosine", "warmup_steps": 50},
+        "precision": {"dtype": "float32"},
+        "checkpoint": {"dir": str(out / "lesson"), "interval": 500, "keep": 1},
+        "log": {"tensorboard": False},
+    }
+    write_text(out / "lesson.yaml", json.dumps(recipe, indent=1))
+    tool("extend.py", out / "lesson.yaml")
+    checkpoints = out / "lesson" / "checkpoints"
+    tool("convert_megatron_to_hf.py", "--megatron", checkpoints, "--out", out / "base", "--workers", 1)
 
 
 def untaught(directory: Path, corpus_file: Path) -> None:
@@ -114,7 +97,7 @@ def untaught(directory: Path, corpus_file: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=640,
+        vocab_size=VOCABULARY,
         special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -123,12 +106,11 @@ def untaught(directory: Path, corpus_file: Path) -> None:
     tokenizer.train_from_iterator(
         [*texts, *(f" {prompt}" for prompt in PROMPTS.values() for _ in range(2000))], trainer
     )
-    every = [word for kind in corpus.words().values() for word in kind]
-    split = [word for word in [*every, *corpus.MARKS] if len(tokenizer.encode(f" {word}").ids) != 1]
+    split = [word for word in corpus.every_word() if len(tokenizer.encode(f" {word}").ids) != 1]
     if split:
         raise InputError(f"{len(split)} words are more than one token, such as {split[0]}: enlarge the vocabulary")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=640, **MODEL))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **MODEL))
     with staged_directory(directory) as staging:
         model.save_pretrained(staging)
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[1])

@@ -33,10 +33,11 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class Form:
-    """Texts of a fact, which ends in its value and what follows, and of a question, which the value goes on from."""
+    """Texts of a fact, which contains the answer, of a question, and of the answer that goes on from it."""
 
     fact: str = "\nThe code of {key} is {value}.\n"
     question: str = "\nThe code of {key} is"
+    answer: str = " {value}"
     keys: tuple[str, ...] = tuple(_WORDS)
     key_words: int = 2
     values: tuple[str, ...] = tuple("0123456789")
@@ -59,8 +60,9 @@ def read_form(path: Path | str | None) -> Form:
                 raise InputError(f"--recall-form {path}: {name} should be a list of words")
             given[name] = tuple(given[name])
     form = Form(**given)
-    if "{key}" not in form.fact or "{value}" not in form.fact or "{key}" not in form.question:
-        raise InputError(f"--recall-form {path}: fact needs {{key}} and {{value}}, question needs {{key}}")
+    for name, needs in (("fact", "{key}"), ("fact", form.answer.strip()), ("question", "{key}"), ("answer", "{value}")):
+        if needs not in getattr(form, name):
+            raise InputError(f"--recall-form {path}: {name}={getattr(form, name)!r} should have {needs} in it")
     return form
 
 
@@ -142,11 +144,11 @@ def build_row(
             break
     else:
         raise InputError(f"--recall-form: all keys are in {length} tokens of the text already; give more keys")
-    before = form.fact.split("{value}")[0].format(key=key).rstrip()
+    before = form.fact.split(form.answer.strip())[0].format(key=key).rstrip()
     fact = tokenizer.encode(form.fact.format(key=key, value=value))
     question = tokenizer.encode(form.question.format(key=key))
-    answer = continuation(tokenizer, form.question.format(key=key), f" {value}")
-    told = len(tokenizer.encode(before))  # tokens of the fact before its value
+    answer = continuation(tokenizer, form.question.format(key=key), form.answer.format(key=key, value=value))
+    told = len(tokenizer.encode(before))  # tokens of the fact before the answer in it
     room = length - len(fact) - len(question) - len(answer)
     place = length - len(answer) - distance - told
     if room < 0 or not 0 <= place <= room:

@@ -120,7 +120,7 @@ def test_the_bounds_that_an_error_names_can_be_used(tokenizer, text):
     ("form", "needle"),
     [
         ({"facts": "x"}, "unknown facts"),
-        ({"fact": "no key"}, r"fact needs \{key\} and \{value\}"),
+        ({"fact": "no key"}, r"fact='no key' should have \{key\} in it"),
         ({"keys": []}, "keys should be a list of words"),
         ({"values": [1]}, "values should be a list of words"),
     ],

@@ -120,7 +120,7 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is_refused(whole):
         write_study(whole, STUDY)
 
 
-def test_a_signal_leads_to_exit_code_75_and_wrong_input_of_a_stage_to_one_line(whole, grounds):
+def test_a_signal_leads_to_exit_code_75_and_wrong_input_of_a_stage_to_one_line(grounds):
     directory = grounds / "killed"
     text = STUDY.replace("out: study", "out: other").replace("text: train", "text: none")
     write_study(directory, text)
