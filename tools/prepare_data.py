@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from endprompt_megatron.data.chat import AUTO, FORMATS
 from endprompt_megatron.errors import InputError, run_cli
 
 
@@ -55,8 +56,8 @@ def main() -> None:
     parser.add_argument(
         "--chat",
         nargs="?",
-        const="auto",
-        choices=("auto", "messages", "conversations", "alpaca", "prompt"),
+        const=AUTO,
+        choices=(AUTO, *FORMATS),
         help="the inputs hold conversations; their format is recognised by its keys, or named. Also writes PREFIX.mask",
     )
     parser.add_argument("--chat-template", metavar="FILE", help="with --chat: Jinja, in place of the tokenizer's own")

@@ -64,6 +64,8 @@ def _of_model(run: Run, model: Model, measured: Measured) -> list[str]:
     missing = [words for suite, words in _QUESTIONS.items() if suite not in there]
     if missing:
         points.append(f"Not run: {'; '.join(missing)}.")
+    for what, reason in ((run.evaluation or {}).get("left_out") or {}).items():
+        points.append(f"Asked for and left out: {escape(what)} ({escape(reason)}).")
     if "ruler" in there and (there["ruler"].get("left_out") or there["ruler"].get("notes")):
         points.append("RULER's published benchmark: it was asked in part or from other sources, as its section says.")
     if "longbench" in there and not (there["longbench"].get("mean_21") or {}).get("complete", False):
@@ -75,7 +77,7 @@ def _real_lengths(model: Model) -> list[int]:
     """Lengths of real inputs in tokens, of any suite that says them."""
     settings, there = model.settings, model.measured
     lengths = []
-    if any(suite in there for suite in ("perplexity", "ruler", "needle")):
+    if any(suite in there for suite in ("perplexity", "ruler", "needle", "recall")):
         lengths += settings.get("lengths") or []
     if "needle" in there:
         lengths += settings.get("needle_lengths") or []

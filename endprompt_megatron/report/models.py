@@ -79,10 +79,6 @@ class Measured:
                 found.append(f"Left out: {model.name} measured other inputs than {first.name} ({names}).")
         return found
 
-    def run_of(self, suite: str) -> list[Model]:
-        """The runs' own models among `of`."""
-        return [model for model in self.of(suite) if model.label == EXTENDED and model.key not in _BESIDE]
-
     def as_results(self, suite: str) -> dict:
         """The models of a suite in the form of results.json, keys in the place of labels, for evaluate/plots.py."""
         models = self.of(suite)
@@ -94,9 +90,6 @@ class Measured:
     def _reference(self, suite: str) -> Model | None:
         there = [model for model in self.models if suite in model.measured]
         return next((model for model in there if model.key == "extended"), there[-1] if there else None)
-
-
-_BESIDE = ("untrained", "control")
 
 
 def measured_models(runs: Runs) -> Measured:

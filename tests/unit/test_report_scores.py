@@ -127,10 +127,12 @@ def test_what_was_measured_is_not_listed_as_missing(one, measured, results, tmp_
     for label in ("baseline", "extended"):
         for suite in ("longbench", "short"):
             del results["measurements"][label][suite]
+    results["left_out"] = {"short": "needs lm-eval <here>"}
     (run / "evaluation" / "results.json").write_text(json.dumps(results))
     text = part(write_report([run]).read_text(), "limits")
     assert "Not run: questions about and summaries of real documents (LongBench); what the extension costs" in text
     assert "(RULER)" not in text
+    assert "Asked for and left out: short (needs lm-eval <here>)." in text
 
 
 def test_the_page_forbids_every_request(one):
