@@ -5,8 +5,8 @@ A document is a row of sentences of three kinds:
   fact       "note STEMending.", a stem that this document has not used lately with an ending drawn at random
   question   "ask STEM STEMending." for a fact told earlier: the ending can be known only from there
 
-A stem with its ending is one token, so that looking a fact up takes one step of attention; two steps (find the stem,
-read what follows it) come about in models of this size only after many times the tokens that this study spends.
+A stem with its ending is one token, so that looking a fact up takes one step of attention instead of two (find the
+stem, read what follows it), which is meant to keep the first lesson short.
 
 Distances between what is told and what is asked are log-uniform from the nearest to the longest that is wanted, as
 references in real texts are mostly near and sometimes far.  Pure functions of a seed; no torch.
