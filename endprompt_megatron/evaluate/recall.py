@@ -54,12 +54,27 @@ def read_form(path: Path | str | None) -> Form:
         raise InputError(
             f"--recall-form {path}: unknown {', '.join(sorted(unknown))}; it has {', '.join(asdict(Form()))}"
         )
-    for name in ("keys", "values"):
-        if name in given:
-            if not isinstance(given[name], list) or not given[name] or not all(isinstance(w, str) for w in given[name]):
+    for name, value in given.items():
+        usual = getattr(Form(), name)
+        if isinstance(usual, tuple):
+            if not isinstance(value, list) or not value or not all(isinstance(w, str) for w in value):
                 raise InputError(f"--recall-form {path}: {name} should be a list of words")
-            given[name] = tuple(given[name])
+            given[name] = tuple(value)
+        elif type(value) is not type(usual) or (isinstance(value, int) and value < 1):
+            what = "a text" if isinstance(usual, str) else "a number, at least 1"
+            raise InputError(f"--recall-form {path}: {name}={value!r} should be {what}")
     form = Form(**given)
+    if form.key_words > len(form.keys):
+        raise InputError(
+            f"--recall-form {path}: key_words={form.key_words}, but keys has {len(form.keys)} words; give more"
+        )
+    for name in ("fact", "question", "answer"):
+        try:
+            getattr(form, name).format(key="", value="")
+        except (KeyError, IndexError, ValueError):
+            raise InputError(
+                f"--recall-form {path}: {name}={getattr(form, name)!r} should have no braces but {{key}} and {{value}}"
+            ) from None
     for name, needs in (("fact", "{key}"), ("fact", form.answer.strip()), ("question", "{key}"), ("answer", "{value}")):
         if needs not in getattr(form, name):
             raise InputError(f"--recall-form {path}: {name}={getattr(form, name)!r} should have {needs} in it")

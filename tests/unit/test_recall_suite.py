@@ -123,6 +123,11 @@ def test_the_bounds_that_an_error_names_can_be_used(tokenizer, text):
         ({"fact": "no key"}, r"fact='no key' should have \{key\} in it"),
         ({"keys": []}, "keys should be a list of words"),
         ({"values": [1]}, "values should be a list of words"),
+        ({"fact": 5}, "fact=5 should be a text"),
+        ({"key_words": "two"}, "key_words='two' should be a number"),
+        ({"value_words": 0}, "value_words=0 should be a number, at least 1"),
+        ({"keys": ["one"]}, "key_words=2, but keys has 1 words"),
+        ({"question": " {key} {who}"}, "should have no braces but {key} and {value}"),
     ],
 )
 def test_a_form_that_cannot_be_is_refused(tmp_path, form, needle):
