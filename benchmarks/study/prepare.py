@@ -3,8 +3,9 @@
 
     python benchmarks/study/prepare.py [--out runs/study]
 
-What is there already is not made again.  The model learns with method `full` and no RoPE scaling, in rows of 256 tokens
-of the corpus with distances that fit them.  OUT/base is the Hugging Face model of window 256 that the study extends.
+What is there already is not made again.  The model learns with method `full` and no RoPE scaling: first the drills,
+in rows of 32 and 64 tokens, then text in rows of 256.  OUT/base is the Hugging Face model of window 256 that the study
+extends.
 """
 
 import argparse
@@ -24,12 +25,14 @@ from endprompt_megatron.evaluate.recall import Form, form_as_json  # noqa: E402
 from endprompt_megatron.files import staged_directory, write_text  # noqa: E402
 from endprompt_megatron.prompts import PROMPTS  # noqa: E402
 
-WINDOW, TARGET, VOCABULARY = 256, 2048, 1536
-# Of each text: documents, seed, tokens of a document, longest distance, share of facts.
+WINDOW, TARGET, VOCABULARY = 256, 2048, 640
+# Of each text: documents, seed, kind, tokens of a document, then longest distance and share of facts, or keys.
 TEXTS = {
-    "near": (400, 1, 8192, 200, 0.4),
-    "far": (160, 2, 8192, TARGET - 128, 0.2),
-    "held_out": (24, 3, 8192, TARGET - 128, 0.2),
+    "drill_4": (60, 4, corpus.drill, 8192, 4),
+    "drill_8": (250, 5, corpus.drill, 8192, 8),
+    "near": (640, 1, corpus.document, 8192, 240, 0.6),
+    "far": (160, 2, corpus.document, 8192, TARGET - 128, 0.2),
+    "held_out": (24, 3, corpus.document, 8192, TARGET - 128, 0.2),
 }
 MODEL = dict(
     hidden_size=128,
@@ -39,11 +42,13 @@ MODEL = dict(
     num_key_value_heads=4,
     max_position_embeddings=WINDOW,
     tie_word_embeddings=True,
-    initializer_range=0.02,
+    initializer_range=0.1,
+    rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     bos_token_id=0,
     eos_token_id=1,
 )
-LESSON = {"tokens": 3_000_000, "global_batch_size": 16, "micro_batch_size": 16, "log_interval": 10}
+# Text, tokens of a row, tokens of the lesson, learning rate at its end; 2,048 tokens a step.
+LESSONS = (("drill_4", 32, 300_000, 1e-3), ("drill_8", 64, 2_000_000, 1e-3), ("near", WINDOW, 5_000_000, 5e-5))
 
 
 def main() -> None:
@@ -64,30 +69,40 @@ def main() -> None:
         if not (out / "data" / f"{name}.idx").exists():
             source, prefix = out / "data" / f"{name}.jsonl", out / "data" / name
             tool("prepare_data.py", "--input", source, "--tokenizer", out / "untaught", "--out", prefix)
-    if (out / "base").exists():
-        return
+    model = out / "untaught"
+    for number, (text, row, tokens, min_lr) in enumerate(LESSONS, 1):
+        learned = out / "base" if number == len(LESSONS) else out / f"lesson_{number}" / "hf"
+        if not learned.exists():
+            lesson(out / f"lesson_{number}", model, learned, out / "data" / text, row, tokens, min_lr)
+        model = learned
+
+
+def lesson(run: Path, model: Path, learned: Path, text: Path, row: int, tokens: int, min_lr: float) -> None:
+    """Train `model` on rows of a text, at the places where they stand, and write it to `learned`."""
     recipe = {
-        "model": {"hf": str(out / "untaught"), "init_from": str(out / "untaught")},
-        # Nothing is extended: the window of the config that is exported is the row, and RoPE stays as it is.
+        "model": {"hf": str(model), "init_from": str(model)},
+        # Nothing is extended: RoPE stays as it is.  The last row is the window that the base model's config names.
         "context": {
-            **{"method": "full", "original": WINDOW // 2, "target": WINDOW, "physical": WINDOW},
+            **{"method": "full", "original": row // 2, "target": row, "physical": row},
             "rope": {"type": "none"},
         },
-        "data": {"train": str(out / "data" / "near")},
-        "train": LESSON,
-        "optim": {"lr": 2e-3, "min_lr": 2e-4, "schedule": "cosine", "warmup_steps": 50},
+        "data": {"train": str(text)},
+        "train": {"tokens": tokens, "global_batch_size": 2048 // row, "micro_batch_size": 2048 // row, "log_interval": 50},
+        "optim": {"lr": 1e-3, "min_lr": min_lr, "schedule": "cosine", "warmup_steps": 50, "weight_decay": 0.0},
         "precision": {"dtype": "float32"},
-        "checkpoint": {"dir": str(out / "lesson"), "interval": 500, "keep": 1},
+        "checkpoint": {"dir": str(run), "interval": 1000, "keep": 1},
         "log": {"tensorboard": False},
     }
-    write_text(out / "lesson.yaml", json.dumps(recipe, indent=1))
-    tool("extend.py", out / "lesson.yaml")
-    checkpoints = out / "lesson" / "checkpoints"
-    tool("convert_megatron_to_hf.py", "--megatron", checkpoints, "--out", out / "base", "--workers", 1)
+    write_text(run.with_suffix(".yaml"), json.dumps(recipe, indent=1))
+    tool("extend.py", run.with_suffix(".yaml"))
+    tool("convert_megatron_to_hf.py", "--megatron", run / "checkpoints", "--out", learned, "--workers", 1)
 
 
 def untaught(directory: Path, corpus_file: Path) -> None:
-    """A random LLaMA with a tokenizer in which every word of the corpus is one token."""
+    """A random LLaMA with a tokenizer in which every word of the corpus is one token.
+
+    Its first steps of attention are easy to find: see `easy_to_teach`.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -111,10 +126,35 @@ def untaught(directory: Path, corpus_file: Path) -> None:
         raise InputError(f"{len(split)} words are more than one token, such as {split[0]}: enlarge the vocabulary")
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **MODEL))
+    easy_to_teach(model)
     with staged_directory(directory) as staging:
         model.save_pretrained(staging)
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[1])
         fast.save_pretrained(staging)
+
+
+def easy_to_teach(model: "LlamaForCausalLM") -> None:
+    """Begin where looking up is soon learned: random weights in which two matrices of a head agree.
+
+    A head attends to what resembles its query (q = k), in the first layer one token back (q is k turned by RoPE by one
+    position, along a direction that all embeddings share), and hands on what it reads (o is v transposed).  From
+    independent weights the same lessons ended without any retrieval.
+    """
+    import torch
+
+    config = model.config
+    size = config.hidden_size // config.num_attention_heads
+    angles = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2) / size)
+    with torch.no_grad():
+        embeddings = model.model.embed_tokens.weight
+        embeddings += torch.randn(config.hidden_size) * embeddings.std()
+        for back, layer in zip((1.0, 0.0), model.model.layers, strict=True):
+            attention = layer.self_attn
+            first, second = attention.k_proj.weight.unflatten(0, (-1, 2, size // 2)).unbind(1)
+            cos, sin = (back * angles).cos()[:, None], (back * angles).sin()[:, None]
+            turned = torch.stack((first * cos + second * sin, second * cos - first * sin), 1)
+            attention.q_proj.weight.copy_(turned.flatten(0, 2))
+            attention.o_proj.weight.copy_(0.3 * attention.v_proj.weight.T)
 
 
 def tool(name: str, *arguments: object) -> None:
