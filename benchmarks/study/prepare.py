@@ -87,7 +87,12 @@ def lesson(run: Path, model: Path, learned: Path, text: Path, row: int, tokens: 
             "rope": {"type": "none"},
         },
         "data": {"train": str(text)},
-        "train": {"tokens": tokens, "global_batch_size": 2048 // row, "micro_batch_size": 2048 // row, "log_interval": 50},
+        "train": {
+            "tokens": tokens,
+            "global_batch_size": 2048 // row,
+            "micro_batch_size": 2048 // row,
+            "log_interval": 50,
+        },
         "optim": {"lr": 1e-3, "min_lr": min_lr, "schedule": "cosine", "warmup_steps": 50, "weight_decay": 0.0},
         "precision": {"dtype": "float32"},
         "checkpoint": {"dir": str(run), "interval": 1000, "keep": 1},
@@ -136,9 +141,9 @@ def untaught(directory: Path, corpus_file: Path) -> None:
 def easy_to_teach(model: "LlamaForCausalLM") -> None:
     """Begin where looking up is soon learned: random weights in which two matrices of a head agree.
 
-    A head attends to what resembles its query (q = k), in the first layer one token back (q is k turned by RoPE by one
-    position, along a direction that all embeddings share), and hands on what it reads (o is v transposed).  From
-    independent weights the same lessons ended without any retrieval.
+    A head attends to what resembles its query (q = k) and hands on what it reads (o is v transposed).  In the first
+    layer q is k turned back by RoPE by one position: along the direction that all embeddings share, that prefers the
+    token before.
     """
     import torch
 
