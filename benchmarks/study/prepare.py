@@ -14,6 +14,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
@@ -47,7 +51,8 @@ MODEL = dict(
     bos_token_id=0,
     eos_token_id=1,
 )
-# Text, tokens of a row, tokens of the lesson, learning rate at its end; 2,048 tokens a step.
+STEP = 2048  # tokens
+# Text, tokens of a row, tokens of the lesson, learning rate at its end.
 LESSONS = (("drill_4", 32, 300_000, 1e-3), ("drill_8", 64, 2_000_000, 1e-3), ("near", WINDOW, 5_000_000, 5e-5))
 
 
@@ -138,7 +143,7 @@ def untaught(directory: Path, corpus_file: Path) -> None:
         fast.save_pretrained(staging)
 
 
-def easy_to_teach(model: "LlamaForCausalLM") -> None:
+def easy_to_teach(model: "transformers.LlamaForCausalLM") -> None:
     """Begin where looking up is soon learned: random weights in which two matrices of a head agree.
 
     A head attends to what resembles its query (q = k) and hands on what it reads (o is v transposed).  In the first

@@ -22,7 +22,8 @@ def test_every_question_of_a_document_was_told_and_its_answer_is_the_last_told()
         if kind == "note":
             told[rest[0]] = rest[1]
         elif kind == "ask":
-            assert told[rest[0]] == rest[1] and rest[1] in values
+            assert told[rest[0]] == rest[1]
+            assert rest[1] in values
             asked += 1
     assert asked > 100
 
@@ -35,12 +36,13 @@ def test_questions_stand_near_and_as_far_as_is_wanted():
             told[words[at + 1]] = at
         elif word == "ask":
             distances.append(at - told[words[at + 1]])
-    assert min(distances) < 32 and max(distances) > 1000
+    assert min(distances) < 32
+    assert max(distances) > 1000
     # Log-uniform between 8 and 1,920: half of them nearer than their geometric mean, 124.
     assert 0.35 < sum(distance < 124 for distance in distances) / len(distances) < 0.65
 
 
-@pytest.mark.parametrize("keys", (4, 8))
+@pytest.mark.parametrize("keys", [4, 8])
 def test_a_drill_repeats_its_pairs(keys):
     said = corpus.drill(random.Random(5), 2000, keys).split()
     pairs = list(zip(said[::2], said[1::2], strict=True))
@@ -48,7 +50,9 @@ def test_a_drill_repeats_its_pairs(keys):
     for key, value in pairs:
         unknown += known.get(key) != value
         known[key] = value
-    assert len(pairs) == 1000 and unknown < 60 and set(known) <= set(corpus.words()["keys"])
+    assert len(pairs) == 1000
+    assert unknown < 60
+    assert set(known) <= set(corpus.words()["keys"])
 
 
 def test_no_word_is_of_two_kinds():
