@@ -4,7 +4,8 @@
 python tools/study.py STUDY.yaml                      # what is not done yet, then the comparison
 python tools/study.py STUDY.yaml --list               # the cells, and what is done of each
 python tools/study.py STUDY.yaml --only pose --slurm  # as a Slurm array, a task a cell
-python tools/study.py STUDY.yaml --report-only --markdown docs/study.md
+python tools/study.py STUDY.yaml --report-only --markdown PAGE.md
+python tools/study.py study.json                      # the page of a comparison that is stored, as Markdown
 
 Killed at any moment, the same command goes on. Exit codes: 0 done, 2 wrong input, 75 stopped and resumable, 1 a cell
 failed.
@@ -22,7 +23,7 @@ from endprompt_megatron.errors import InputError, run_cli
 def main() -> int:
     """Check the command line, run, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", metavar="STUDY.yaml", type=Path)
+    parser.add_argument("study", metavar="STUDY", type=Path, help="study.yaml, or the study.json of one")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this cell or row; repeatable")
     parser.add_argument("--list", action="store_true", help="only print the cells")
     parser.add_argument("--again", action="store_true", help="make cells anew whose settings have changed")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from endprompt_megatron.errors import EXIT_DONE, InputError
 from endprompt_megatron.evaluate.tables_of_scores import table
+from endprompt_megatron.files import disk_errors, read_json, write_text
 from endprompt_megatron.study.cell import Work
 from endprompt_megatron.study.grid import Cell, Study, read_study
 
@@ -15,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]  # of the repository
 
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask; returns the exit code.  Raises InputError."""
+    if options.study.suffix == ".json":
+        return render(options.study, options.markdown)
     study = read_study(options.study)
     cells = study.chosen(options.only)
     if options.list:
@@ -34,6 +37,23 @@ def run(options: argparse.Namespace) -> int:
     comparison = compare(study)
     written = write(comparison, study.out, options.markdown)
     print("\n".join(map(str, written)))
+    return EXIT_DONE
+
+
+def render(stored: Path, markdown: Path | None) -> int:
+    """The page of a comparison that is stored: Markdown to a file, or printed.  Raises InputError."""
+    from endprompt_megatron.study.page import as_markdown
+
+    try:
+        page = as_markdown(read_json(stored, "a stored comparison (study.json)"))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{stored}: not a comparison that this tool wrote (it lacks {error})") from None
+    if markdown is None:
+        print(page, end="")
+        return EXIT_DONE
+    with disk_errors(markdown, "--markdown"):
+        write_text(markdown, page)
+    print(markdown)
     return EXIT_DONE
 
 

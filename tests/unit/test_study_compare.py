@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
+from small import assert_one_line_error, run_tool
 from unit.studying import STUDY, made_up
 
 from endprompt_megatron.errors import InputError
@@ -137,3 +138,14 @@ def test_the_page_says_how_far_budgets_are_apart(tmp_path, values):
     )
     markdown = as_markdown(compare(made_up(tmp_path, values, text)))
     assert "Tokens consumed differ by 256 at most, less than a global batch (512)." in markdown
+
+
+def test_a_stored_comparison_makes_its_page_again(comparison, tmp_path):
+    write(comparison, tmp_path / "study")
+    stored, page = tmp_path / "study" / "study.json", tmp_path / "page.md"
+    said = run_tool("study", stored, "--markdown", page)
+    assert said.returncode == 0, said.stderr
+    assert page.read_text() == as_markdown(comparison)
+    other = tmp_path / "other.json"
+    other.write_text('{"rows": []}')
+    assert_one_line_error(run_tool("study", other), str(other), "not a comparison")

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.small import ROOT
+from small import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
 import corpus
