@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-
 from small import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
