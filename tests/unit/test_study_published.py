@@ -1,0 +1,28 @@
+"""What the documentation says of the study is what its stored comparison says."""
+
+import json
+import sys
+
+from small import ROOT
+
+from endprompt_megatron.study.page import as_markdown
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
+import table
+
+STORED = json.loads(table.RESULTS.read_text(encoding="utf-8"))
+
+
+def test_the_page_is_the_stored_comparison():
+    assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == as_markdown(STORED)
+
+
+def test_the_table_of_the_readme_is_of_the_stored_comparison():
+    assert table.table(STORED) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_claim_has_three_seeds_and_equal_tokens():
+    trained = [row for row in STORED["rows"] if row["training"]]
+    assert not STORED["missing"]
+    assert {len(row["cells"]) for row in trained} == {3}
+    assert len({row["training"]["tokens"] for row in trained}) == 1
