@@ -52,7 +52,8 @@ def as_html(comparison: dict) -> str:
 
     pictures = _pictures(comparison)
     body = [f"<h1>{escape(comparison['title'])}</h1>"]
-    body += [f"<p>{escape(text)}</p>" for text in (comparison["about"], _missing(comparison)) if text]
+    paragraphs = [*comparison["about"].strip().split("\n\n"), _missing(comparison)]
+    body += [f"<p>{escape(text)}</p>" for text in paragraphs if text]
     for table in tables(comparison):
         body += [f"<h2>{escape(table.title)}</h2>", f'<p class="note">{escape(table.note)}</p>']
         body += [pictures.get(table.title, ""), _html(table)]

@@ -149,3 +149,8 @@ def test_a_stored_comparison_makes_its_page_again(comparison, tmp_path):
     other = tmp_path / "other.json"
     other.write_text('{"rows": []}')
     assert_one_line_error(run_tool("study", other), str(other), "not a comparison")
+
+
+def test_paragraphs_of_the_head_stay_apart(comparison):
+    page = as_html({**comparison, "about": "One & two.\n\nThree.\n"})
+    assert "<p>One &amp; two.</p><p>Three.</p>" in page
