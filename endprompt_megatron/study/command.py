@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]  # of the repository
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask; returns the exit code.  Raises InputError."""
     if options.study.suffix == ".json":
+        for name in ("only", "list", "again", "slurm", "no_report"):
+            if getattr(options, name):
+                raise InputError(f"--{name.replace('_', '-')}: is of a study.yaml, not of {options.study}")
         return render(options.study, options.markdown)
     study = read_study(options.study)
     cells = study.chosen(options.only)
@@ -46,8 +49,8 @@ def render(stored: Path, markdown: Path | None) -> int:
 
     try:
         page = as_markdown(read_json(stored, "a stored comparison (study.json)"))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{stored}: not a comparison that this tool wrote (it lacks {error})") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{stored}: not a comparison that this tool wrote ({error!r})") from None
     if markdown is None:
         print(page, end="")
         return EXIT_DONE

@@ -45,7 +45,7 @@ def compare(study: Study) -> dict:
     _refuse_others([each for row in rows.values() for each in row])
     found = {row: measured for row, measured in rows.items() if measured}
     reference = found.get(study.reference) if study.reference else None
-    comparison = {
+    return {
         "format": 1,
         "title": study.title,
         "about": study.about,
@@ -55,7 +55,6 @@ def compare(study: Study) -> dict:
         "missing": [work.cell.name for work in works if work.left],
         "rows": [_row(study, name, measured, reference) for name, measured in found.items()],
     }
-    return _rounded(comparison)
 
 
 def read_cell(work: Work) -> Measured:
@@ -209,15 +208,6 @@ def _cost(cells: list[Measured]) -> dict:
 
 def _list(bounds: tuple[float, float] | None) -> list[float] | None:
     return None if bounds is None else [float(bound) for bound in bounds]
-
-
-def _rounded(value: object) -> object:
-    """The same with floats of ten digits: far below every interval, and what is stored stays small."""
-    if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_rounded(each) for each in value]
-    return float(f"{value:.10g}") if isinstance(value, float) else value
 
 
 def as_json(comparison: dict) -> str:

@@ -149,6 +149,7 @@ def test_a_stored_comparison_makes_its_page_again(comparison, tmp_path):
     other = tmp_path / "other.json"
     other.write_text('{"rows": []}')
     assert_one_line_error(run_tool("study", other), str(other), "not a comparison")
+    assert_one_line_error(run_tool("study", stored, "--list"), "--list: is of a study.yaml")
 
 
 def test_paragraphs_of_the_head_stay_apart(comparison):

@@ -76,4 +76,4 @@ def test_the_first_layer_of_the_untaught_model_prefers_the_token_before_to_all_o
         seen = model(tokens, attention_mask=torch.ones_like(tokens), output_attentions=True).attentions
     rows = torch.arange(8, 64)
     back = [seen[0][0, :, rows, rows - offset].mean().item() for offset in range(8)]
-    assert max(back[1:]) == back[1]  # a token itself resembles its query more than any other
+    assert back[1] > 1.1 * max(back[2:])  # a token itself resembles its query more than any other
