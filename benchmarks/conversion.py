@@ -84,14 +84,14 @@ def write_model(directory: Path, config: dict, seed: int = 0) -> int:
     """A checkpoint of random BF16 weights as transformers would shard it; returns its bytes."""
     import torch
 
-    from endprompt_megatron.convert import hf_files, llama
-    from endprompt_megatron.shape import read_shape
+    from endprompt_megatron.convert import hf_weights, mapping
+    from endprompt_megatron.model.shape import read_shape
 
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     block = torch.randn(1 << 25, generator=torch.Generator().manual_seed(seed)).mul_(0.02).bfloat16()
-    pieces = list(llama.pieces(read_shape(directory)))
-    shards = hf_files.shards_of(pieces, "bfloat16", 5 * 10**9)
+    pieces = list(mapping.pieces(read_shape(directory)))
+    shards = hf_weights.shards_of(pieces, "bfloat16", 5 * 10**9)
     sizes = {name: count // 2 for shard in shards for name, _, count in shard.tensors}
 
     def rows(name: str) -> Iterator[torch.Tensor]:
@@ -102,9 +102,9 @@ def write_model(directory: Path, config: dict, seed: int = 0) -> int:
             left, start = left - len(part), 0
 
     for shard in shards:
-        hf_files.write_part(directory, hf_files.whole(shard), "bfloat16", rows)
+        hf_weights.write_part(directory, hf_weights.whole(shard), "bfloat16", rows)
     if len(shards) > 1:
-        hf_files.write_index(directory, shards, "bfloat16")
+        hf_weights.write_index(directory, shards, "bfloat16")
     return sum(shard.bytes for shard in shards)
 
 

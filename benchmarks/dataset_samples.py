@@ -74,9 +74,9 @@ def list_pipelines(dataset) -> dict[str, Callable[[int], dict]]:
 
 def open_dataset(prefix: Path, ends: str):
     """An epoch of samples."""
-    from endprompt_megatron.data.dataset import build_datasets
     from endprompt_megatron.data.indexed import read_idx
-    from endprompt_megatron.data.windows import Windows
+    from endprompt_megatron.data.samples.dataset import build_datasets
+    from endprompt_megatron.data.samples.windows import Windows
 
     count = Windows(read_idx(prefix), PHYSICAL - len(PROMPT), 1, ends=ends).count
     dataset, _ = build_datasets(
@@ -97,9 +97,9 @@ def open_dataset(prefix: Path, ends: str):
 
 def build_index(documents: int, mean_length: int) -> None:
     """Time and size of the first epoch's index of so many documents, written to the cache, and of what follows it."""
-    from endprompt_megatron.data.blend import turns
     from endprompt_megatron.data.indexed import read_idx, write_idx
-    from endprompt_megatron.data.windows import Windows
+    from endprompt_megatron.data.samples.blend import turns
+    from endprompt_megatron.data.samples.windows import Windows
 
     rng = np.random.default_rng(0)
     lengths = np.maximum(rng.lognormal(np.log(mean_length) - 0.5, 1.0, size=documents), 1).astype(np.int32)

@@ -48,7 +48,7 @@ def sample(recipe, vocab: int) -> dict:
     """One sample of random tokens with the recipe's positions, [1, s] tensors on the GPU."""
     import torch
 
-    from endprompt_megatron.positions import position_ids, segment_lengths
+    from endprompt_megatron.method.positions import position_ids, segment_lengths
 
     c = recipe.context
     a, b = segment_lengths(c.method, c.physical, PROMPT, c.target)
@@ -62,10 +62,10 @@ def sample(recipe, vocab: int) -> dict:
 
 
 def ours(directory: Path, overrides: list[str]):
-    from endprompt_megatron import runtime, te
-    from endprompt_megatron.config import load_recipe
-    from endprompt_megatron.hardware import here
-    from endprompt_megatron.rules.check import check
+    from endprompt_megatron.config.constraints.check import check
+    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.distributed import runtime, te
+    from endprompt_megatron.distributed.hardware import here
 
     path = directory / "recipe.yaml"
     path.write_text(
@@ -78,11 +78,11 @@ def ours(directory: Path, overrides: list[str]):
     runtime.start(1, 1, None, 1, seed=0)
     import torch
 
-    from endprompt_megatron.model import build_model
-    from endprompt_megatron.optimizer import build_optimizer, update, wrap_models, zero_grad
+    from endprompt_megatron.method.rope import scaled_config
+    from endprompt_megatron.model.llama import build_model
     from endprompt_megatron.plan.estimate import flops_per_token
-    from endprompt_megatron.rope import scaled_config
-    from endprompt_megatron.step import run_batch
+    from endprompt_megatron.training.optimizer import build_optimizer, update, wrap_models, zero_grad
+    from endprompt_megatron.training.step import run_batch
 
     c = recipe.context
     config = scaled_config(json.loads((directory / "config.json").read_text()), "linear", 8.0, 8192, TARGET, "")
@@ -105,9 +105,9 @@ def transformers_step(directory: Path):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from endprompt_megatron.config import load_recipe
+    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.model.shape import read_shape
     from endprompt_megatron.plan.estimate import flops_per_token
-    from endprompt_megatron.shape import read_shape
 
     values = json.loads((directory / "config.json").read_text())
     scaling = {"rope_type": "linear", "factor": 8.0}

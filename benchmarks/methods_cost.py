@@ -36,7 +36,7 @@ METHODS = {"end_prompt": [], "full": [], "shifted": SHIFTED, "longlora": [*SHIFT
 
 
 def recipe_of(directory: Path, method: str, target: int, short: int):
-    from endprompt_megatron.config import load_recipe
+    from endprompt_megatron.config.recipe import load_recipe
 
     sequences = short if method == "end_prompt" else 1
     kind = "end_prompt" if method == "end_prompt" else "full"
@@ -54,8 +54,8 @@ def sample(recipe, vocabulary: int, seed: int) -> dict:
     """One micro-batch of random tokens, [1, s] tensors."""
     import torch
 
-    from endprompt_megatron.positions import position_ids, segment_lengths
-    from endprompt_megatron.runtime import device
+    from endprompt_megatron.distributed.runtime import device
+    from endprompt_megatron.method.positions import position_ids, segment_lengths
 
     c = recipe.context
     context, prompt = segment_lengths(c.method, c.physical, PROMPT, c.target)
@@ -78,17 +78,17 @@ def serve(pipe, directory: Path, method: str, target: int, short: int, threads: 
     import torch
 
     torch.set_num_threads(threads)
-    from endprompt_megatron import runtime
-    from endprompt_megatron.rules.check import check
+    from endprompt_megatron.config.constraints.check import check
+    from endprompt_megatron.distributed import runtime
 
     runtime.quiet_libraries()
     recipe = recipe_of(directory, method, target, short)
     shape = check(recipe, "benchmark", world_size=1)
     runtime.start(1, 1, None, 1, seed=0)
-    from endprompt_megatron.model import build_model
-    from endprompt_megatron.optimizer import build_optimizer, update, wrap_models, zero_grad
-    from endprompt_megatron.rope import scaled_config
-    from endprompt_megatron.step import run_batch
+    from endprompt_megatron.method.rope import scaled_config
+    from endprompt_megatron.model.llama import build_model
+    from endprompt_megatron.training.optimizer import build_optimizer, update, wrap_models, zero_grad
+    from endprompt_megatron.training.step import run_batch
 
     c = recipe.context
     config = json.loads((directory / "config.json").read_text())
@@ -144,12 +144,12 @@ def measure(directory: Path, target: int, args: argparse.Namespace) -> dict[str,
 
 def predicted(directory: Path, method: str, target: int, short: int) -> dict[str, float]:
     """FLOPs a token, seconds a step by the planner's clock (0 on a CPU), and GiB that should be allocated."""
-    from endprompt_megatron.config import has_transformer_engine
-    from endprompt_megatron.hardware import here
+    from endprompt_megatron.config.recipe import has_transformer_engine
+    from endprompt_megatron.distributed.hardware import here
+    from endprompt_megatron.model.shape import read_shape
     from endprompt_megatron.plan.estimate import flops_per_token
     from endprompt_megatron.plan.memory import GIB, memory
-    from endprompt_megatron.plan.time import Clock
-    from endprompt_megatron.shape import read_shape
+    from endprompt_megatron.plan.step_time import Clock
 
     recipe, shape, gpu = recipe_of(directory, method, target, short), read_shape(directory), here().gpu
     (stage,) = memory(shape, recipe, 1, engine=has_transformer_engine())

@@ -67,7 +67,7 @@ def texts(scratch: Path) -> Iterator[str]:
 
 def efficiency(lengths: np.ndarray, prompt: int) -> list[dict]:
     """Share of real tokens in packed rows, and in rows of one piece each."""
-    from endprompt_megatron.data.packing import Packing, pack_epoch
+    from endprompt_megatron.data.samples.packing import Packing, pack_epoch
 
     found = []
     for row in LENGTHS:
@@ -101,7 +101,7 @@ def index_seconds(lengths: np.ndarray, count: int, row: int, prompt: int) -> dic
 
 
 def pack(lengths: np.ndarray, row: int, prompt: int) -> dict:
-    from endprompt_megatron.data.packing import Packing, cached_epoch
+    from endprompt_megatron.data.samples.packing import Packing, cached_epoch
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
@@ -132,7 +132,7 @@ def resident(name: str) -> float:
 
 
 def dataset(prefix: Path, scratch: Path, row: int, prompt: list[int], method: str, packing: str, rows: int = 1):
-    from endprompt_megatron.data.dataset import build_datasets
+    from endprompt_megatron.data.samples.dataset import build_datasets
 
     return build_datasets(
         train=[(str(prefix), 1.0)],
@@ -152,7 +152,7 @@ def dataset(prefix: Path, scratch: Path, row: int, prompt: list[int], method: st
 
 def reading(prefix: Path, scratch: Path, prompt: list[int], rounds: int) -> list[dict]:
     """Rows a second that a rank reads and joins to micro-batches, one thread, the corpus in memory."""
-    from endprompt_megatron.data.batch import MicroBatches
+    from endprompt_megatron.data.samples.batches import MicroBatches
 
     found = []
     for row in LENGTHS:
@@ -186,7 +186,7 @@ def stepping(prefix: Path, scratch: Path, prompt: list[int], rounds: int, length
     import torch
     import training_step
 
-    from endprompt_megatron.data.batch import MicroBatches, join_rows
+    from endprompt_megatron.data.samples.batches import MicroBatches, join_rows
 
     torch.set_num_threads(threads)
     packed, stream = (
@@ -237,7 +237,7 @@ def main() -> None:
     import torch
 
     from endprompt_megatron.data.indexed import read_idx
-    from endprompt_megatron.prompts import tokenise_prompts
+    from endprompt_megatron.method.prompts import tokenise_prompts
 
     torch.set_num_threads(1)
     lengths = np.array(read_idx(prefix).lengths)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import InputError, run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
 
 FILES = {"haystack": "PaulGrahamEssays.json", "squad": "squad.json", "hotpotqa": "hotpotqa.json"}
 FILES["english_words"] = "english_words.json"
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
 
 
 def ruler_settings(options: argparse.Namespace):
-    from endprompt_megatron.evaluate.ruler import TASKS, RulerSettings
+    from endprompt_megatron.evaluate.suites.ruler import TASKS, RulerSettings
 
     return RulerSettings(
         lengths=tuple(int(length) for length in options.lengths.split(",")),
@@ -66,9 +66,9 @@ def ruler_settings(options: argparse.Namespace):
 
 def make(options: argparse.Namespace) -> None:
     """Our side: one task and length, written as NVIDIA's scripts write theirs."""
-    from endprompt_megatron.evaluate.ruler.suite import samples
-    from endprompt_megatron.evaluate.ruler.tasks import TASKS
-    from endprompt_megatron.evaluate.ruler.templates import template
+    from endprompt_megatron.evaluate.suites.ruler.ruler_suite import samples
+    from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import TASKS
+    from endprompt_megatron.evaluate.suites.ruler.templates import template
     from endprompt_megatron.tokenizer import load_tokenizer
 
     settings = ruler_settings(options)
@@ -87,7 +87,7 @@ class Nvidia:
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         import yaml
 
-        from endprompt_megatron.evaluate.ruler.sources import sources_of
+        from endprompt_megatron.evaluate.suites.ruler.sources import sources_of
 
         self.options, self.scratch = options, scratch
         scripts = options.nvidia / "scripts"
@@ -186,7 +186,7 @@ def answer(references: list[str], number: int) -> str:
 def our_score(task: str, rows: list[dict]) -> float:
     """Of `answer` to these samples, in percent."""
     from endprompt_megatron.evaluate.question import Question
-    from endprompt_megatron.evaluate.ruler import score, summary
+    from endprompt_megatron.evaluate.suites.ruler import score, summary
 
     scored = []
     for number, row in enumerate(rows):
@@ -201,7 +201,7 @@ def main() -> None:
         return make(options)
     if options.nvidia is None:
         raise InputError("--nvidia DIR: missing; the checkout of github.com/NVIDIA/RULER to compare with")
-    from endprompt_megatron.evaluate.ruler import check
+    from endprompt_megatron.evaluate.suites.ruler import check
 
     settings = ruler_settings(options)
     check(settings)  # with more samples than questions NVIDIA's scripts would never end

@@ -48,7 +48,7 @@ def sample(length: int) -> dict:
     """One two-segment sample of random tokens, [1, length] tensors."""
     import torch
 
-    from endprompt_megatron.positions import position_ids
+    from endprompt_megatron.method.positions import position_ids
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, SMOLLM2["vocab_size"], (1, length), generator=generator)
@@ -62,17 +62,17 @@ def sample(length: int) -> dict:
 
 
 def ours(directory: str, length: int):
-    from endprompt_megatron import runtime
-    from endprompt_megatron.config import load_recipe
+    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.distributed import runtime
 
     runtime.start(1, 1, None, 1, seed=0)
     import torch
 
-    from endprompt_megatron.model import build_model
-    from endprompt_megatron.optimizer import build_optimizer, update, wrap_models, zero_grad
-    from endprompt_megatron.rope import scaled_config
-    from endprompt_megatron.shape import read_shape
-    from endprompt_megatron.step import run_batch
+    from endprompt_megatron.method.rope import scaled_config
+    from endprompt_megatron.model.llama import build_model
+    from endprompt_megatron.model.shape import read_shape
+    from endprompt_megatron.training.optimizer import build_optimizer, update, wrap_models, zero_grad
+    from endprompt_megatron.training.step import run_batch
 
     path = Path(directory) / "recipe.yaml"
     path.write_text(
@@ -134,7 +134,7 @@ def serve(pipe, name: str, directory: str, length: int, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    from endprompt_megatron.runtime import peak_memory_gib, quiet_libraries
+    from endprompt_megatron.distributed.runtime import peak_memory_gib, quiet_libraries
 
     quiet_libraries()
     step = ours(directory, length) if name == "ours" else huggingface(directory, length, name == "hf-master")

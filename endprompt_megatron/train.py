@@ -7,16 +7,17 @@ maybe stop.  Everything that is about devices, files or formats is a call.
 import time
 from pathlib import Path
 
-from endprompt_megatron import checkpoint, runtime, te
+from endprompt_megatron import checkpoint
 from endprompt_megatron.checkpoint import Progress
-from endprompt_megatron.config import Recipe
-from endprompt_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
-from endprompt_megatron.files import read_json
-from endprompt_megatron.hardware import here
-from endprompt_megatron.rules.check import check
-from endprompt_megatron.run_lock import RunLock
-from endprompt_megatron.shape import ModelShape
-from endprompt_megatron.signals import StopSignal
+from endprompt_megatron.common.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
+from endprompt_megatron.common.files import read_json
+from endprompt_megatron.config.constraints.check import check
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.distributed import runtime, te
+from endprompt_megatron.distributed.hardware import here
+from endprompt_megatron.distributed.run_lock import RunLock
+from endprompt_megatron.distributed.signals import StopSignal
+from endprompt_megatron.model.shape import ModelShape
 
 
 def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
@@ -37,14 +38,20 @@ def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
 
 
 def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> int:
-    from endprompt_megatron.data.feed import Feed
-    from endprompt_megatron.model import build_model
-    from endprompt_megatron.optimizer import build_optimizer, update, whole_parameters, wrap_models, zero_grad
-    from endprompt_megatron.record import Recorder
-    from endprompt_megatron.rope import scaled_config
-    from endprompt_megatron.step import run_batch
-    from endprompt_megatron.validate import Validation
-    from endprompt_megatron.watch import Watch
+    from endprompt_megatron.data.samples.feed import Feed
+    from endprompt_megatron.distributed.watchdog import Watch
+    from endprompt_megatron.method.rope import scaled_config
+    from endprompt_megatron.model.llama import build_model
+    from endprompt_megatron.training.metrics import Recorder
+    from endprompt_megatron.training.optimizer import (
+        build_optimizer,
+        update,
+        whole_parameters,
+        wrap_models,
+        zero_grad,
+    )
+    from endprompt_megatron.training.step import run_batch
+    from endprompt_megatron.training.validation import Validation
 
     c, t = recipe.context, recipe.train
     config = read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config")

@@ -5,7 +5,7 @@
 #
 # It does the two things that torchrun does not.  A USR2 reaches the ranks and not torchrun, which it would end.
 # And the ranks' exit codes survive: torchrun replaces 2 and 75 by 1, so each rank leaves its own in a file
-# (endprompt_megatron/errors.py).  CODES/node-N gets those of this node, in one line: 0 done, 75 stopped with a
+# (endprompt_megatron/common/errors.py).  CODES/node-N gets those of this node, in one line: 0 done, 75 stopped with a
 # checkpoint, 2 input wrong, 1 cannot go on, 70 none left: killed, or ended by a traceback.
 # 0 and 75 are orderly ends, for which srun must not kill the other nodes: it sees 0 for both, otherwise 1.
 # Expects: PYTHON, NODES, PROCESSES_PER_NODE, MASTER_ADDR, MASTER_PORT, and Slurm's SLURM_NODEID, SLURM_JOB_ID.

@@ -9,8 +9,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.packages import Package, download
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.packages import Package, download
 
 LLAMA = Package(
     name="llama-models",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import run_cli
+from endprompt_megatron.common.errors import run_cli
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import InputError, run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
 
 
 def main() -> None:
@@ -31,9 +31,9 @@ def main() -> None:
 
     import json
 
-    from endprompt_megatron.config import load_recipe
-    from endprompt_megatron.coverage import coverage_of, draw, table
-    from endprompt_megatron.files import disk_errors
+    from endprompt_megatron.common.files import disk_errors
+    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.method.coverage import coverage_of, draw, table
 
     recipe = load_recipe(args.recipe, args.overrides)
     try:

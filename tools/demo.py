@@ -7,10 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from endprompt_megatron.common.errors import run_cli
 from endprompt_megatron.demo import assets as demo_assets
-from endprompt_megatron.demo import run as demo
+from endprompt_megatron.demo import stages as demo
 from endprompt_megatron.demo import summary as demo_summary
-from endprompt_megatron.errors import run_cli
 
 
 def main() -> int | None:
@@ -26,7 +26,7 @@ def main() -> int | None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as optim.lr=1e-4")
     args = parser.parse_intermixed_args()
     if args.assets:
-        from endprompt_megatron.evaluate.ruler.sources import fetch_defaults
+        from endprompt_megatron.evaluate.suites.ruler.sources import fetch_defaults
 
         demo_assets.fetch(args.dir / "assets")
         fetch_defaults(print)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import InputError, run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -91,10 +91,10 @@ def main() -> int:
     if options.processes < 1:
         raise InputError(f"--processes {options.processes}: should be at least 1")
     if options.processes > 1 and "RANK" not in os.environ:
-        from endprompt_megatron.launch import spawn
+        from endprompt_megatron.distributed.launch import spawn
 
         return spawn([__file__, *sys.argv[1:]], options.processes)
-    from endprompt_megatron.evaluate.command import run
+    from endprompt_megatron.evaluate.evaluate_command import run
 
     return run(options)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import InputError, run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
 
 
 def main() -> int:
@@ -23,23 +23,23 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="start N ranks on this machine")
     args = parser.parse_intermixed_args()  # overrides may stand on both sides of --processes
 
-    from endprompt_megatron.config import load_recipe
-    from endprompt_megatron.rules.check import check
+    from endprompt_megatron.config.constraints.check import check
+    from endprompt_megatron.config.recipe import load_recipe
 
     if args.processes < 1:
         raise InputError(f"--processes {args.processes}: should be at least 1")
     recipe = load_recipe(args.recipe, args.overrides)
     if args.processes > 1 and "RANK" not in os.environ:
-        from endprompt_megatron.launch import spawn
+        from endprompt_megatron.distributed.launch import spawn
 
         # Said once, here, and not once a rank.
         check(recipe, args.recipe, world_size=args.processes)
         return spawn([__file__, args.recipe, *args.overrides, "--processes", str(args.processes)], args.processes)
-    from endprompt_megatron.signals import StopSignal
+    from endprompt_megatron.distributed.signals import StopSignal
 
     # From here on a signal means: checkpoint and exit 75, even while libraries are still being imported.
     with StopSignal().listening() as stop:
-        from endprompt_megatron.runtime import quiet_libraries
+        from endprompt_megatron.distributed.runtime import quiet_libraries
 
         quiet_libraries()
         from endprompt_megatron.train import train

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import InputError, run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
 
 PLACE = "NVIDIA/RULER/c3f5e3b4f87f97e048793bb510a3a6b19a46bf3a/scripts/data/synthetic/json"
 RAW, LARGE = f"https://raw.githubusercontent.com/{PLACE}", f"https://media.githubusercontent.com/media/{PLACE}"
@@ -52,7 +52,7 @@ def fetch(out: Path, sum_: str | None, addresses: list[str]) -> None:
     import shutil
     import urllib.request
 
-    from endprompt_megatron.packages import verify
+    from endprompt_megatron.common.packages import verify
 
     partial, failures = out.with_name(f".{out.name}.partial"), []
     try:
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be downloaded")
     args = parser.parse_args()
 
-    from endprompt_megatron.files import disk_errors
+    from endprompt_megatron.common.files import disk_errors
 
     if not args.dry_run:
         with disk_errors(args.out, "--out"):

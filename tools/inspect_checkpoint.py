@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import InputError, run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="everything, for programs")
     options = parser.parse_args()
 
-    from endprompt_megatron.convert.inspect import damaged_files, inspect
+    from endprompt_megatron.convert.describe_checkpoint import damaged_files, inspect
 
     contents = inspect(options.path, options.iteration)
     print(contents.as_json() if options.json else contents.page(options.tensors), flush=True)

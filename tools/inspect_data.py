@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import InputError, run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
 
 _ROWS = 6  # of a picture
 
@@ -43,12 +43,12 @@ def main() -> None:
 def _samples(args: argparse.Namespace) -> None:
     import json
 
-    from endprompt_megatron.config import load_recipe
-    from endprompt_megatron.data.inspect import look, page
-    from endprompt_megatron.data.of_recipe import datasets_of
-    from endprompt_megatron.files import disk_errors
-    from endprompt_megatron.rules.check import check_data
-    from endprompt_megatron.shape import read_shape
+    from endprompt_megatron.common.files import disk_errors
+    from endprompt_megatron.config.constraints.check import check_data
+    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.data.describe.describe_data import look, page
+    from endprompt_megatron.data.samples.of_recipe import datasets_of
+    from endprompt_megatron.model.shape import read_shape
     from endprompt_megatron.tokenizer import load_tokenizer
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -60,7 +60,7 @@ def _samples(args: argparse.Namespace) -> None:
     looked = look(recipe, dataset, load_tokenizer(recipe.model.hf), args.start, args.samples)
     print(json.dumps(looked, indent=2, ensure_ascii=False) if args.json else page(looked, recipe))
     if args.picture:
-        from endprompt_megatron.data.picture import draw
+        from endprompt_megatron.data.describe.picture import draw
 
         with disk_errors(args.picture, "--picture"):
             draw(dataset, [sample["sample"] for sample in looked["samples"]], recipe, args.picture)
@@ -71,7 +71,7 @@ def _samples(args: argparse.Namespace) -> None:
 def _documents(args: argparse.Namespace) -> None:
     import json
 
-    from endprompt_megatron.data.inspect import documents_page, look_at_documents
+    from endprompt_megatron.data.describe.describe_data import documents_page, look_at_documents
     from endprompt_megatron.tokenizer import load_tokenizer
 
     if args.tokenizer is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import InputError, run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
 
 GPUS_A_NODE = 8
 
@@ -39,11 +39,11 @@ def main() -> None:
 
     import json
 
-    from endprompt_megatron.config import load_recipe
-    from endprompt_megatron.hardware import of_kind
+    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.distributed.hardware import of_kind
+    from endprompt_megatron.model.published_shapes import shape_for
     from endprompt_megatron.plan.estimate import make_plan
-    from endprompt_megatron.plan.page import page, search_table
-    from endprompt_megatron.plan.published import shape_for
+    from endprompt_megatron.plan.plan_page import page, search_table
     from endprompt_megatron.plan.search import search
 
     hardware = of_kind(args.gpu)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import InputError, run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
 
 
 def main() -> int:
@@ -41,8 +41,8 @@ def main() -> int:
 
     import json
 
-    from endprompt_megatron.hardware import of_kind
-    from endprompt_megatron.preflight.run import Options, leave, run
+    from endprompt_megatron.distributed.hardware import of_kind
+    from endprompt_megatron.preflight.checks import Options, leave, run
     from endprompt_megatron.preflight.table import as_json, as_table, verdict_line
 
     if args.gpu is not None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.data.chat import AUTO, FORMATS
-from endprompt_megatron.errors import InputError, run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
+from endprompt_megatron.data.corpus.chat_formats import AUTO, FORMATS
 
 
 def main() -> None:
@@ -73,9 +73,9 @@ def main() -> None:
     for option in (option for option, on in given.items() if on and args.chat is not None):
         raise InputError(f"{option}: is of texts; with --chat the chat template decides what a conversation becomes")
 
-    from endprompt_megatron.data.filters import Filters
-    from endprompt_megatron.data.manifest import summary
-    from endprompt_megatron.data.prepare import prepare
+    from endprompt_megatron.data.corpus.filters import Filters
+    from endprompt_megatron.data.corpus.manifest import summary
+    from endprompt_megatron.data.corpus.prepare import prepare
 
     manifest = prepare(
         args.input,

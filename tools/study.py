@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.errors import InputError, run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
 
 
 def main() -> int:
@@ -36,9 +36,9 @@ def main() -> int:
     if options.dry_run and not options.slurm:
         raise InputError("--dry-run: is of --slurm, which is not given; --list shows what is left here")
 
-    from endprompt_megatron.study import command
+    from endprompt_megatron.study import study_command
 
-    return command.run(options)
+    return study_command.run(options)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import corpus  # noqa: E402
 
-from endprompt_megatron.errors import InputError, run_cli  # noqa: E402
-from endprompt_megatron.evaluate.recall import Form, form_as_json  # noqa: E402
-from endprompt_megatron.files import staged_directory, write_text  # noqa: E402
-from endprompt_megatron.prompts import PROMPTS  # noqa: E402
+from endprompt_megatron.common.errors import InputError, run_cli  # noqa: E402
+from endprompt_megatron.common.files import staged_directory, write_text  # noqa: E402
+from endprompt_megatron.evaluate.suites.recall_suite import Form, form_as_json  # noqa: E402
+from endprompt_megatron.method.prompts import PROMPTS  # noqa: E402
 
 WINDOW, TARGET, VOCABULARY = 256, 2048, 640
 # Of each text: documents, seed, kind, tokens of a document, then longest distance and share of facts, or keys.

@@ -3,8 +3,8 @@
 A rank saves what it holds (weights.py, optimizer.py); files.py has how the first rank joins that.
 """
 
-from endprompt_megatron.checkpoint.progress import Progress
 from endprompt_megatron.checkpoint.resume import initialise, resume
+from endprompt_megatron.checkpoint.run_progress import Progress
 from endprompt_megatron.checkpoint.save import Saver, require_room, save
 
 __all__ = ["Progress", "Saver", "initialise", "require_room", "resume", "save"]

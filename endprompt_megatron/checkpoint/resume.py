@@ -6,24 +6,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from endprompt_megatron import runtime
-from endprompt_megatron.checkpoint import files as on_disk
-from endprompt_megatron.checkpoint.optimizer import read_state
-from endprompt_megatron.checkpoint.progress import Progress
-from endprompt_megatron.checkpoint.weights import read_objects, read_weights, weights_of
-from endprompt_megatron.config import Recipe
-from endprompt_megatron.convert import merge
-from endprompt_megatron.convert.direct import weights_at
-from endprompt_megatron.convert.layout import (
+from endprompt_megatron.checkpoint import integrity as on_disk
+from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.checkpoint.layout import (
     MANIFEST,
     complete_iterations,
     iteration_dir,
     read_manifest,
 )
-from endprompt_megatron.convert.torch_dist import Checkpoint
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.longlora import ADAPTER
-from endprompt_megatron.shape import ModelShape
+from endprompt_megatron.checkpoint.optimizer_state import read_state
+from endprompt_megatron.checkpoint.run_progress import Progress
+from endprompt_megatron.checkpoint.weights import read_objects, read_weights, weights_of
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.convert import lora_merge
+from endprompt_megatron.convert.direct import weights_at
+from endprompt_megatron.distributed import runtime
+from endprompt_megatron.model.longlora import ADAPTER
+from endprompt_megatron.model.shape import ModelShape
 
 # Keys that decide what a step does.  A run that goes on with others would be neither one nor the other.
 _FIXED = (
@@ -122,7 +122,7 @@ def initialise(source: Path, shape: ModelShape, models: list, optimizer: Any | N
     has adapters of its own.
     """
     held = weights_at(source, shape, f"{where}: model.init_from")
-    if isinstance(held, Checkpoint) and merge.adapted(held):
+    if isinstance(held, Checkpoint) and lora_merge.adapted(held):
         raise InputError(
             f"{where}: model.init_from={source} holds LoRA's adapters beside the weights: merge them by "
             "tools/convert_megatron_to_hf.py and start from the result"

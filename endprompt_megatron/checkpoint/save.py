@@ -17,23 +17,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from endprompt_megatron import runtime
-from endprompt_megatron.checkpoint import files as on_disk
-from endprompt_megatron.checkpoint.optimizer import stored_state, updates_of
-from endprompt_megatron.checkpoint.progress import Progress
-from endprompt_megatron.checkpoint.weights import stored_objects, stored_weights, weights_of
-from endprompt_megatron.config import Recipe
-from endprompt_megatron.convert.data_file import Stored
-from endprompt_megatron.convert.layout import (
+from endprompt_megatron.checkpoint import integrity as on_disk
+from endprompt_megatron.checkpoint.data_files import Stored
+from endprompt_megatron.checkpoint.layout import (
     copy_hf_files,
     iteration_dir,
     require_space,
     write_manifest,
 )
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import disk_errors, write_json
-from endprompt_megatron.longlora import checkpoint_bytes
-from endprompt_megatron.shape import ModelShape
+from endprompt_megatron.checkpoint.optimizer_state import stored_state, updates_of
+from endprompt_megatron.checkpoint.run_progress import Progress
+from endprompt_megatron.checkpoint.weights import stored_objects, stored_weights, weights_of
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import disk_errors, write_json
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.distributed import runtime
+from endprompt_megatron.model.longlora import checkpoint_bytes
+from endprompt_megatron.model.shape import ModelShape
 
 _IDLE, _PENDING, _FAILED = range(3)  # in the order of what matters more: ranks agree on the largest
 _FAREWELL_SECONDS = 30.0

@@ -16,10 +16,10 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
-from endprompt_megatron.convert.data_file import Stored
+from endprompt_megatron.checkpoint.data_files import Stored
+from endprompt_megatron.checkpoint.format import Checkpoint
 from endprompt_megatron.convert.direct import HfSource
-from endprompt_megatron.convert.torch_dist import Checkpoint
-from endprompt_megatron.runtime import together
+from endprompt_megatron.distributed.runtime import together
 
 
 @dataclass(frozen=True)

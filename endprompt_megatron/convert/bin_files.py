@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
 
 _CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 

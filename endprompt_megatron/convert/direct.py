@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from endprompt_megatron.convert import layout, llama
-from endprompt_megatron.convert.hf_files import HfWeights
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.shape import ModelShape, read_shape
+from endprompt_megatron.checkpoint import layout
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.convert import mapping
+from endprompt_megatron.convert.hf_weights import HfWeights
+from endprompt_megatron.model.shape import ModelShape, read_shape
 
 if TYPE_CHECKING:
-    from endprompt_megatron.convert.torch_dist import Checkpoint
+    from endprompt_megatron.checkpoint.format import Checkpoint
 
 
 class HfSource:
@@ -27,10 +28,10 @@ class HfSource:
         """Raises InputError unless the directory holds all weights of the model in its config.json, and no others."""
         self.directory = directory
         shape = read_shape(directory)
-        pieces = list(llama.pieces(shape))
+        pieces = list(mapping.pieces(shape))
         self.weights = HfWeights(directory, once=once)
         self.dtypes = self.weights.check(pieces, shape.tied_embeddings)  # names, each with a tensor that has it
-        self.pieces: dict[tuple[str, int], list[llama.Piece]] = {}  # by Megatron's name and the layer
+        self.pieces: dict[tuple[str, int], list[mapping.Piece]] = {}  # by Megatron's name and the layer
         for piece in pieces:
             layer = piece.offset[0] if piece.per_layer else 0
             self.pieces.setdefault((piece.key, layer), []).append(piece)
@@ -53,7 +54,7 @@ class HfSource:
         target = torch.empty(shape, dtype=dtype) if into is None else into
         if zero_outside:
             target.zero_()
-        per_layer = key.startswith(llama.LAYERS)
+        per_layer = key.startswith(mapping.LAYERS)
         filled = 0
         for index in range(shape[0] if per_layer else 1):
             part = target[index] if per_layer else target
@@ -69,11 +70,11 @@ class HfSource:
         """None: Hugging Face weights have no state of Transformer Engine beside them."""
         return None
 
-    def _fill(self, target: torch.Tensor, offset: tuple[int, ...], piece: llama.Piece) -> int:
+    def _fill(self, target: torch.Tensor, offset: tuple[int, ...], piece: mapping.Piece) -> int:
         """Put what lies in both `piece` and `target`, which starts at `offset`, into it; returns how much that is."""
         piece_row = piece.offset[1] if piece.per_layer else piece.offset[0]
         first, last = offset[0] - piece_row, offset[0] - piece_row + target.shape[0]
-        filled, spans = 0, list(llama.spans(piece, max(first, 0), min(last, piece.rows)))
+        filled, spans = 0, list(mapping.spans(piece, max(first, 0), min(last, piece.rows)))
         for name, begin, count, _ in spans:
             self.weights.expect(name, begin, count)
         for name, begin, count, row in spans:
@@ -91,7 +92,7 @@ def weights_at(source: Path, shape: ModelShape, flag: str) -> "HfSource | Checkp
     if layout.is_hugging_face(source):
         layout.refuse_other_model(read_shape(source), shape, f"{flag}={source}")
         return HfSource(source)
-    from endprompt_megatron.convert.torch_dist import Checkpoint
+    from endprompt_megatron.checkpoint.format import Checkpoint
 
     directory = layout.find_checkpoint(source, flag=flag)
     layout.refuse_other_model(read_shape(directory / layout.HF_DIRECTORY), shape, f"{flag}={source}")

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from endprompt_megatron.files import staged_directory
+from endprompt_megatron.common.files import staged_directory
 
 
 def with_config(model: Path, config: str, out: Path) -> None:

@@ -9,18 +9,26 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.convert import layout, llama
-from endprompt_megatron.convert.card import model_card
-from endprompt_megatron.convert.hf_files import Part, parts_of, shards_of, whole, write_index, write_part
-from endprompt_megatron.convert.merge import merge_of
-from endprompt_megatron.convert.parts import Scratch
+from endprompt_megatron.checkpoint import layout
+from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.checkpoint.tensor_reader import Scratch
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import read_json, refuse_existing, write_json, write_text
+from endprompt_megatron.common.workers import mpi, ranks_agree
+from endprompt_megatron.convert import mapping
+from endprompt_megatron.convert.hf_weights import (
+    Part,
+    parts_of,
+    shards_of,
+    whole,
+    write_index,
+    write_part,
+)
+from endprompt_megatron.convert.lora_merge import merge_of
+from endprompt_megatron.convert.model_card import model_card
 from endprompt_megatron.convert.to_megatron import Written
-from endprompt_megatron.convert.torch_dist import Checkpoint
 from endprompt_megatron.convert.units import identity, write_units
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import read_json, refuse_existing, write_json, write_text
-from endprompt_megatron.shape import ModelShape, read_shape, shape_of
-from endprompt_megatron.workers import mpi, ranks_agree
+from endprompt_megatron.model.shape import ModelShape, read_shape, shape_of
 
 DEFAULT_SHARD = "5GB"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -55,7 +63,7 @@ def convert_megatron_to_hf(
         limit = parse_size(max_shard_size)
         refuse_existing(out, "--out")
         layout.check_tokenizer(hf, shape.vocab_size)
-        pieces = list(llama.pieces(shape))
+        pieces = list(mapping.pieces(shape))
         checkpoint = Checkpoint(source)
         _check(checkpoint, manifest, shape, pieces)
         merge_of(checkpoint)
@@ -105,8 +113,8 @@ class MegatronWeights:
         self.checkpoint, self.dtype, self.scratch = Checkpoint(directory, once=True), dtype, Scratch()
         self.merge = merge_of(self.checkpoint)
         shape = read_shape(directory / layout.HF_DIRECTORY)
-        self.places = {name: (piece, n) for piece in llama.pieces(shape) for n, (name, _) in enumerate(piece.hf)}
-        self._joined: tuple[llama.Piece, list[torch.Tensor]] | None = None
+        self.places = {name: (piece, n) for piece in mapping.pieces(shape) for n, (name, _) in enumerate(piece.hf)}
+        self._joined: tuple[mapping.Piece, list[torch.Tensor]] | None = None
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor `name` in parts along its first axis, as large as they are stored.  Raises InputError."""
@@ -118,7 +126,7 @@ class MegatronWeights:
             if self._joined is None or self._joined[0] != piece:
                 self._joined = None  # before the next is read
                 value = self.checkpoint.read(piece.key, piece.offset, piece.shape, dtype)
-                self._joined = piece, llama.split(piece, value)
+                self._joined = piece, mapping.split(piece, value)
             part = self._joined[1][index]
             # A copy: what is kept is asked for again.
             yield self.merge.add_to(part.clone(), name).to(self.dtype) if merged else part
@@ -135,7 +143,7 @@ class MegatronWeights:
             yield part
 
 
-def _check(checkpoint: Checkpoint, manifest: dict, shape: ModelShape, pieces: list[llama.Piece]) -> None:
+def _check(checkpoint: Checkpoint, manifest: dict, shape: ModelShape, pieces: list[mapping.Piece]) -> None:
     """Raise InputError unless the checkpoint's tensors are those of the model in its hf/config.json."""
     config = f"{checkpoint.directory / layout.HF_DIRECTORY}/config.json"
     if manifest["vocab_size"] != shape.vocab_size:
@@ -148,14 +156,14 @@ def _check(checkpoint: Checkpoint, manifest: dict, shape: ModelShape, pieces: li
         if stored is None:
             raise InputError(f"{checkpoint.directory}: tensor {piece.key} is missing; does {config} belong to it?")
         # Only a vocabulary may be larger than the model's, by its padding.
-        padded = piece.key in llama.PADDED and stored[1:] == piece.global_shape[1:]
+        padded = piece.key in mapping.PADDED and stored[1:] == piece.global_shape[1:]
         if stored != piece.global_shape and not (padded and stored[0] >= piece.global_shape[0]):
             raise InputError(
                 f"{checkpoint.directory}: {piece.key} has shape {list(stored)}, but {config} says "
                 f"{list(piece.global_shape)}; is it a checkpoint of another model?"
             )
-    if shape.tied_embeddings and checkpoint.shape(llama.OUTPUT):
-        raise InputError(f"{checkpoint.directory}: holds {llama.OUTPUT}, but {config} says tie_word_embeddings=true")
+    if shape.tied_embeddings and checkpoint.shape(mapping.OUTPUT):
+        raise InputError(f"{checkpoint.directory}: holds {mapping.OUTPUT}, but {config} says tie_word_embeddings=true")
 
 
 def parse_size(text: str) -> int:

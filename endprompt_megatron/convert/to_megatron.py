@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.convert import data_file, layout, llama
+from endprompt_megatron.checkpoint import data_files, layout
+from endprompt_megatron.checkpoint.tensor_reader import Scratch
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import refuse_existing, sums_of
+from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.common.workers import mpi, ranks_agree
+from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource
-from endprompt_megatron.convert.parts import Scratch
-from endprompt_megatron.convert.progress import in_words
 from endprompt_megatron.convert.units import identity, write_units
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import refuse_existing, sums_of
-from endprompt_megatron.shape import ModelShape, read_shape
-from endprompt_megatron.workers import mpi, ranks_agree
+from endprompt_megatron.model.shape import ModelShape, read_shape
 
 _BOX_BYTES = 64 << 20
 _FILE_BYTES = 512 << 20
@@ -65,11 +66,11 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
     files = _in_files(boxes)
 
     def finish(staging: Path, reports: list[dict]) -> None:
-        from endprompt_megatron.convert import torch_dist  # a second's import that workers do without
+        from endprompt_megatron.checkpoint import format  # a second's import that workers do without
 
         directory = layout.iteration_dir(staging, 0)
         _keep_only(directory, {report["file"] for report in reports})
-        torch_dist.describe(directory, reports, {})
+        format.describe(directory, reports, {})
         layout.copy_hf_files(hf, directory / layout.HF_DIRECTORY)
         layout.write_manifest(
             directory,
@@ -88,7 +89,7 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
     write_units(out, job, [sum(box.bytes for box in boxes) for boxes in files], start, finish, workers, comm)
     if comm and comm.rank:
         return None
-    tensors = sum(len(piece.hf) for piece in llama.pieces(shape))
+    tensors = sum(len(piece.hf) for piece in mapping.pieces(shape))
     return Written(out, tensors, total, dtype, time.monotonic() - started)
 
 
@@ -114,7 +115,7 @@ class _Box:
 
 def _boxes(shape: ModelShape, size: int) -> Iterator[_Box]:
     """The model in parts of at most _BOX_BYTES (of rows of `size` bytes an element): memory does not grow with it."""
-    for piece in llama.pieces(shape):
+    for piece in mapping.pieces(shape):
         axis = 1 if piece.per_layer else 0
         row_bytes = math.prod(piece.shape[axis + 1 :]) * size
         step = max(1, _BOX_BYTES // row_bytes)
@@ -148,14 +149,14 @@ def _start(hf: Path, dtype: str, files: list[list[_Box]], staging: Path) -> Call
 
     def write(number: int) -> dict:
         stored = (
-            data_file.Stored(
+            data_files.Stored(
                 box.key, box.global_shape, box.offset, box.shape, torch_dtype, functools.partial(load, box)
             )
             for box in files[number]
         )
         objects = dict.fromkeys(_extra_states(read_shape(hf))) if number == 0 else {}
         name = f"__{number}_0.distcp"
-        return {**data_file.write_file(directory, name, stored, objects), "path": f"{directory.name}/{name}"}
+        return {**data_files.write_file(directory, name, stored, objects), "path": f"{directory.name}/{name}"}
 
     return write
 
@@ -163,7 +164,7 @@ def _start(hf: Path, dtype: str, files: list[list[_Box]], staging: Path) -> Call
 def _extra_states(shape: ModelShape) -> list[str]:
     """Megatron's keys of the (empty) extra states: ShardedObjects, one a layer."""
     keys = []
-    for key in llama.EXTRA_STATES:
-        count = shape.num_layers if key.startswith(llama.LAYERS) else 1
+    for key in mapping.EXTRA_STATES:
+        count = shape.num_layers if key.startswith(mapping.LAYERS) else 1
         keys += [f"{key}/shard_{index}_{count}" for index in range(count)]
     return keys

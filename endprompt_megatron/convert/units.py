@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.convert.progress import byte_progress
-from endprompt_megatron.disk import crc32
-from endprompt_megatron.files import resumable_directory, write_json
-from endprompt_megatron.workers import for_each, number_of, ranks_agree
+from endprompt_megatron.common.direct_io import crc32
+from endprompt_megatron.common.files import resumable_directory, write_json
+from endprompt_megatron.common.progress import byte_progress
+from endprompt_megatron.common.workers import for_each, number_of, ranks_agree
 
 MOST_WORKERS = 8  # of a host, unless told: more wait for the disk
 

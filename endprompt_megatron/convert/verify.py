@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.convert import layout, llama
+from endprompt_megatron.checkpoint import layout
+from endprompt_megatron.common.direct_io import add_crc32
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.progress import byte_progress, in_words
+from endprompt_megatron.common.workers import for_each, number_of
+from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource
-from endprompt_megatron.convert.progress import byte_progress, in_words
 from endprompt_megatron.convert.to_hf import MegatronWeights
 from endprompt_megatron.convert.units import MOST_WORKERS
-from endprompt_megatron.disk import add_crc32
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.shape import read_shape
-from endprompt_megatron.workers import for_each, number_of
+from endprompt_megatron.model.shape import read_shape
 
 _BLOCK = 64 << 20
 
@@ -52,7 +53,7 @@ def verify(hf: Path, megatron: Path, iteration: int | None = None, *, to_hf: boo
     layout.refuse_other_model(read_shape(source / layout.HF_DIRECTORY), shape, str(source), str(hf))
     dtypes = HfSource(Path(hf)).dtypes
     dtype = layout.read_manifest(source)["dtype"] if not to_hf else next(iter(dtypes))
-    pieces = list(llama.pieces(shape))
+    pieces = list(mapping.pieces(shape))
     sizes = [piece.elements * getattr(torch, dtype).itemsize for piece in pieces]
     workers = number_of(workers, None, MOST_WORKERS)
     start = functools.partial(_start, Path(hf), source, dtype)
@@ -69,7 +70,7 @@ def _start(hf: Path, megatron: Path, dtype: str) -> Callable[[int], list[str]]:
     """What compares the tensors of a piece, made once in every worker; gives a line for each that differs."""
     torch_dtype = getattr(torch, dtype)
     left, right = HfSource(hf).weights, MegatronWeights(megatron, torch_dtype)
-    pieces = list(llama.pieces(read_shape(hf)))
+    pieces = list(mapping.pieces(read_shape(hf)))
 
     def compare(number: int) -> list[str]:
         wrong = []

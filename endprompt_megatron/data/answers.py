@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
-from endprompt_megatron.data.bad import Bad
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.data.corpus.rejects import Bad
 from endprompt_megatron.data.indexed import Index, path_of, read_idx
-from endprompt_megatron.errors import InputError
 from endprompt_megatron.tokenizer.chat_template import BadTemplate, ChatTemplate, Refused
 
 MASK = ".mask"

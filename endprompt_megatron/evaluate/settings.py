@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
 
 SUITES = ("perplexity", "needle", "recall", "virtual", "ruler", "longbench", "short")
 EXTENDED, BASELINE = "extended", "baseline"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class ModelRanks:
         """See Alone."""
         import torch.distributed as dist
 
-        from endprompt_megatron.runtime import device
+        from endprompt_megatron.distributed.runtime import device
 
         held = [value]
         dist.broadcast_object_list(held, src=self.source, group=self.group, device=device())
@@ -117,7 +117,7 @@ class ModelRanks:
 
     def same_errors(self) -> contextlib.AbstractContextManager[None]:
         """See Alone."""
-        from endprompt_megatron.runtime import together
+        from endprompt_megatron.distributed.runtime import together
 
         return together()
 

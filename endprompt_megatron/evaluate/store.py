@@ -20,10 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.evaluate.items import Answered, Entry
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import disk_errors, read_json, write_json, write_text
+from endprompt_megatron.evaluate.requests import Answered, Entry
 from endprompt_megatron.evaluate.split import Part
-from endprompt_megatron.files import disk_errors, read_json, write_json, write_text
 
 STATE = "evaluation.json"
 _FLAG = "--out"

@@ -1,7 +1,6 @@
 """Evaluation results as plain text tables for a terminal, the models side by side."""
 
-from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED
-from endprompt_megatron.evaluate.tables_of_scores import (
+from endprompt_megatron.evaluate.score_tables import (
     bounds_text,
     differences,
     lookup,
@@ -9,6 +8,7 @@ from endprompt_megatron.evaluate.tables_of_scores import (
     scores_by_key,
     table,
 )
+from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED
 
 
 def labels(results: dict) -> list[str]:

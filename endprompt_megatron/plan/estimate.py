@@ -1,19 +1,24 @@
 """What a recipe costs before it runs: FLOPs, memory a GPU, time, GPU-hours, and what full length would cost.
 
-`make_plan` puts together memory.py and time.py for a shape, a recipe and a number of GPUs;
+`make_plan` puts together memory.py and step_time.py for a shape, a recipe and a number of GPUs;
 search.py looks for layouts, page.py prints.  Arithmetic; no torch, no Megatron.
 """
 
 from dataclasses import asdict, dataclass
 
-from endprompt_megatron.config import LongLora, Recipe
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.hardware import Gpu, Hardware
-from endprompt_megatron.longlora import adapter_elements, checkpoint_bytes, output_is_trained, seen_tokens
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.constraints import check as rules
+from endprompt_megatron.config.recipe import LongLora, Recipe
+from endprompt_megatron.distributed.hardware import Gpu, Hardware
+from endprompt_megatron.model.longlora import (
+    adapter_elements,
+    checkpoint_bytes,
+    output_is_trained,
+    seen_tokens,
+)
+from endprompt_megatron.model.shape import ModelShape
 from endprompt_megatron.plan.memory import GIB, StageMemory, memory
-from endprompt_megatron.plan.time import EFFICIENCY, NODE, Clock, Work
-from endprompt_megatron.rules import check as rules
-from endprompt_megatron.shape import ModelShape
+from endprompt_megatron.plan.step_time import EFFICIENCY, NODE, Clock, Work
 
 
 def flops_per_token(shape: ModelShape, length: int, longlora: LongLora | None = None) -> float:

@@ -8,10 +8,10 @@ kv the width of all query heads and of all key heads.
 
 from dataclasses import dataclass
 
-from endprompt_megatron.config import Parallel, Recipe
-from endprompt_megatron.longlora import adapter_elements
-from endprompt_megatron.pipeline import chunk_layers
-from endprompt_megatron.shape import ModelShape
+from endprompt_megatron.config.recipe import Parallel, Recipe
+from endprompt_megatron.distributed.pipeline import chunk_layers
+from endprompt_megatron.model.longlora import adapter_elements
+from endprompt_megatron.model.shape import ModelShape
 
 GIB = 2**30
 # Assumptions about what torch does not count, in GiB.

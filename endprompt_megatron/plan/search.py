@@ -4,14 +4,14 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
-from endprompt_megatron.config import LongLora, Recall, Recipe
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.hardware import Hardware
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.constraints import check as rules
+from endprompt_megatron.config.recipe import LongLora, Recall, Recipe
+from endprompt_megatron.distributed.hardware import Hardware
+from endprompt_megatron.model.shape import ModelShape
 from endprompt_megatron.plan.estimate import Estimate, estimate
 from endprompt_megatron.plan.memory import GIB, memory, optimizer_bytes, stage_elements
-from endprompt_megatron.plan.time import NODE
-from endprompt_megatron.rules import check as rules
-from endprompt_megatron.shape import ModelShape
+from endprompt_megatron.plan.step_time import NODE
 
 MOST_GPUS = 16384
 SPARE_GIB = 2.0  # that what is proposed leaves free: the estimate is not better than that

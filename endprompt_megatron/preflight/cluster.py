@@ -5,8 +5,8 @@ Pure functions of the facts that node.py collects, for rank 0; nodes that differ
 
 from typing import Any
 
-from endprompt_megatron.config import Recipe
-from endprompt_megatron.preflight.meeting import Meeting
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.preflight.rendezvous import Meeting
 from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN, Finding, by_node, some, worst
 
 Facts = dict[str, dict[str, Any]]  # by node, of its first rank

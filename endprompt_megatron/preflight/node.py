@@ -14,8 +14,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.hardware import engine_version
-from endprompt_megatron.runtime import Launch
+from endprompt_megatron.distributed.hardware import engine_version
+from endprompt_megatron.distributed.runtime import Launch
 
 # What a GPU run wants from the environment beside what runtime.py sets, and what is left over from debugging.
 ENVIRONMENT = (
@@ -28,7 +28,7 @@ def process_facts(launch: Launch) -> dict[str, Any]:
     """This process's GPUs: `visible` {uuid: [name, GiB]}, `own` the uuid it would train on and its `free_gib`."""
     import torch
 
-    from endprompt_megatron.runtime import has_cuda
+    from endprompt_megatron.distributed.runtime import has_cuda
 
     if not has_cuda():
         return {"visible": {}, "own": None, "free_gib": None}
@@ -65,7 +65,7 @@ def versions() -> tuple[dict[str, str | None], dict[str, str]]:
     """Versions by name, None for what is not there; and what is installed but cannot be imported, with why."""
     import torch
 
-    from endprompt_megatron.runtime import has_cuda
+    from endprompt_megatron.distributed.runtime import has_cuda
 
     engine = engine_version()
     found: dict[str, str | None] = {

@@ -7,7 +7,7 @@ whatever no one foresaw, into a finding too, so that no check keeps the others f
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
-from endprompt_megatron.errors import EXIT_DONE, EXIT_INPUT, InputError
+from endprompt_megatron.common.errors import EXIT_DONE, EXIT_INPUT, InputError
 
 OK, WARN, FAIL, NOT_RUN = "ok", "warn", "FAIL", "-"
 

@@ -3,7 +3,7 @@
 from html import escape
 
 from endprompt_megatron.report.html import details, missing, table
-from endprompt_megatron.report.run import Run, Runs
+from endprompt_megatron.report.load import Run, Runs
 
 _ALWAYS = ("context.method", "context.original", "context.target", "context.physical", "context.rope.type")
 _ELSEWHERE = ("checkpoint.dir", "log.", "data.cache")  # where things are kept tells no runs apart

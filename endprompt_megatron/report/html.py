@@ -18,7 +18,7 @@ class Figures:
 
     def figure(self, draw: Callable, title: str, caption: str = "", size: tuple[float, float] = SIZE) -> str:
         """A <figure> of what `draw(axes)` draws.  `title` and `caption` are text."""
-        from endprompt_megatron.report.plots import svg
+        from endprompt_megatron.report.figures import svg
 
         self.count += 1
         below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""

@@ -5,8 +5,8 @@ from html import escape
 
 from endprompt_megatron import __version__
 from endprompt_megatron.report.html import details, section
+from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.models import Measured, Model
-from endprompt_megatron.report.run import Run, Runs
 
 _QUESTIONS = {
     "ruler": "retrieval among distractors, tracing and counting (RULER)",

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
+from endprompt_megatron.evaluate.intervals import compare_intervals
 from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED
-from endprompt_megatron.evaluate.statistics import compare_intervals
-from endprompt_megatron.report.run import Run, Runs
+from endprompt_megatron.report.load import Run, Runs
 
 Key = tuple[str, str, int, str]  # suite, task, length (0: all), metric
 # What makes the inputs of a suite, of its settings; what is not here may differ and stand in one table.

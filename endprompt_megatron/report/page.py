@@ -9,20 +9,20 @@ import re
 from html import escape
 from pathlib import Path
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import disk_errors, write_text
-from endprompt_megatron.report.distances import distances
-from endprompt_megatron.report.evaluation import passkey, text_quality, virtual
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import disk_errors, write_text
 from endprompt_megatron.report.header import header
 from endprompt_megatron.report.html import Figures
 from endprompt_megatron.report.limits import not_shown, provenance
+from endprompt_megatron.report.load import Runs, read_runs
 from endprompt_megatron.report.models import measured_models
-from endprompt_megatron.report.results import results
-from endprompt_megatron.report.ruler import ruler
-from endprompt_megatron.report.run import Runs, read_runs
-from endprompt_megatron.report.scores import longbench, short_text
+from endprompt_megatron.report.sections.distances import distances
+from endprompt_megatron.report.sections.long_inputs import passkey, text_quality, virtual
+from endprompt_megatron.report.sections.results import results
+from endprompt_megatron.report.sections.ruler_tables import ruler
+from endprompt_megatron.report.sections.task_scores import longbench, short_text
+from endprompt_megatron.report.sections.training_curves import costs, training
 from endprompt_megatron.report.style import CSS
-from endprompt_megatron.report.training import costs, training
 
 # Nothing is loaded, whatever is in the page; styles and pictures are inside.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import read_json
+from endprompt_megatron.evaluate.intervals import bootstrap, interval, mean, t_interval
 from endprompt_megatron.evaluate.settings import EXTENDED
-from endprompt_megatron.evaluate.statistics import bootstrap, interval, mean, t_interval
-from endprompt_megatron.files import read_json
-from endprompt_megatron.study.cell import Work
 from endprompt_megatron.study.grid import OVER, Study
+from endprompt_megatron.study.trial import Work
 
 Key = tuple[str, str, int, str]  # suite, task, length, metric
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.config import Recipe, load_recipe
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.recipe import Recipe, load_recipe
 from endprompt_megatron.evaluate.settings import Settings, parse_suites
 
 OVER = "seed"  # the axis that is averaged over

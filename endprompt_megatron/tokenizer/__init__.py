@@ -11,9 +11,9 @@ No special token is ever added here, and none is found in a text: prepare.py and
 
 from pathlib import Path
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.tokenizer.base import Tokenizer
-from endprompt_megatron.tokenizer.files import HUGGING_FACE, TIKTOKEN, find
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.tokenizer.base_tokenizer import Tokenizer
+from endprompt_megatron.tokenizer.tokenizer_files import HUGGING_FACE, TIKTOKEN, find
 
 __all__ = ["Tokenizer", "fingerprint", "load_tokenizer"]
 
@@ -33,7 +33,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
             from endprompt_megatron.tokenizer.llama3 import Llama3
 
             return Llama3(place)
-        from endprompt_megatron.tokenizer.sentence_piece import SentencePiece
+        from endprompt_megatron.tokenizer.sentencepiece_model import SentencePiece
 
         return SentencePiece(place)
     except InputError:
@@ -44,10 +44,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def fingerprint(path: Path | str) -> str:
-    """What stands for the ids that a tokenizer gives: equal fingerprints tokenise alike (sums.py).
+    """What stands for the ids that a tokenizer gives: equal fingerprints tokenise alike (fingerprint.py).
 
     Raises InputError where `load_tokenizer` does.
     """
-    from endprompt_megatron.tokenizer.sums import fingerprint_of
+    from endprompt_megatron.tokenizer.fingerprint import fingerprint_of
 
     return fingerprint_of(load_tokenizer(path))

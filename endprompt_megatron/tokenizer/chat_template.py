@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar
 
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _TODAY = datetime(2024, 7, 26)

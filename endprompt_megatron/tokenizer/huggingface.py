@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.files import read_json
-from endprompt_megatron.tokenizer.base import Tokenizer, refuse_surrogates
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import read_json
+from endprompt_megatron.tokenizer.base_tokenizer import Tokenizer, refuse_surrogates
 from endprompt_megatron.tokenizer.chat_template import ChatTemplate
-from endprompt_megatron.tokenizer.files import TOKENIZER_CONFIG, TOKENIZER_JSON
-from endprompt_megatron.tokenizer.sums import pruned, sum_of_files
+from endprompt_megatron.tokenizer.fingerprint import pruned, sum_of_files
+from endprompt_megatron.tokenizer.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON
 
 
 class HuggingFace(Tokenizer):

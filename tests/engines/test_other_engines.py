@@ -20,7 +20,7 @@ from small import small_llama, text
 
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.rope import scaled_config
+from endprompt_megatron.method.rope import scaled_config
 
 HERE = Path(__file__).resolve().parent
 WINDOW, FACTOR, PROMPT = 4096, 4.0, 9000

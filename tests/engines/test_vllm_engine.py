@@ -11,7 +11,7 @@ import pytest
 from engines.test_other_engines import python_with, run
 from small import small_llama
 
-from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
+from endprompt_megatron.evaluate.engines.transformers_engine import TransformersEngine
 
 HERE = Path(__file__).resolve().parent
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}

@@ -1,4 +1,4 @@
-"""Run by vLLM's Python: what evaluate/engine_vllm.py answers, asked as tests/engines/test_other_engines.py says.
+"""Run by vLLM's Python: what vllm_engine.py answers, asked as tests/engines/test_other_engines.py says.
 
 python vllm_asked.py MODEL ASKED.json OUT.json
 """
@@ -13,9 +13,9 @@ import numpy as np
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from endprompt_megatron.errors import InputError
-    from endprompt_megatron.evaluate.engine import Prompt
-    from endprompt_megatron.evaluate.engine_vllm import VllmEngine
+    from endprompt_megatron.common.errors import InputError
+    from endprompt_megatron.evaluate.engines.base import Prompt
+    from endprompt_megatron.evaluate.engines.vllm_engine import VllmEngine
 
     model, asked, out = sys.argv[1:]
     asked = json.loads(Path(asked).read_text())

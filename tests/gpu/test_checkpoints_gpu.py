@@ -4,7 +4,7 @@ import pytest
 from parallel.cases import make_samples, recipe_for
 from parallel.test_checkpoints import train_and_save
 
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.model.shape import read_shape
 
 LONG = ["context.physical=256", "context.target=1024", "precision.dtype=bfloat16"]
 TE = [pytest.mark.with_te]
@@ -23,8 +23,8 @@ CASES = [
 
 
 def on_a_rank(recipe, batches, root):
-    from endprompt_megatron import te
-    from endprompt_megatron.hardware import here
+    from endprompt_megatron.distributed import te
+    from endprompt_megatron.distributed.hardware import here
 
     te.set_environment(recipe, "test", here())
     return train_and_save(recipe, batches, root)

@@ -7,7 +7,7 @@ import pytest
 from parallel.cases import build, losses_and_gradients, make_packed, make_samples, micro_batches, recipe_for
 from parallel.ranks import Ranks
 
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.model.shape import read_shape
 
 STEPS = 50
 LONG = ["context.physical=256", "context.target=1024"]  # FP8 wants multiples of 128, longer than a BF16 tile
@@ -27,32 +27,32 @@ FP8 = {
 
 def without_engine(recipe, samples):
     """On a rank: `losses_and_gradients` by torch's attention and norm, although TE is installed."""
-    with mock.patch("endprompt_megatron.model.has_transformer_engine", return_value=False):
+    with mock.patch("endprompt_megatron.model.llama.has_transformer_engine", return_value=False):
         return losses_and_gradients(recipe, samples)
 
 
 def with_rope_fused(recipe, samples, fused: bool):
-    from endprompt_megatron import model
+    from endprompt_megatron.model import llama
 
-    original = model.transformer_config
+    original = llama.transformer_config
 
     def config(*args):
         made = original(*args)
         made.apply_rope_fusion = fused
         return made
 
-    with mock.patch.object(model, "transformer_config", config):
+    with mock.patch.object(llama, "transformer_config", config):
         return losses_and_gradients(recipe, samples)
 
 
 def fifty_steps(recipe, samples) -> list[float]:
     """On a rank: the losses of 50 AdamW steps over the same samples."""
-    from endprompt_megatron import te
-    from endprompt_megatron.hardware import here
-    from endprompt_megatron.optimizer import update, zero_grad
+    from endprompt_megatron.distributed import te
+    from endprompt_megatron.distributed.hardware import here
+    from endprompt_megatron.training.optimizer import update, zero_grad
 
     te.set_environment(recipe, "test", here())
-    from endprompt_megatron.step import run_batch
+    from endprompt_megatron.training.step import run_batch
 
     _, models, optimizer, scheduler = build(recipe)
     batches = micro_batches(recipe, samples)

@@ -12,7 +12,7 @@ from parallel.cases import (
     recipe_for,
 )
 
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.model.shape import read_shape
 
 CASES = {
     "one-row": [],
@@ -66,7 +66,7 @@ def test_bfloat16_is_close_to_huggingface_in_float32(rank, model, case):
 
 
 def on_the_gpu() -> tuple[str, bool]:
-    from endprompt_megatron import cpu, runtime
+    from endprompt_megatron.distributed import cpu, runtime
 
     runtime.start(1, 1, None, 1, seed=0)
     return str(torch.zeros(1, device="cuda").device), cpu._installed

@@ -8,16 +8,16 @@ from parallel.preflighting import check
 from parallel.ranks import Ranks
 from unit.starting import RECIPE, write_tokens
 
-from endprompt_megatron.preflight import node, reduce
-from endprompt_megatron.preflight.meeting import connect
-from endprompt_megatron.runtime import launched_as
+from endprompt_megatron.distributed.runtime import launched_as
+from endprompt_megatron.preflight import allreduce, node
+from endprompt_megatron.preflight.rendezvous import connect
 
 
 def looked_at() -> tuple[dict, dict, dict]:
     """Facts and versions of this rank, and an all-reduce over it alone, NCCL's communicator included."""
     launch = launched_as()
     store = connect(launch, 30.0)
-    part = reduce.measure(launch, 60.0)
+    part = allreduce.measure(launch, 60.0)
     del store
     return node.process_facts(launch), node.versions()[0], part
 

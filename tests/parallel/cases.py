@@ -1,6 +1,6 @@
 """What the ranks of the parity tests do, and how their parts are put together again.
 
-The reassembly is written out by hand here, apart from convert/llama.py, so that a mistake in that map is
+The reassembly is written out by hand here, apart from mapping.py, so that a mistake in that map is
 seen and not repeated.
 """
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from endprompt_megatron.config import Recipe, load_recipe
-from endprompt_megatron.positions import copies, position_ids, segment_lengths
-from endprompt_megatron.shape import ModelShape, read_shape
+from endprompt_megatron.config.recipe import Recipe, load_recipe
+from endprompt_megatron.method.positions import copies, position_ids, segment_lengths
+from endprompt_megatron.model.shape import ModelShape, read_shape
 
 PROMPT_LENS = (5, 7)
 
@@ -139,12 +139,13 @@ def make_packed(recipe: Recipe, vocab: int, count: int, seed: int = 0) -> tuple[
 
 def build(recipe: Recipe):
     """What train.py builds, on this rank: (shape, models, optimizer, scheduler), weights loaded."""
-    from endprompt_megatron import checkpoint, runtime
+    from endprompt_megatron import checkpoint
+    from endprompt_megatron.distributed import runtime
 
     p = recipe.parallel
     runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
-    from endprompt_megatron.model import build_model
-    from endprompt_megatron.optimizer import build_optimizer, wrap_models
+    from endprompt_megatron.model.llama import build_model
+    from endprompt_megatron.training.optimizer import build_optimizer, wrap_models
 
     shape = read_shape(recipe.model.hf)
     models = wrap_models(build_model(shape, recipe, exported(recipe)), recipe)
@@ -166,7 +167,7 @@ def weights_held(recipe: Recipe) -> dict[str, np.ndarray]:
 
 
 def exported(recipe: Recipe) -> dict:
-    from endprompt_megatron.rope import scaled_config
+    from endprompt_megatron.method.rope import scaled_config
 
     c = recipe.context
     config = json.loads((Path(recipe.model.hf) / "config.json").read_text())
@@ -178,8 +179,8 @@ def micro_batches(recipe: Recipe, samples: dict[str, np.ndarray] | list) -> list
     import torch
     from megatron.core import parallel_state
 
-    from endprompt_megatron.data.batch import join_rows, zigzag_slice
-    from endprompt_megatron.runtime import device
+    from endprompt_megatron.data.samples.batches import join_rows, zigzag_slice
+    from endprompt_megatron.distributed.runtime import device
 
     cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -207,8 +208,8 @@ def losses_and_gradients(recipe: Recipe, samples: dict[str, np.ndarray], prepare
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from endprompt_megatron.optimizer import zero_grad
-    from endprompt_megatron.step import run_batch
+    from endprompt_megatron.training.optimizer import zero_grad
+    from endprompt_megatron.training.step import run_batch
 
     _, models, optimizer, _ = build(recipe)
     if prepare is not None:
@@ -235,7 +236,7 @@ def losses_and_gradients(recipe: Recipe, samples: dict[str, np.ndarray], prepare
 
 def every_target(recipe: Recipe, samples: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
     """On a rank of the last pipeline stage: loss and correctness of every target, as validation probes read them."""
-    from endprompt_megatron.step import token_losses
+    from endprompt_megatron.training.step import token_losses
 
     _, models, _, _ = build(recipe)
     for model in models:
@@ -316,7 +317,7 @@ def huggingface_model(recipe: Recipe, train: bool = False):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from endprompt_megatron.rope import transformers_config
+    from endprompt_megatron.method.rope import transformers_config
 
     return AutoModelForCausalLM.from_pretrained(
         recipe.model.hf, config=transformers_config(exported(recipe)), dtype=torch.float32

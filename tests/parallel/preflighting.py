@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from endprompt_megatron.preflight import meeting, node, reduce
-from endprompt_megatron.preflight.run import Options, run
+from endprompt_megatron.preflight import allreduce, node, rendezvous
+from endprompt_megatron.preflight.checks import Options, run
 
 
 def check(directory: str, per_node: int, faults: dict[int, list], timeout: float, overrides: list[str]) -> tuple:
@@ -33,7 +33,7 @@ def _directory(stack: contextlib.ExitStack, value: str) -> None:
 
 
 def _clock(stack: contextlib.ExitStack, value: float) -> None:
-    stack.enter_context(mock.patch.object(meeting, "_now", side_effect=lambda: time.time() + value))
+    stack.enter_context(mock.patch.object(rendezvous, "_now", side_effect=lambda: time.time() + value))
 
 
 def _version(stack: contextlib.ExitStack, value: dict) -> None:
@@ -48,7 +48,7 @@ def _silent(stack: contextlib.ExitStack, value: float) -> None:
         time.sleep(value)
         raise RuntimeError("connection lost")
 
-    stack.enter_context(mock.patch.object(reduce, "_reduce", lost))
+    stack.enter_context(mock.patch.object(allreduce, "_reduce", lost))
 
 
 def _sum(stack: contextlib.ExitStack, value: float) -> None:

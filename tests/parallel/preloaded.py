@@ -5,22 +5,22 @@ import time
 
 import torch
 
-from endprompt_megatron import cpu
+from endprompt_megatron.distributed import cpu
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     cpu.install()  # before Megatron-Core is imported, as in a run
 
 from endprompt_megatron import train as loop  # noqa: E402
-from endprompt_megatron.config import load_recipe  # noqa: E402
-from endprompt_megatron.data.feed import Feed  # noqa: E402
-from endprompt_megatron.errors import run_cli  # noqa: E402
-from endprompt_megatron.model import build_model  # noqa: E402, F401
-from endprompt_megatron.optimizer import build_optimizer  # noqa: E402, F401
-from endprompt_megatron.record import Recorder  # noqa: E402, F401
-from endprompt_megatron.rope import scaled_config  # noqa: E402, F401
-from endprompt_megatron.signals import StopSignal  # noqa: E402
-from endprompt_megatron.validate import Validation  # noqa: E402, F401
+from endprompt_megatron.common.errors import run_cli  # noqa: E402
+from endprompt_megatron.config.recipe import load_recipe  # noqa: E402
+from endprompt_megatron.data.samples.feed import Feed  # noqa: E402
+from endprompt_megatron.distributed.signals import StopSignal  # noqa: E402
+from endprompt_megatron.method.rope import scaled_config  # noqa: E402, F401
+from endprompt_megatron.model.llama import build_model  # noqa: E402, F401
+from endprompt_megatron.training.metrics import Recorder  # noqa: E402, F401
+from endprompt_megatron.training.optimizer import build_optimizer  # noqa: E402, F401
+from endprompt_megatron.training.validation import Validation  # noqa: E402, F401
 
 
 def train(recipe, overrides, trouble):

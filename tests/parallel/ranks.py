@@ -61,7 +61,7 @@ def _serve(pipe: Any, gpu: bool) -> None:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
-        from endprompt_megatron import runtime
+        from endprompt_megatron.distributed import runtime
 
         try:
             answer = (None, function(*args))

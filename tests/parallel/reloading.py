@@ -21,16 +21,16 @@ def reload(checkpoint: Path, hf: Path, save: Path, layout: tuple[int, int, int],
     """
     import torch
 
-    from endprompt_megatron import runtime
-    from endprompt_megatron.config import Parallel, Precision, Recipe
-    from endprompt_megatron.shape import read_shape
+    from endprompt_megatron.config.recipe import Parallel, Precision, Recipe
+    from endprompt_megatron.distributed import runtime
+    from endprompt_megatron.model.shape import read_shape
 
     tensor, pipeline, virtual = layout
     launch = runtime.start(tensor, pipeline, virtual, 1, seed=1)
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    from endprompt_megatron.model import build_model
+    from endprompt_megatron.model.llama import build_model
 
     shape = read_shape(hf)
     parallel = Parallel(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual)

@@ -7,10 +7,10 @@ import pytest
 from parallel.cases import build, exported, make_samples, micro_batches, recipe_for
 from small import small_llama
 
+from endprompt_megatron.checkpoint.format import Checkpoint
 from endprompt_megatron.checkpoint.weights import boxes
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.convert.torch_dist import Checkpoint
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.model.shape import read_shape
 
 LAYOUTS = {  # ranks and keys
     "one-rank": (1, []),
@@ -34,8 +34,8 @@ def model(tmp_path_factory):
 def train_and_save(recipe, batches, root):
     """On a rank: an update a batch, from the newest checkpoint in `root` if there is one, then a checkpoint."""
     from endprompt_megatron import checkpoint
-    from endprompt_megatron.optimizer import update, zero_grad
-    from endprompt_megatron.step import run_batch
+    from endprompt_megatron.training.optimizer import update, zero_grad
+    from endprompt_megatron.training.step import run_batch
 
     shape, models, optimizer, scheduler = build(recipe)
     progress = checkpoint.resume(root, recipe, "test", models, optimizer, scheduler) or checkpoint.Progress()
@@ -167,7 +167,7 @@ def memory_of_a_save(recipe, root):
     import psutil
 
     from endprompt_megatron import checkpoint
-    from endprompt_megatron.checkpoint.optimizer import stored_state
+    from endprompt_megatron.checkpoint.optimizer_state import stored_state
     from endprompt_megatron.checkpoint.weights import stored_weights, weights_of
 
     shape, models, optimizer, scheduler = build(recipe)

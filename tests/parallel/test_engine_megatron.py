@@ -7,8 +7,8 @@ import pytest
 from small import run_tool, small_llama, text
 
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
-from endprompt_megatron.evaluate.inputs import model_at
+from endprompt_megatron.evaluate.engines.transformers_engine import TransformersEngine
+from endprompt_megatron.evaluate.preparation import model_at
 
 LAYOUTS = {"one": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
 ROPES = {
@@ -53,11 +53,11 @@ def asked(engine) -> dict:
 
 def ask_megatron(source, layout, piece) -> dict:
     """On a rank."""
-    from endprompt_megatron.evaluate import engine_megatron
+    from endprompt_megatron.evaluate.engines import megatron_engine
 
     model = model_at(source)
-    engine_megatron.start(*layout, model.config)
-    engine = engine_megatron.MegatronEngine(model.weights, model.config, dtype="float32", piece=piece)
+    megatron_engine.start(*layout, model.config)
+    engine = megatron_engine.MegatronEngine(model.weights, model.config, dtype="float32", piece=piece)
     engine.end_ids = set()
     return asked(engine) | {"described": engine.describe()}
 

@@ -21,11 +21,11 @@ from parallel.test_checkpoints import assert_same, everything, train_and_save
 from parallel.test_engine_megatron import ask_megatron
 from small import edit_json, run_tool
 
-from endprompt_megatron.convert.inspect import inspect
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.convert.describe_checkpoint import inspect
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.model.shape import read_shape
 
 LAYOUTS = {
     "one": (1, []),
@@ -151,7 +151,7 @@ def test_they_do_so_beside_biases(ranks, models):
 def started(recipe) -> tuple:
     """On a rank: the loss and every adapter as training finds them, by its name in a checkpoint."""
     from endprompt_megatron.checkpoint.weights import weights_of
-    from endprompt_megatron.step import run_batch
+    from endprompt_megatron.training.step import run_batch
 
     shape, models, _, _ = build(recipe)
     samples = make_samples(recipe, shape.vocab_size, 4)

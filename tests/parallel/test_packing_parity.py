@@ -15,7 +15,7 @@ from parallel.cases import (
     recipe_for,
 )
 
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.model.shape import read_shape
 
 PACKED = ["data.packing=documents"]
 TIGHT = [*PACKED, "context.physical=48"]
@@ -154,7 +154,7 @@ def test_a_changed_token_changes_its_own_sample_alone(ranks, models, layout):
 
 def weights_of(recipe, rows: list) -> np.ndarray:
     """On a rank: which tokens of its micro-batch have a weight."""
-    from endprompt_megatron import runtime
+    from endprompt_megatron.distributed import runtime
 
     p = recipe.parallel
     runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)

@@ -10,8 +10,8 @@ import pytest
 from parallel.jobs import Jobs, steps_of
 from small import run_tool, small_llama, text
 
+from endprompt_megatron.common.files import read_json
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.files import read_json
 
 FLOAT32 = "precision.dtype=float32"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from parallel.cases import LAYOUTS, SHAPES, compare, every_target, huggingface_model, make_samples, recipe_for
 
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.model.shape import read_shape
 
 UNEVEN = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.count_embedding=true"]
 METHODS = ("end_prompt", "end_prompt_random", "end_prompt_pose", "pose", "full", "short")

@@ -4,12 +4,12 @@ import pytest
 from parallel.cases import build, make_samples, micro_batches, recipe_for
 from small import small_llama
 
-from endprompt_megatron.config import Recipe
+from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.longlora import held_parameters, trained_parameters
+from endprompt_megatron.model.longlora import held_parameters, trained_parameters
+from endprompt_megatron.model.published_shapes import CONFIGS
+from endprompt_megatron.model.shape import read_shape, shape_of
 from endprompt_megatron.plan.memory import chunk_activations, layer_activations, layer_input, memory, optimizer_bytes
-from endprompt_megatron.plan.published import CONFIGS
-from endprompt_megatron.shape import read_shape, shape_of
 
 LAYOUTS = {
     "tp1-pp1": (1, []),
@@ -47,8 +47,8 @@ def held(recipe) -> dict:
     """On a rank, after a step: its stage, its parameters, and the bytes of weights, gradients and optimizer."""
     from megatron.core import parallel_state
 
-    from endprompt_megatron.optimizer import update, zero_grad
-    from endprompt_megatron.step import run_batch
+    from endprompt_megatron.training.optimizer import update, zero_grad
+    from endprompt_megatron.training.step import run_batch
 
     shape, models, optimizer, _ = build(recipe)
     zero_grad(models, optimizer)
@@ -205,8 +205,8 @@ def parameters_of(name: str) -> int:
     """On a rank: parameters of the real model class, built without memory."""
     import torch
 
-    from endprompt_megatron import runtime
-    from endprompt_megatron.model import build_model
+    from endprompt_megatron.distributed import runtime
+    from endprompt_megatron.model.llama import build_model
 
     runtime.start(1, 1, None, 1, 0)
     recipe = Recipe()

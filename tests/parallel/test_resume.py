@@ -10,7 +10,7 @@ import time
 import pytest
 from small import ROOT, assert_one_line_error, file_system_of, run_tool, small_llama, text
 
-from endprompt_megatron.convert.layout import complete_iterations
+from endprompt_megatron.checkpoint.layout import complete_iterations
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
 STEPS = 60

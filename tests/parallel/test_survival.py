@@ -14,7 +14,7 @@ from parallel.jobs import Jobs, steps_of
 from parallel.test_checkpoints import assert_same, everything
 from small import run_tool, small_llama, text
 
-from endprompt_megatron.convert.layout import complete_iterations, iteration_dir
+from endprompt_megatron.checkpoint.layout import complete_iterations, iteration_dir
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
 STEPS, INTERVAL, KILLS = 48, 3, 20

@@ -18,7 +18,7 @@ from small import small_llama
 
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.model.shape import read_shape
 
 STEPS = 10
 TP2_PP2 = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]
@@ -39,8 +39,8 @@ def train_steps(recipe, batches, root=None):
     Then a checkpoint, if a root is given.
     """
     from endprompt_megatron import checkpoint
-    from endprompt_megatron.optimizer import update, zero_grad
-    from endprompt_megatron.step import run_batch
+    from endprompt_megatron.training.optimizer import update, zero_grad
+    from endprompt_megatron.training.step import run_batch
 
     shape, models, optimizer, scheduler = build(recipe)
     seen = []

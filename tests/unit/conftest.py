@@ -38,7 +38,7 @@ def model_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(model_dir):
-    from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
+    from endprompt_megatron.evaluate.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(model_dir, "cpu", dtype="float32")
 
@@ -67,8 +67,8 @@ def extend(process):
 @pytest.fixture
 def at(monkeypatch):
     """Run preflight in a directory, as one process: findings by check, and the exit code."""
-    from endprompt_megatron.preflight.run import Options
-    from endprompt_megatron.preflight.run import run as preflight
+    from endprompt_megatron.preflight.checks import Options
+    from endprompt_megatron.preflight.checks import run as preflight
 
     def run(directory: Path, *overrides: str, **options) -> tuple[dict, int]:
         monkeypatch.chdir(directory)
@@ -108,7 +108,7 @@ def pieces(ruler):
 @pytest.fixture
 def asking(ruler):
     """RulerSettings of these sources, with changes."""
-    from endprompt_megatron.evaluate.ruler import RulerSettings
+    from endprompt_megatron.evaluate.suites.ruler import RulerSettings
 
     def made(**changes) -> RulerSettings:
         return RulerSettings(**{"lengths": (8192,), "samples": 2, **ruler_files.settings(ruler), **changes})

@@ -1,4 +1,4 @@
-"""Models that answer as they are told, at the protocol of evaluate/engine.py."""
+"""Models that answer as they are told, at the protocol of base.py."""
 
 
 class Knowing:

@@ -10,12 +10,12 @@ import numpy as np
 import ruler_files
 import small
 
-from endprompt_megatron.evaluate import short, short_suite
-from endprompt_megatron.evaluate.engine import Answer
-from endprompt_megatron.evaluate.inputs import Model
+from endprompt_megatron.evaluate.engines.base import Answer
+from endprompt_megatron.evaluate.evaluation import evaluate
+from endprompt_megatron.evaluate.intervals import comparisons
+from endprompt_megatron.evaluate.preparation import Model
 from endprompt_megatron.evaluate.settings import SUITES, Settings
-from endprompt_megatron.evaluate.statistics import comparisons
-from endprompt_megatron.evaluate.suite import evaluate
+from endprompt_megatron.evaluate.suites import lm_eval, lm_eval_suite
 
 LONGBENCH = Path(__file__).resolve().parent.parent / "longbench"
 WINDOW, TARGET = 4096, 32768
@@ -128,7 +128,7 @@ def evaluated(made: Path, out: Path, skill=after, suites=SUITES[:5], **more):
 
 def _told(settings, model, models, skill):
     """The double of a model, which knows the references of every question."""
-    from endprompt_megatron.evaluate.suites import KINDS, QuestionSuite
+    from endprompt_megatron.evaluate.registry import KINDS, QuestionSuite
     from endprompt_megatron.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model.config)
@@ -145,15 +145,15 @@ def _add_short(results, settings):
     """Short text as lm-eval's worker gives it, put together by the suite itself."""
     series = {}
     for label, shift in (("baseline", 0.0), ("extended", -0.03)):
-        suite = short_suite.ShortSuite.__new__(short_suite.ShortSuite)
-        suite.module, suite.settings = short, settings
+        suite = lm_eval_suite.ShortSuite.__new__(lm_eval_suite.ShortSuite)
+        suite.module, suite.settings = lm_eval, settings
         pairs = []
         for task, (share, count) in SHORT.items():
             row = {
                 "score": 100 * round((share + shift) * count) / count,
                 "stderr": 1.0,
                 "metric": "acc,none",
-                "shots": short.TASKS[task].shots,
+                "shots": lm_eval.TASKS[task].shots,
                 "questions": count,
                 "all": {},
             }

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from small import ROOT
 
+from endprompt_megatron.common.errors import run_cli
 from endprompt_megatron.data.indexed import path_of, token_dtype, write_idx
-from endprompt_megatron.errors import run_cli
 
 RECIPE = """
 model: {hf: hf, init_from: megatron}

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from unit.starting import RECIPE
 
-from endprompt_megatron.study.cell import Work
 from endprompt_megatron.study.grid import Study, read_study
+from endprompt_megatron.study.trial import Work
 
 STUDY = """
 base: recipe.yaml

@@ -12,12 +12,12 @@ import small
 from unit import doubles, tiny_suite
 from unit.asking import ask, knowing, questions, right, stable
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.evaluate import store, suites
-from endprompt_megatron.evaluate.inputs import Model
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate import registry, store
+from endprompt_megatron.evaluate.evaluation import evaluate
+from endprompt_megatron.evaluate.preparation import Model
 from endprompt_megatron.evaluate.settings import Settings
 from endprompt_megatron.evaluate.split import Part, parse_part
-from endprompt_megatron.evaluate.suite import evaluate
 from endprompt_megatron.evaluate.tables import terminal
 
 
@@ -25,8 +25,8 @@ from endprompt_megatron.evaluate.tables import terminal
 def tiny(monkeypatch):
     """The small suite in RULER's place; returns what turns its settings."""
     made = {"settings": tiny_suite.TinySettings()}
-    kind = suites.Kind("unit.tiny_suite", lambda *_: made["settings"], by_length=True)
-    monkeypatch.setitem(suites.KINDS, "ruler", kind)
+    kind = registry.Kind("unit.tiny_suite", lambda *_: made["settings"], by_length=True)
+    monkeypatch.setitem(registry.KINDS, "ruler", kind)
 
     def turn(**options):
         made["settings"] = tiny_suite.TinySettings(**options)
@@ -238,7 +238,7 @@ def evaluate_here(model_dir, out, text):
     """In a process of its own, which may be killed."""
     import torch
 
-    from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
+    from endprompt_megatron.evaluate.engines.transformers_engine import TransformersEngine
 
     torch.set_num_threads(1)
 
@@ -258,7 +258,7 @@ def test_killed_at_any_moment_and_run_again_it_gives_the_same_table(tmp_path, mo
 
     path, moments = tmp_path / "out/answers/extended.0-of-1.jsonl", random.Random(0)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["unit.test_ask", "endprompt_megatron.evaluate.engine_transformers"])
+    context.set_forkserver_preload(["unit.test_ask", "endprompt_megatron.evaluate.engines.transformers_engine"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, (small.ROOT / "tests", small.ROOT, before))))
     kills, seen = 0, 0

@@ -9,8 +9,8 @@ import small
 from unit import doubles
 from unit.asking import ask
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.evaluate import suites
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate import registry
 from endprompt_megatron.evaluate.settings import Settings
 from endprompt_megatron.evaluate.tables import terminal
 from endprompt_megatron.tokenizer import load_tokenizer
@@ -19,13 +19,13 @@ OFFLINE = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "
 
 
 def test_doubles_score_100_and_0_on_rulers_own_questions(tmp_path):
-    module = pytest.importorskip("endprompt_megatron.evaluate.ruler")
+    module = pytest.importorskip("endprompt_megatron.evaluate.suites.ruler")
     model = small.small_llama(tmp_path / "model", max_position_embeddings=8192, vocab_size=2000, tokenizer=False)
     # Its worked examples are made for tokenizers that know words.
     texts = [path.read_text() for path in Path(module.__file__).parent.glob("*.py")]
     small.small_tokenizer(model, vocab_size=2000, texts=texts)
     options = {"lengths": [4096, 8192], "ruler_samples": 2, "ruler_tasks": OFFLINE, "suites": ["ruler"]}
-    made = suites.KINDS["ruler"].settings(module, Settings(**options), model, 8192)
+    made = registry.KINDS["ruler"].settings(module, Settings(**options), model, 8192)
     tokenizer = load_tokenizer(model)
     asked = list(module.questions(made, tokenizer))
     for answer, score in ((lambda question: ", ".join(question.references), 1.0), (lambda _: "", 0.0)):
@@ -38,11 +38,11 @@ def test_doubles_score_100_and_0_on_rulers_own_questions(tmp_path):
 
 
 def test_doubles_score_100_and_0_on_longbenchs_own_layout(tmp_path):
-    pytest.importorskip("endprompt_megatron.evaluate.longbench")
+    pytest.importorskip("endprompt_megatron.evaluate.suites.longbench")
     data = Path(__file__).resolve().parent.parent / "longbench"
     model = small.small_llama(tmp_path / "model", max_position_embeddings=4096)
     options = {"lengths": [64], "longbench_data": str(data), "suites": ["longbench"], "dtype": "float32"}
-    kind, tokenizer = suites.KINDS["longbench"], load_tokenizer(model)
+    kind, tokenizer = registry.KINDS["longbench"], load_tokenizer(model)
     module = pytest.importorskip(kind.module)
     asked = list(module.questions(kind.settings(module, Settings(**options), model, 4096), tokenizer))
     for answer, score in ((lambda question: question.references[0], 1.0), (lambda _: "", 0.0)):
@@ -61,9 +61,9 @@ def test_doubles_score_100_and_0_on_longbenchs_own_layout(tmp_path):
 def test_sliding_perplexity_scores_every_token_once_from_a_window_that_moves(tmp_path, model_dir):
     from unit.test_engine import natural, reference_losses
 
-    from endprompt_megatron.evaluate import perplexity
-    from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
-    from endprompt_megatron.evaluate.items import answered
+    from endprompt_megatron.evaluate.engines.transformers_engine import TransformersEngine
+    from endprompt_megatron.evaluate.requests import answered
+    from endprompt_megatron.evaluate.suites import perplexity
 
     engine = TransformersEngine(model_dir, "cpu", dtype="float32")
     rows = np.random.default_rng(0).integers(3, 300, (2, 150))
@@ -92,7 +92,7 @@ def test_short_text_is_measured_task_by_task_without_an_engine(tmp_path, model_d
     import sys
     import types
 
-    from endprompt_megatron.evaluate import short_suite
+    from endprompt_megatron.evaluate.suites import lm_eval_suite
 
     measured = []
 
@@ -111,7 +111,7 @@ def test_short_text_is_measured_task_by_task_without_an_engine(tmp_path, model_d
         with pytest.raises(InputError, match="short text: needs lm-eval, which is not installed"):
             ask(model_dir, tmp_path / "out", None, suites=["short"])
     monkeypatch.setitem(sys.modules, "short_double", module)
-    monkeypatch.setattr(short_suite, "MODULE", "short_double")
+    monkeypatch.setattr(lm_eval_suite, "MODULE", "short_double")
     with pytest.raises(InputError, match="--short-tasks humaneval: may not run here, or leave the task out"):
         ask(model_dir, tmp_path / "out", None, suites=["short"], short_tasks=["mmlu", "humaneval"])
     with pytest.raises(KeyboardInterrupt):

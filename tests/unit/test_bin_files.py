@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from small import assert_one_line_error, run_tool, small_llama
 
-from endprompt_megatron.convert.hf_files import HfWeights
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.convert.hf_weights import HfWeights
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.convert.verify import verify
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.preflight.model import _of_files, _shards
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.model.shape import read_shape
+from endprompt_megatron.preflight.model_files import _of_files, _shards
 
 
 @pytest.fixture(scope="module")

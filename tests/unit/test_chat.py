@@ -10,11 +10,11 @@ from chat_files import CHATML, INST, LLAMA3, MARKED, TEMPLATES, by_hand, chat_to
 from small import assert_one_line_error, run_tool
 from unit.preparing import stored_documents
 
-from endprompt_megatron.data.bad import Bad
-from endprompt_megatron.data.chat import conversation_of
-from endprompt_megatron.data.filters import Filters
-from endprompt_megatron.data.prepare import prepare
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.data.corpus.chat_formats import conversation_of
+from endprompt_megatron.data.corpus.filters import Filters
+from endprompt_megatron.data.corpus.prepare import prepare
+from endprompt_megatron.data.corpus.rejects import Bad
 
 FIVE = (".bin", ".idx", ".json", ".mask.bin", ".mask.idx")
 TALK = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "he"}]
@@ -266,9 +266,9 @@ def write_kinds(directory: Path, made: list[list[dict]]) -> list[str]:
 
 
 def test_the_bytes_do_not_depend_on_workers_kinds_of_file_or_a_stop(tokenizers, tmp_path, monkeypatch):
-    from endprompt_megatron.data import pieces, tokenise
+    from endprompt_megatron.data.corpus import chunks, tokenise
 
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", 300)
+    monkeypatch.setattr(chunks, "_PIECE_BYTES", 300)
     made = conversations(30)
     made += made[:5]
     options = {"chat": "auto", "filters": Filters(dedup=True, held_out=0.2)}
@@ -306,7 +306,7 @@ def test_the_bytes_do_not_depend_on_workers_kinds_of_file_or_a_stop(tokenizers, 
 
 
 def test_a_join_that_was_stopped_between_tokens_and_mask_goes_on(tokenizers, tmp_path, monkeypatch):
-    from endprompt_megatron.data import join
+    from endprompt_megatron.data.corpus import join
 
     files, tokenizer = [write_chats(tmp_path / "chats.jsonl", conversations(10))], str(tokenizers["chatml"])
     prepare(files, tokenizer, str(tmp_path / "whole"), chat="auto", workers=1)

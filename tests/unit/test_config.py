@@ -6,7 +6,7 @@ import pytest
 from small import assert_one_line_error
 from unit.starting import RECIPE
 
-from endprompt_megatron.config import has_transformer_engine, load_recipe
+from endprompt_megatron.config.recipe import has_transformer_engine, load_recipe
 
 # name: (overrides, what the line says)
 KEYS = {

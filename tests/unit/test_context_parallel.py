@@ -4,11 +4,11 @@ import pytest
 import torch
 from small import small_llama
 
-from endprompt_megatron.data.batch import KEYS, zigzag_slice
-from endprompt_megatron.files import read_json
-from endprompt_megatron.loss import weighted_loss
-from endprompt_megatron.positions import METHODS, position_ids, segment_lengths
-from endprompt_megatron.rope import PositionRotary, scaled_config, transformers_config
+from endprompt_megatron.common.files import read_json
+from endprompt_megatron.data.samples.batches import KEYS, zigzag_slice
+from endprompt_megatron.method.positions import METHODS, position_ids, segment_lengths
+from endprompt_megatron.method.rope import PositionRotary, scaled_config, transformers_config
+from endprompt_megatron.model.loss import weighted_loss
 
 TARGET, PHYSICAL, PROMPT = 65536, 48, 8
 ROPES = ("linear", "ntk", "yarn", "llama3", "none")

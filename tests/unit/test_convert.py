@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 from small import run_tool, small_llama, small_tokenizer
 
-from endprompt_megatron.convert import layout, llama
-from endprompt_megatron.convert.hf_files import HfWeights
+from endprompt_megatron.checkpoint import layout
+from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.convert import mapping
+from endprompt_megatron.convert.hf_weights import HfWeights
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf, parse_size
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.convert.torch_dist import Checkpoint
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.model.shape import read_shape
 
 SHAPES = {
     "gqa": {},
@@ -168,7 +169,7 @@ def test_map_by_an_independent_computation(tmp_path):
 def test_table_names_every_weight_once(tmp_path):
     hf = small_llama(tmp_path / "hf")
     shape = read_shape(hf)
-    pieces = list(llama.pieces(shape))
+    pieces = list(mapping.pieces(shape))
     assert [name for piece in pieces for name, _ in piece.hf] == list(dict.fromkeys(n for p in pieces for n, _ in p.hf))
     assert {name for piece in pieces for name, _ in piece.hf} == HfWeights(hf).entries.keys()
     assert sum(piece.elements for piece in pieces) == shape.parameters
@@ -176,7 +177,7 @@ def test_table_names_every_weight_once(tmp_path):
 
 def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_path):
     """Optimizer state lies in the same files; the vocabulary is padded; the newest complete iteration counts."""
-    from endprompt_megatron.convert import data_file, torch_dist
+    from endprompt_megatron.checkpoint import data_files, format
 
     hf = small_llama(tmp_path / "hf", dtype="bfloat16", vocab_size=321)
     convert_hf_to_megatron(hf, tmp_path / "megatron")
@@ -185,17 +186,17 @@ def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_pat
 
     def add(key, tensor):
         sizes = tuple(tensor.shape)
-        stored.append(data_file.Stored(key, sizes, (0,) * len(sizes), sizes, tensor.dtype, lambda: tensor))
+        stored.append(data_files.Stored(key, sizes, (0,) * len(sizes), sizes, tensor.dtype, lambda: tensor))
 
     for key in first.tensors:
         tensor = first.read(key, (0,) * len(first.shape(key)), first.shape(key), torch.bfloat16)
-        if key in llama.PADDED:
+        if key in mapping.PADDED:
             tensor = torch.cat([tensor, torch.full((7, 64), 9.0, dtype=torch.bfloat16)])
         add(key, tensor)
         add(f"optimizer.state.exp_avg.{key}", torch.randn(tensor.shape))
     target = tmp_path / "run/iter_0000030"
     target.mkdir(parents=True)
-    torch_dist.describe(target, [data_file.write_file(target, "__0_0.distcp", stored, {})], {})
+    format.describe(target, [data_files.write_file(target, "__0_0.distcp", stored, {})], {})
     layout.copy_hf_files(first.directory / "hf", target / "hf")
     recipe = {
         "model": {"hf": "/data/Some-Model"},
@@ -223,7 +224,7 @@ def test_format_marker_is_megatrons():
 
     from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
-    from endprompt_megatron.convert.torch_dist import FORMAT
+    from endprompt_megatron.checkpoint.format import FORMAT
 
     # 0.19 has fewer fields and ignores those it does not know.
     assert asdict(CheckpointingConfig("torch_dist", 1)).items() <= FORMAT.items()

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import ROOT, assert_one_line_error, edit_json, file_system_of, run_tool, small_llama
 
+from endprompt_megatron.common.errors import run_cli
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.errors import run_cli
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from small import ROOT, mpirun, small_llama
 
-from endprompt_megatron.convert import hf_files, to_megatron, units
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.convert import hf_weights, to_megatron, units
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.errors import InputError
 
 SHARD = "60KB"
 # What a tool does, with files so small that there are many.
@@ -36,7 +36,7 @@ run_cli(lambda: print(convert_megatron_to_hf(source, out, max_shard_size="{SHARD
 def small_files(monkeypatch):
     monkeypatch.setattr(to_megatron, "_BOX_BYTES", 4096)
     monkeypatch.setattr(to_megatron, "_FILE_BYTES", 65536)
-    monkeypatch.setattr(hf_files, "_PART_BYTES", 8192)
+    monkeypatch.setattr(hf_weights, "_PART_BYTES", 8192)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,8 @@ def test_what_is_damaged_or_of_another_conversion_is_not_kept(place, tmp_path, w
 @ways
 def test_interrupted_while_it_finished_it_ends_with_the_same_bytes(place, tmp_path, way):
     """When all weights are written: what describes them is written anew, not described itself."""
-    from endprompt_megatron.convert import layout, to_hf
+    from endprompt_megatron.checkpoint import layout
+    from endprompt_megatron.convert import to_hf
 
     source, reference = (place / name for name in WAYS[way])
     last = (layout, "write_latest") if way == "to-megatron" else (to_hf, "write_text")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from small import assert_one_line_error, run_tool, small_llama
 
-from endprompt_megatron.coverage import coverage, table
-from endprompt_megatron.positions import position_ids
-from endprompt_megatron.prompts import tokenise_prompts
+from endprompt_megatron.method.coverage import coverage, table
+from endprompt_megatron.method.positions import position_ids
+from endprompt_megatron.method.prompts import tokenise_prompts
 
 
 def test_end_prompt_coverage_is_exact():

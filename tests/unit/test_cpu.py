@@ -30,11 +30,11 @@ import endprompt_megatron
 names = [m.name for m in pkgutil.walk_packages(endprompt_megatron.__path__, "endprompt_megatron.")]
 for name in names:
     importlib.import_module(name)
-assert "endprompt_megatron.cpu" in names and "endprompt_megatron.data.feed" in names, names
+assert "endprompt_megatron.distributed.cpu" in names and "endprompt_megatron.data.samples.feed" in names, names
 changed = [name for name, function in seen().items() if function is not before[name]]
 assert not changed, changed
 
-from endprompt_megatron import cpu
+from endprompt_megatron.distributed import cpu
 cpu.install()
 changed = [name for name, function in seen().items() if function is not before[name]]
 assert {"zeros", "Tensor.cuda", "torch.cuda.current_device"} <= set(changed), changed
@@ -54,7 +54,7 @@ def test_importing_every_module_changes_nothing_in_torch_and_install_does():
 
 
 def test_install_is_refused_where_there_is_cuda(monkeypatch):
-    from endprompt_megatron import cpu
+    from endprompt_megatron.distributed import cpu
 
     zeros = torch.zeros
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

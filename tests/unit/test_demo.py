@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from small import assert_one_line_error, run_tool
 
-from endprompt_megatron import packages
-from endprompt_megatron.config import load_recipe
+from endprompt_megatron.common import packages
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.constraints.check import check
+from endprompt_megatron.config.recipe import load_recipe
 from endprompt_megatron.demo import assets as demo_assets
-from endprompt_megatron.demo import run as demo
+from endprompt_megatron.demo import stages as demo
 from endprompt_megatron.demo import summary as demo_summary
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.rules.check import check
 
 ROOT = demo.ROOT
 
@@ -198,7 +198,7 @@ def test_control_c_lets_the_training_write_its_checkpoint(tmp_path):
         "time.sleep(60)\n"
     )
     driver = (
-        "import sys; from pathlib import Path; from endprompt_megatron.demo import run as demo\n"
+        "import sys; from pathlib import Path; from endprompt_megatron.demo import stages as demo\n"
         f"directory = Path({str(tmp_path)!r})\n"
         f"step = demo.Step('train', 't', ['python', {str(training)!r}], [directory / 'run'], resumes=True)\n"
         "demo.steps = lambda *_: [step]\nsys.exit(demo.run(demo.Knobs(directory=directory)))\n"

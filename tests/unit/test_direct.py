@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import small_llama
 
-from endprompt_megatron.convert import llama
+from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource, weights_at
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.convert.torch_dist import Checkpoint
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.model.shape import read_shape
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def both(tmp_path_factory):
     return HfSource(hf), Checkpoint(place / "megatron/iter_0000000")
 
 
-@pytest.mark.parametrize("row", llama.ROWS, ids=lambda row: row.megatron)
+@pytest.mark.parametrize("row", mapping.ROWS, ids=lambda row: row.megatron)
 def test_any_box_of_any_tensor_is_the_converted_one(both, row):
     direct, converted = both
     whole = converted.shape(row.megatron)
@@ -47,11 +47,11 @@ def test_any_box_of_any_tensor_is_the_converted_one(both, row):
 
 def test_vocabulary_beyond_the_models_is_zero(both):
     direct, _ = both
-    rows = direct.read(llama.OUTPUT, (200, 0), (200, 96), torch.float32, zero_outside=True).numpy()
+    rows = direct.read(mapping.OUTPUT, (200, 0), (200, 96), torch.float32, zero_outside=True).numpy()
     assert np.all(rows[121:] == 0)
     assert np.abs(rows[:121]).min(axis=1).max() > 0
     with pytest.raises(InputError, match="nothing for 7584 of 19200 elements"):
-        direct.read(llama.OUTPUT, (200, 0), (200, 96), torch.float32)
+        direct.read(mapping.OUTPUT, (200, 0), (200, 96), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from small import file_system_of
 
-from endprompt_megatron import disk
-from endprompt_megatron.disk import OnceFile, SummedFile, crc32
+from endprompt_megatron.common import direct_io
+from endprompt_megatron.common.direct_io import OnceFile, SummedFile, crc32
 
 KINDS = ["direct", "opens but does not", "ordinary"]
 
@@ -17,13 +17,13 @@ KINDS = ["direct", "opens but does not", "ordinary"]
 @pytest.fixture(params=KINDS)
 def kind(request, monkeypatch):
     """Small blocks, on a file system with O_DIRECT, with one that takes it back, and without."""
-    monkeypatch.setattr(disk, "_BLOCK", 3 * 4096)
-    monkeypatch.setattr(disk, "_SMALL", 512)
+    monkeypatch.setattr(direct_io, "_BLOCK", 3 * 4096)
+    monkeypatch.setattr(direct_io, "_SMALL", 512)
     monkeypatch.setattr(OnceFile, "_own", type(OnceFile._own)())
     if request.param == "ordinary":
-        monkeypatch.setattr(disk, "_DIRECT", 0)
+        monkeypatch.setattr(direct_io, "_DIRECT", 0)
     elif request.param == "opens but does not":
-        monkeypatch.setattr(disk, "_ALIGNED", 8)  # what is then asked for is refused with EINVAL
+        monkeypatch.setattr(direct_io, "_ALIGNED", 8)  # what is then asked for is refused with EINVAL
     return request.param
 
 

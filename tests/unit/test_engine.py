@@ -5,8 +5,8 @@ import pytest
 import small
 import torch
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate.engines.transformers_engine import TransformersEngine
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}

@@ -8,13 +8,14 @@ import pytest
 import small
 from unit.test_engine import natural, reference_losses
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.evaluate import needle, perplexity, text, virtual
-from endprompt_megatron.evaluate.engine_transformers import TransformersEngine
-from endprompt_megatron.evaluate.inputs import Model
-from endprompt_megatron.evaluate.items import answered
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate import held_out_text
+from endprompt_megatron.evaluate.engines.transformers_engine import TransformersEngine
+from endprompt_megatron.evaluate.evaluation import evaluate
+from endprompt_megatron.evaluate.preparation import Model
+from endprompt_megatron.evaluate.requests import answered
 from endprompt_megatron.evaluate.settings import Settings
-from endprompt_megatron.evaluate.suite import evaluate
+from endprompt_megatron.evaluate.suites import needle, perplexity, virtual
 from endprompt_megatron.tokenizer import load_tokenizer
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
@@ -48,15 +49,15 @@ def test_perplexity_scores_the_same_tokens_at_every_length_and_every_token_once_
 def test_windows_do_not_overlap_and_short_texts_are_refused():
     tokens = np.arange(1000)
     for length, count in ((100, 10), (100, 3), (999, 1), (1000, 1), (333, 3)):
-        rows = text.windows(tokens, length, count)
+        rows = held_out_text.windows(tokens, length, count)
         assert rows.shape == (count, length)
         assert (np.diff(rows, axis=1) == 1).all()
         assert (np.diff(rows[:, 0]) >= length).all()
         assert rows[0, 0] >= 0
     with pytest.raises(InputError, match="--lengths 1001: the held-out text has 1000 tokens"):
-        text.windows(tokens, 1001, 1)
+        held_out_text.windows(tokens, 1001, 1)
     with pytest.raises(InputError, match=r"--windows 4: .* use --windows 3"):
-        text.windows(tokens, 300, 4)
+        held_out_text.windows(tokens, 300, 4)
 
 
 @pytest.mark.parametrize("filler", [None, np.arange(100, 200).repeat(50)], ids=["noise", "text"])
@@ -83,7 +84,7 @@ class Answering:
         self.tokenizer, self.form = tokenizer, form
 
     def answer(self, prompt_ids, expected, max_new_tokens):
-        from endprompt_megatron.evaluate.engine import Answer
+        from endprompt_megatron.evaluate.engines.base import Answer
 
         decoded = self.tokenizer.decode(prompt_ids)
         key = decoded.split("The pass key is ")[1][:5]
@@ -211,7 +212,7 @@ def test_tool_measures_two_models_and_repeats_exactly(tmp_path, model_dir, book)
         assert list(old["virtual"]["repeat"]) == ["32", "64", "128"]
     # The tool's numbers are those of an independent forward over the same window.
     ids = np.asarray(load_tokenizer(model_dir).encode(book.read_text()))
-    window = text.windows(ids, 600, 2)[0][None, -300:]
+    window = held_out_text.windows(ids, 600, 2)[0][None, -300:]
     engine = TransformersEngine(model_dir, "cpu", dtype="float32")
     losses, _ = reference_losses(engine.model, window, natural(window))
     measured = results["measurements"]["extended"]["perplexity"]["by_length"][0]["windows"][0]
@@ -229,11 +230,11 @@ def test_held_out_text_may_be_a_prepared_dataset(tmp_path, model_dir, book):
     for start in range(0, len(ids), 1000):
         builder.add_document(ids[start : start + 1000], [len(ids[start : start + 1000])])
     builder.finalize(str(tmp_path / "book.idx"))
-    prepared, plain = text.held_out(tmp_path / "book", tokenizer), text.held_out(book, tokenizer)
+    prepared, plain = held_out_text.held_out(tmp_path / "book", tokenizer), held_out_text.held_out(book, tokenizer)
     assert prepared.sha256 == plain.sha256
     (tmp_path / "book.idx").write_bytes(b"broken")
     with pytest.raises(InputError, match="not a readable indexed dataset"):
-        text.held_out(tmp_path / "book", tokenizer)
+        held_out_text.held_out(tmp_path / "book", tokenizer)
 
 
 BAD = {

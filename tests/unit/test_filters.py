@@ -10,10 +10,10 @@ import pytest
 from small import assert_one_line_error, run_tool, small_tokenizer, text
 from unit.preparing import expected_documents, stored_documents, write_jsonl
 
-from endprompt_megatron.data import filters, pieces
-from endprompt_megatron.data.filters import Filters, digest_of, first_of_each, histogram
-from endprompt_megatron.data.prepare import prepare
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.data.corpus import chunks, filters
+from endprompt_megatron.data.corpus.filters import Filters, digest_of, first_of_each, histogram
+from endprompt_megatron.data.corpus.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def texts() -> list[str]:
 
 @pytest.fixture
 def files(tmp_path, texts, monkeypatch) -> list[str]:
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", 3000)
+    monkeypatch.setattr(chunks, "_PIECE_BYTES", 3000)
     parts = (texts[:200], texts[200:450], texts[450:])
     return [write_jsonl(tmp_path / f"{number}.jsonl", part) for number, part in enumerate(parts)]
 

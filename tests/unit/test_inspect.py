@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 from small import assert_one_line_error, run_tool, small_llama
 
-from endprompt_megatron.convert.inspect import damaged_files, inspect
+from endprompt_megatron.convert.describe_checkpoint import damaged_files, inspect
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
 

@@ -8,13 +8,13 @@ import pytest
 from small import assert_one_line_error, run_tool, small_llama, text
 from unit.test_data import write_dataset
 
-from endprompt_megatron.config import load_recipe
+from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.data.describe.describe_data import describe
+from endprompt_megatron.data.describe.document_lengths import at_least, lengths_of, percent, verdict
+from endprompt_megatron.data.describe.segments import Segment, segments, weight_runs
 from endprompt_megatron.data.indexed import token_dtype, write_idx
-from endprompt_megatron.data.inspect import describe
-from endprompt_megatron.data.of_recipe import datasets_of
-from endprompt_megatron.data.samples import SampleBuilder
-from endprompt_megatron.data.segments import Segment, segments, weight_runs
-from endprompt_megatron.data.statistics import at_least, lengths_of, percent, verdict
+from endprompt_megatron.data.samples.builder import SampleBuilder
+from endprompt_megatron.data.samples.of_recipe import datasets_of
 from endprompt_megatron.tokenizer import load_tokenizer
 
 RECIPE = """
@@ -140,7 +140,7 @@ def test_the_tool_shows_samples_sources_and_a_picture(place, tmp_path):
 
 @pytest.mark.parametrize("method", ["end_prompt_random", "end_prompt_pose", "pose", "full", "short"])
 def test_every_method_can_be_drawn(place, tmp_path, method):
-    from endprompt_megatron.data.picture import draw
+    from endprompt_megatron.data.describe.picture import draw
 
     overrides = [f"context.method={method}"]
     overrides += (
@@ -243,9 +243,9 @@ def test_the_verdict_depends_on_what_the_method_wants_of_documents():
 
 
 def test_preflight_says_when_documents_are_short_for_the_method(place):
-    from endprompt_megatron.preflight.data import datasets
+    from endprompt_megatron.model.shape import read_shape
+    from endprompt_megatron.preflight.data_files import datasets
     from endprompt_megatron.preflight.table import OK, WARN
-    from endprompt_megatron.shape import read_shape
 
     def found(*overrides: str) -> dict:
         recipe = load_recipe(place / "recipe.yaml", overrides)
@@ -267,7 +267,7 @@ def test_preflight_says_when_documents_are_short_for_the_method(place):
 def test_empty_documents_belong_to_no_window(tmp_path):
     write_dataset(tmp_path / "corpus", lengths=(0, 5, 0, 0, 30, 0))
     from endprompt_megatron.data.indexed import read_idx
-    from endprompt_megatron.data.windows import Windows
+    from endprompt_megatron.data.samples.windows import Windows
 
     windows = Windows(read_idx(tmp_path / "corpus"), 7, 3)
     for place in range(windows.count):

@@ -24,7 +24,10 @@ for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
 open(sys.argv[1] + os.environ["RANK"] + ".ready", "w").close()
 time.sleep(60)
 """
-SPAWN = "import sys; from endprompt_megatron.launch import spawn; sys.exit(spawn(sys.argv[2:], int(sys.argv[1])))"
+SPAWN = (
+    "import sys; from endprompt_megatron.distributed.launch import spawn; "
+    "sys.exit(spawn(sys.argv[2:], int(sys.argv[1])))"
+)
 
 
 def launch(script, *arguments, processes):

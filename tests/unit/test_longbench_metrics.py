@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron.evaluate.longbench import score
-from endprompt_megatron.evaluate.longbench.metrics import METRICS
-from endprompt_megatron.evaluate.longbench.tasks import TASKS
 from endprompt_megatron.evaluate.question import Question
+from endprompt_megatron.evaluate.suites.longbench import score
+from endprompt_megatron.evaluate.suites.longbench.longbench_metrics import METRICS
+from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import TASKS
 
 CASES = json.loads((Path(__file__).resolve().parent.parent / "longbench" / "scores.json").read_text())["cases"]
 

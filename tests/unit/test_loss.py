@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from endprompt_megatron.loss import loss_parts, split_loss, weighted_loss
+from endprompt_megatron.model.loss import loss_parts, split_loss, weighted_loss
 
 # Two samples of four targets: three context tokens and a prompt token; a prompt of two and no target at the end.
 LOSSES = torch.tensor([[1.0, 2.0, 3.0, 8.0], [4.0, 6.0, 10.0, 99.0]])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from small import ROOT
 
-from endprompt_megatron.config import load_recipe
-from endprompt_megatron.plan.published import published_config
-from endprompt_megatron.rope import frequencies, scaled_config, transformers_config
+from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.method.rope import frequencies, scaled_config, transformers_config
+from endprompt_megatron.model.published_shapes import published_config
 
 LCEG = sorted(path.stem for path in (ROOT / "recipes").glob("lceg_*.yaml"))
 OURS = [f"llama3_8b_64k_{name}" for name in "full log curriculum multi multi_recall recall pose yarn".split()]

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from endprompt_megatron.config import load_recipe
+from endprompt_megatron.config.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
@@ -115,8 +115,8 @@ def test_nothing_is_left_half_done(path):
 LAYOUT = {
     ".": "Makefile README.md benchmarks constraints.txt docs pyproject.toml recipes requirements.txt "
     "requirements-dev.txt requirements-gpu.txt .ci/run",
-    "endprompt_megatron": "positions.py prompts.py rope.py config.py model.py attention.py data train.py loss.py "
-    "checkpoint convert evaluate runtime.py cpu.py report demo plan rules watch.py run_lock.py te.py hardware.py",
+    "endprompt_megatron": "train.py config method model training distributed checkpoint convert tokenizer data "
+    "evaluate report study demo plan preflight common",
     "recipes": "llama3_8b_64k.yaml smollm2_135m_demo.yaml",
     "tests": "unit parallel",
     "tools": "convert_hf_to_megatron.py convert_megatron_to_hf.py prepare_data.py extend.py evaluate.py report.py "

@@ -14,13 +14,13 @@ from small import ROOT
 from unit.test_data import PROMPTS, settings, write_dataset
 from unit.test_packing import LENGTHS
 
-from endprompt_megatron.data.batch import KEYS, MicroBatches, join_rows, zigzag_indices
-from endprompt_megatron.data.dataset import build_datasets
-from endprompt_megatron.data.packed import context_tokens
-from endprompt_megatron.data.seen import seen
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.positions import METHODS as ALL_METHODS
-from endprompt_megatron.positions import copies, position_ids
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, join_rows, zigzag_indices
+from endprompt_megatron.data.samples.consumed import seen
+from endprompt_megatron.data.samples.dataset import build_datasets
+from endprompt_megatron.data.samples.packed import context_tokens
+from endprompt_megatron.method.positions import METHODS as ALL_METHODS
+from endprompt_megatron.method.positions import copies, position_ids
 
 METHODS = [method for method in ALL_METHODS if method != "full"]
 KNOBS = {"anchors": 2, "curriculum_samples": 30}
@@ -296,7 +296,7 @@ def test_a_token_that_the_model_does_not_know_is_refused(prefix):
 
 def test_transformer_engine_is_given_flat_rows_and_their_bounds():
     """What wraps its core attention: rows [t, 1, h, d] outside, [t, h, d] in the form thd inside."""
-    from endprompt_megatron.packed_sequences import packed_attention, packed_sequences
+    from endprompt_megatron.model.packed_sequences import packed_attention, packed_sequences
 
     class Engine(torch.nn.Module):
         def forward(self, query, key, value, mask, packed_seq_params=None):

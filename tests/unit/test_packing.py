@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from endprompt_megatron.data.packing import Packing, best_fit, pack_epoch
+from endprompt_megatron.data.samples.packing import Packing, best_fit, pack_epoch
 
 LENGTHS = (7, 40, 1, 1, 200, 33, 24, 90, 5, 64, 128, 24, 25, 300, 0, 19, 22, 2, 3)
 

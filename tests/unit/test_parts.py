@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import ROOT
 
-from endprompt_megatron.convert import data_file, parts, torch_dist
+from endprompt_megatron.checkpoint import data_files, format, tensor_reader
 
 
 def archive(tensor: torch.Tensor, before: bytes = b"other tensors") -> tuple[io.BytesIO, int, int]:
@@ -44,10 +44,10 @@ def test_any_box_of_any_dtype(case, stored, wanted, odd, block):
     file, begin, length = archive(tensor, b"x" * odd)
     target = torch.empty([high - low for low, high in box], dtype=wanted)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "_BLOCK", block)
-        record = parts.find(file, begin, length)
+        patch.setattr(tensor_reader, "_BLOCK", block)
+        record = tensor_reader.find(file, begin, length)
         assert record.shape == tuple(shape)
-        parts.read_into(target, file, record, tuple(low for low, _ in box))
+        tensor_reader.read_into(target, file, record, tuple(low for low, _ in box))
     expected = tensor[tuple(slice(low, high) for low, high in box)].to(wanted)
     assert torch.equal(target, expected)
 
@@ -56,13 +56,13 @@ def test_a_number_and_a_view_of_a_larger_storage():
     number = torch.tensor(3.5)
     file, begin, length = archive(number)
     target = torch.zeros(())
-    parts.read_into(target, file, parts.find(file, begin, length), ())
+    tensor_reader.read_into(target, file, tensor_reader.find(file, begin, length), ())
     assert target == 3.5
 
     view = torch.arange(24.0)[12:].reshape(3, 4)  # torch.save keeps the whole storage and where the view begins
     file, begin, length = archive(view)
     target = torch.empty(2, 4)
-    parts.read_into(target, file, parts.find(file, begin, length), (1, 0))
+    tensor_reader.read_into(target, file, tensor_reader.find(file, begin, length), (1, 0))
     assert torch.equal(target, view[1:])
 
 
@@ -72,7 +72,7 @@ def test_a_number_and_a_view_of_a_larger_storage():
     ids=["turned", "parameter", "list", "bool"],
 )
 def test_what_is_stored_in_another_way_is_left_to_torch(tensor):
-    assert parts.find(*archive(tensor)) is None
+    assert tensor_reader.find(*archive(tensor)) is None
 
 
 def test_a_turned_tensor_is_read_all_the_same(tmp_path):
@@ -81,8 +81,8 @@ def test_a_turned_tensor_is_read_all_the_same(tmp_path):
 
     value = torch.arange(12.0).reshape(3, 4).t()
     save({"x": value}, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
-    torch_dist.write_json(tmp_path / "metadata.json", torch_dist.FORMAT)
-    found = torch_dist.Checkpoint(tmp_path).read("x", (1, 1), (2, 2), torch.float32)
+    format.write_json(tmp_path / "metadata.json", format.FORMAT)
+    found = format.Checkpoint(tmp_path).read("x", (1, 1), (2, 2), torch.float32)
     assert torch.equal(found, value[1:3, 1:3])
 
 
@@ -90,10 +90,10 @@ def test_damage_is_an_error_and_not_wrong_numbers():
     file, begin, length = archive(torch.ones(100))
     short = io.BytesIO(file.getvalue()[: begin + length - 300])
     with pytest.raises((ValueError, zipfile.BadZipFile)):
-        parts.find(short, begin, length)
-    record = parts.find(file, begin, length)
+        tensor_reader.find(short, begin, length)
+    record = tensor_reader.find(file, begin, length)
     with pytest.raises(ValueError, match="ends before"):
-        parts.read_into(torch.empty(100), io.BytesIO(file.getvalue()[: record.begin + 40]), record, (0,))
+        tensor_reader.read_into(torch.empty(100), io.BytesIO(file.getvalue()[: record.begin + 40]), record, (0,))
 
 
 MEMORY = """
@@ -117,8 +117,8 @@ def test_a_part_of_half_a_gigabyte_is_never_held(tmp_path):
     """As a rank without tensor parallelism stores an embedding, all in one."""
     shape = (1 << 15, 1 << 13)
     dtype = torch.bfloat16
-    stored = data_file.Stored("x", shape, (0, 0), shape, dtype, lambda: torch.ones(shape, dtype=dtype))
-    torch_dist.describe(tmp_path, [data_file.write_file(tmp_path, "__0_0.distcp", [stored], {})], {})
+    stored = data_files.Stored("x", shape, (0, 0), shape, dtype, lambda: torch.ones(shape, dtype=dtype))
+    format.describe(tmp_path, [data_files.write_file(tmp_path, "__0_0.distcp", [stored], {})], {})
     script = MEMORY.format(root=str(ROOT), place=str(tmp_path))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

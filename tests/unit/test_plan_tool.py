@@ -6,14 +6,14 @@ import json
 import pytest
 from small import ROOT, assert_one_line_error, run_tool
 
-from endprompt_megatron.config import load_recipe
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.hardware import of_kind
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.constraints.check import check_for
+from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.distributed.hardware import of_kind
+from endprompt_megatron.model.published_shapes import shape_for
 from endprompt_megatron.plan.estimate import estimate, least_gpus, make_plan
-from endprompt_megatron.plan.page import WIDTH, layout_keys, page
-from endprompt_megatron.plan.published import shape_for
+from endprompt_megatron.plan.plan_page import WIDTH, layout_keys, page
 from endprompt_megatron.plan.search import search
-from endprompt_megatron.rules.check import check_for
 
 RECIPE = ROOT / "recipes" / "llama3_8b_64k.yaml"
 SEVENTY = ["model.hf=models/Meta-Llama-3-70B", "parallel.tensor=4", "parallel.pipeline=4", "parallel.context=2"]
@@ -168,7 +168,7 @@ def test_a_directory_that_is_there_is_read_and_not_looked_up(tmp_path):
     directory = tmp_path / "Meta-Llama-3-8B"
     directory.mkdir()
     assert_one_line_error(run_tool("plan", RECIPE, f"model.hf={directory}"), "config.json")
-    from endprompt_megatron.plan.published import CONFIGS
+    from endprompt_megatron.model.published_shapes import CONFIGS
 
     (directory / "config.json").write_text(json.dumps(CONFIGS["llama-3.2-1b"]))
     result = run_tool("plan", RECIPE, f"model.hf={directory}", "--json")

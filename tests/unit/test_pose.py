@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from unit.test_data import train_set, write_dataset
 
-from endprompt_megatron.positions import pose_content, position_ids
+from endprompt_megatron.method.positions import pose_content, position_ids
 
 WINDOW, TARGET = 24, 200
 LENGTHS = (24, 25, 31, 40, 63, 200, 10)  # one just fits, the last is too short for a sample

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from endprompt_megatron.positions import (
+from endprompt_megatron.method.positions import (
     METHODS,
     RANDOM,
     VARYING,

@@ -9,11 +9,11 @@ import pytest
 from small import ROOT, assert_one_line_error, file_system_of, run_tool
 from unit.starting import PREFLIGHT_CHECKS
 
-from endprompt_megatron.config import load_recipe
-from endprompt_megatron.preflight.disk import checkpoint_bytes, checkpoints_kept
-from endprompt_megatron.preflight.memory import fits
+from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.model.shape import read_shape
+from endprompt_megatron.preflight.disk_space import checkpoint_bytes, checkpoints_kept
+from endprompt_megatron.preflight.gpu_memory import fits
 from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN
-from endprompt_megatron.shape import read_shape
 
 
 def test_what_is_right_is_ready_and_nothing_stays_behind(place):
@@ -102,7 +102,7 @@ def test_the_predicted_size_of_a_checkpoint_is_the_size_of_one(place, extend, mo
 
 def test_a_run_directory_in_use_is_refused_and_one_that_was_left_is_not(place, at):
     holder = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import time\n"
-    holder += "from endprompt_megatron.run_lock import RunLock\n"
+    holder += "from endprompt_megatron.distributed.run_lock import RunLock\n"
     holder += "RunLock(Path('run')).acquire(); print('held', flush=True); time.sleep(120)"
     other = subprocess.Popen([sys.executable, "-c", holder, str(ROOT)], cwd=place, stdout=subprocess.PIPE, text=True)
     try:

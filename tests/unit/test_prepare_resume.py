@@ -15,9 +15,9 @@ import pytest
 from small import ROOT, assert_one_line_error, file_system_of, run_tool, small_tokenizer
 from unit.preparing import three_files, write_corpus
 
-from endprompt_megatron.data import join, moving, pieces, prepare, tokenise
-from endprompt_megatron.data.filters import Filters
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.data.corpus import chunks, finish, join, prepare, tokenise
+from endprompt_megatron.data.corpus.filters import Filters
 
 FILTERS = Filters(max_tokens=150, dedup=True, held_out=0.3)
 OUTPUTS = ("", "-valid")
@@ -26,7 +26,7 @@ OUTPUTS = ("", "-valid")
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Many pieces, and a record of what is joined after each."""
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", 1500)
+    monkeypatch.setattr(chunks, "_PIECE_BYTES", 1500)
     monkeypatch.setattr(join, "_RECORD_BYTES", 1)
 
 
@@ -39,7 +39,7 @@ def place(tmp_path_factory):
     more = place / "more.jsonl"  # copies of what was there before
     more.write_bytes((place / "two.jsonl").read_bytes() * 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "_PIECE_BYTES", 1500)
+        patch.setattr(chunks, "_PIECE_BYTES", 1500)
         call(place, place / "whole", [*files, str(more)])
     return place
 
@@ -63,7 +63,7 @@ def assert_same(place: Path, out: Path) -> None:
 
 def slow() -> None:
     """In a child: wait a little before every step, so that a kill falls between and into all of them."""
-    for module, name in ((tokenise, "tokenise_piece"), (join, "_copy"), (join, "_copy_some"), (moving, "write_json")):
+    for module, name in ((tokenise, "tokenise_piece"), (join, "_copy"), (join, "_copy_some"), (finish, "write_json")):
         original = getattr(module, name)
 
         def slowly(*arguments, original=original):
@@ -279,8 +279,9 @@ def test_two_workers_are_killed_with_their_parent_and_it_goes_on(place, tmp_path
     big.write_bytes((place / "two.jsonl").read_bytes() * 400)
     entry = tmp_path / "entry.py"  # what the tool does, in smaller pieces
     entry.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom endprompt_megatron.data import pieces, prepare\n"
-        "pieces._PIECE_BYTES = 40_000\nif __name__ == '__main__':\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from endprompt_megatron.data.corpus import chunks, prepare\n"
+        "chunks._PIECE_BYTES = 40_000\nif __name__ == '__main__':\n"
         "    prepare.prepare(sys.argv[1:2], *sys.argv[2:], workers=2)\n"
     )
     command = [sys.executable, str(entry), str(big), str(place / "tokenizer"), str(tmp_path / "out")]
@@ -294,7 +295,7 @@ def test_two_workers_are_killed_with_their_parent_and_it_goes_on(place, tmp_path
     assert list(staging.glob(".piece_*.json"))
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", 40_000)
+    monkeypatch.setattr(chunks, "_PIECE_BYTES", 40_000)
     call(place, tmp_path / "again", [str(big)], filters=None)
     assert three_files(tmp_path / "out") == three_files(tmp_path / "again")
     assert not staging.exists()

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from small import small_sentencepiece, small_tokenizer
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.prompts import PROMPTS, tokenise_prompts
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.method.prompts import PROMPTS, tokenise_prompts
 from endprompt_megatron.tokenizer import load_tokenizer
 
 

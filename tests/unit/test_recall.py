@@ -5,15 +5,15 @@ import pytest
 import torch
 from unit.test_data import PROMPTS, train_set, write_dataset
 
-from endprompt_megatron.config import Recall as RecallKeys
-from endprompt_megatron.config import Recipe
-from endprompt_megatron.data.batch import KEYS, MicroBatches
-from endprompt_megatron.data.dataset import build_datasets
-from endprompt_megatron.data.recall import Recall
-from endprompt_megatron.data.samples import SampleBuilder
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.positions import WITH_PROMPT, copies, position_ids
-from endprompt_megatron.rules.methods import check_methods
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.constraints.context_rules import check_methods
+from endprompt_megatron.config.recipe import Recall as RecallKeys
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.data.samples.batches import KEYS, MicroBatches
+from endprompt_megatron.data.samples.builder import SampleBuilder
+from endprompt_megatron.data.samples.dataset import build_datasets
+from endprompt_megatron.method.positions import WITH_PROMPT, copies, position_ids
+from endprompt_megatron.method.recall import Recall
 
 CUE = (1900, 1901, 1902)
 TARGET, PHYSICAL = 512, 64

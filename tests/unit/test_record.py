@@ -6,10 +6,10 @@ import math
 import pytest
 
 from endprompt_megatron.checkpoint import Progress
-from endprompt_megatron.config import load_recipe
-from endprompt_megatron.record import Recorder, cut_metrics
-from endprompt_megatron.shape import read_shape
-from endprompt_megatron.step import Losses
+from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.model.shape import read_shape
+from endprompt_megatron.training.metrics import Recorder, cut_metrics
+from endprompt_megatron.training.step import Losses
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import re
 import pytest
 import small
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.evaluate import perplexity
-from endprompt_megatron.positions import METHODS
-from endprompt_megatron.report import distances as report_distances
-from endprompt_megatron.report import run as report_run
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate.suites import perplexity
+from endprompt_megatron.method.positions import METHODS
+from endprompt_megatron.report import load as report_run
 from endprompt_megatron.report.page import write_report
+from endprompt_megatron.report.sections import distances as report_distances
 
 RECIPE = """
 model: {hf: /nowhere/<b>model</b>}

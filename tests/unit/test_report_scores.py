@@ -11,16 +11,17 @@ import yaml
 from unit import reports
 from unit.test_report import checked
 
-from endprompt_megatron import positions
-from endprompt_megatron.config import load_recipe
-from endprompt_megatron.evaluate.statistics import compare_intervals
-from endprompt_megatron.hardware import of_kind
+from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.distributed.hardware import of_kind
+from endprompt_megatron.evaluate.intervals import compare_intervals
+from endprompt_megatron.method import positions
+from endprompt_megatron.model.published_shapes import shape_for
 from endprompt_megatron.plan.estimate import make_plan
-from endprompt_megatron.plan.published import shape_for
-from endprompt_megatron.report import cost, distances, style
+from endprompt_megatron.report import style
+from endprompt_megatron.report.load import read_run, read_runs
 from endprompt_megatron.report.models import measured_models
 from endprompt_megatron.report.page import POLICY, write_report
-from endprompt_megatron.report.run import read_run, read_runs
+from endprompt_megatron.report.sections import cost, distances
 
 
 @pytest.fixture
@@ -242,7 +243,7 @@ def test_smoothness_is_of_the_recipes_own_frequencies(measured, one):
 
 def test_a_difference_of_two_intervals_is_newcombes():
     # Newcombe (1998), table II, 56/70 against 48/80, method 10.
-    from endprompt_megatron.evaluate.statistics import wilson
+    from endprompt_megatron.evaluate.intervals import wilson
 
     first, second = (
         {"score": right / of, "interval": list(wilson(right, of)), "samples": of} for right, of in ((48, 80), (56, 70))

@@ -8,8 +8,13 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.rope import PositionRotary, frequencies, scaled_config, transformers_config
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.method.rope import (
+    PositionRotary,
+    frequencies,
+    scaled_config,
+    transformers_config,
+)
 
 ORIGINAL, TARGET, FACTOR, THETA, DIM = 8192, 65536, 8.0, 500000.0, 128
 TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "none")

@@ -21,11 +21,11 @@ from pathlib import Path
 import pytest
 from small import ROOT
 
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.evaluate.question import Question
-from endprompt_megatron.evaluate.ruler import TASKS, check, questions, score, summary
-from endprompt_megatron.evaluate.ruler.suite import samples
-from endprompt_megatron.evaluate.ruler.templates import template
+from endprompt_megatron.evaluate.suites.ruler import TASKS, check, questions, score, summary
+from endprompt_megatron.evaluate.suites.ruler.ruler_suite import samples
+from endprompt_megatron.evaluate.suites.ruler.templates import template
 from endprompt_megatron.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -12,14 +12,21 @@ import pytest
 import ruler_files
 from small import ROOT, run_tool
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.evaluate.ruler import TASKS, RulerSettings, check, questions, sources, summary
-from endprompt_megatron.evaluate.ruler.documents import Documents
-from endprompt_megatron.evaluate.ruler.fitting import Room, shuffled
-from endprompt_megatron.evaluate.ruler.niah import DEPTHS
-from endprompt_megatron.evaluate.ruler.sources import Sources, sources_of
-from endprompt_megatron.evaluate.ruler.templates import template
-from endprompt_megatron.evaluate.ruler.words import Pairs, pairs, wonderwords
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate.suites.ruler import (
+    TASKS,
+    RulerSettings,
+    check,
+    questions,
+    sources,
+    summary,
+)
+from endprompt_megatron.evaluate.suites.ruler.documents import Documents
+from endprompt_megatron.evaluate.suites.ruler.niah import DEPTHS
+from endprompt_megatron.evaluate.suites.ruler.ruler_words import Pairs, pairs, wonderwords
+from endprompt_megatron.evaluate.suites.ruler.sources import Sources, sources_of
+from endprompt_megatron.evaluate.suites.ruler.templates import template
+from endprompt_megatron.evaluate.suites.ruler.token_budget import Room, shuffled
 
 
 def one_line(error: pytest.ExceptionInfo, *needles: str) -> None:
@@ -246,8 +253,8 @@ def test_a_package_that_is_not_installed_is_named(module, ruler, tmp_path):
     """In a process of its own: what is imported once stays."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{module!r}] = None\n")
     (tmp_path / "ask.py").write_text(
-        "from endprompt_megatron.errors import run_cli\n"
-        "from endprompt_megatron.evaluate.ruler import RulerSettings, check\n"
+        "from endprompt_megatron.common.errors import run_cli\n"
+        "from endprompt_megatron.evaluate.suites.ruler import RulerSettings, check\n"
         f"given = dict(haystack={str(ruler / 'essays.json')!r}, punkt={str(ruler / 'punkt')!r})\n"
         "run_cli(lambda: check(RulerSettings(lengths=(4096,), **given)))\n"
     )

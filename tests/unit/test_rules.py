@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 from small import ROOT
 
-from endprompt_megatron import positions
-from endprompt_megatron.config import load_recipe
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.hardware import GPUS, Hardware, of_kind
-from endprompt_megatron.pipeline import chunk_layers
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.constraints.check import check_for
+from endprompt_megatron.config.constraints.precision_rules import attention_environment
+from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.distributed.hardware import GPUS, Hardware, of_kind
+from endprompt_megatron.distributed.pipeline import chunk_layers
+from endprompt_megatron.method import positions
+from endprompt_megatron.model.published_shapes import published_config
+from endprompt_megatron.model.shape import ModelShape, shape_of
 from endprompt_megatron.plan.estimate import estimate
-from endprompt_megatron.plan.published import published_config
-from endprompt_megatron.rules.check import check_for
-from endprompt_megatron.rules.precision import attention_environment
-from endprompt_megatron.shape import ModelShape, shape_of
 
 BASE = """
 model: {hf: model, init_from: megatron}
@@ -371,8 +371,8 @@ def test_no_recipe_is_forgotten():
 
 
 def test_every_method_has_a_name_in_plans_and_model_cards():
-    from endprompt_megatron.convert import card
-    from endprompt_megatron.plan import page
+    from endprompt_megatron.convert import model_card
+    from endprompt_megatron.plan import plan_page
 
-    assert set(positions.METHODS) <= set(page._METHODS)
-    assert set(positions.METHODS) <= set(card._TITLES)
+    assert set(positions.METHODS) <= set(plan_page._METHODS)
+    assert set(positions.METHODS) <= set(model_card._TITLES)

@@ -10,9 +10,9 @@ import time
 import pytest
 from small import ROOT
 
-from endprompt_megatron import run_lock
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.run_lock import RunLock
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.distributed import run_lock
+from endprompt_megatron.distributed.run_lock import RunLock
 
 BEAT = 0.05
 HOLDER = """

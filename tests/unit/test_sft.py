@@ -12,15 +12,15 @@ from small import assert_one_line_error, edit_json, small_llama
 from unit.preparing import stored_documents
 from unit.starting import write_tokens
 
-from endprompt_megatron.config import load_recipe
-from endprompt_megatron.data.inspect import look, look_at_documents, page
-from endprompt_megatron.data.of_recipe import datasets_of
-from endprompt_megatron.data.prepare import prepare
-from endprompt_megatron.data.segments import segments
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.rope import frequencies, scaled_config, transformers_config
-from endprompt_megatron.rules.check import check_data, check_for
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.constraints.check import check_data, check_for
+from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.data.corpus.prepare import prepare
+from endprompt_megatron.data.describe.describe_data import look, look_at_documents, page
+from endprompt_megatron.data.describe.segments import segments
+from endprompt_megatron.data.samples.of_recipe import datasets_of
+from endprompt_megatron.method.rope import frequencies, scaled_config, transformers_config
+from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.tokenizer import load_tokenizer
 
 SCALED = {"max_position_embeddings": 512, "rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}}

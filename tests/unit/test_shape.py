@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.shape import read_shape, shape_of
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.model.shape import read_shape, shape_of
 
 LLAMA = {"model_type": "llama", "hidden_act": "silu"}
 

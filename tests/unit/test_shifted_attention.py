@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from endprompt_megatron.config import LongLora
-from endprompt_megatron.longlora import seen_tokens
-from endprompt_megatron.shifted_attention import grouped
+from endprompt_megatron.config.recipe import LongLora
+from endprompt_megatron.model.longlora import seen_tokens
+from endprompt_megatron.model.shifted_attention import grouped
 
 
 def dense_mask(length: int, heads: int, groups: int, plain: int) -> torch.Tensor:

@@ -7,8 +7,8 @@ import sys
 import pytest
 from small import small_llama, text
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.evaluate import short
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate.suites import lm_eval
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
@@ -61,7 +61,7 @@ def tasks(tmp_path, monkeypatch):
 
 def refused(*args, **kwargs) -> str:
     with pytest.raises(InputError) as caught:
-        short.run(*args, **kwargs)
+        lm_eval.run(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -101,12 +101,12 @@ def test_code_of_the_model_runs_only_if_that_is_allowed(model, monkeypatch):
 @needs_lm_eval
 def test_what_cannot_be_asked_here_is_known_before_a_model_is_loaded(tasks, monkeypatch):
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
-    reasons = short.left_out(["own", "lost", "humaneval"], include=tasks)
+    reasons = lm_eval.left_out(["own", "lost", "humaneval"], include=tasks)
     assert list(reasons) == ["humaneval", "lost"]
     assert "set HF_ALLOW_CODE_EVAL=1" in reasons["humaneval"]
     assert "its data is not in the caches and cannot be reached" in reasons["lost"]
     with pytest.raises(InputError, match="has no task 'own_too'"):
-        short.left_out(["own_too"], include=tasks)
+        lm_eval.left_out(["own_too"], include=tasks)
 
 
 @needs_lm_eval
@@ -130,20 +130,20 @@ def test_an_unknown_task_is_named(model, tasks):
 @needs_lm_eval
 @pytest.mark.parametrize(("shots", "limit"), [(0, None), (2, 10)])
 def test_lm_eval_scores_as_transformers_likelihoods_do(shots, limit, model, tasks):
-    found = short.run(model, ["own"], limit, shots={"own": shots}, dtype="float32", include=tasks)
+    found = lm_eval.run(model, ["own"], limit, shots={"own": shots}, dtype="float32", include=tasks)
     right = likelier(model, shots)[:limit]
     row = found["tasks"]["own"]
     assert row["score"] == pytest.approx(100 * sum(right) / len(right))
     assert (row["metric"], row["shots"], row["questions"]) == ("acc,none", shots, len(right))
     assert row["stderr"] >= 0
     assert 0 < sum(right) < len(right)
-    assert found["mean"] == {"score": None, "complete": False, "missing": list(short.TASKS)}
+    assert found["mean"] == {"score": None, "complete": False, "missing": list(lm_eval.TASKS)}
     assert found["limit"] == limit
 
 
 @needs_lm_eval
 def test_a_group_of_tasks_is_one_row(model, tasks):
-    row = short.run(model, ["pair"], 5, dtype="float32", include=tasks)["tasks"]["pair"]
+    row = lm_eval.run(model, ["pair"], 5, dtype="float32", include=tasks)["tasks"]["pair"]
     assert row["score"] == pytest.approx(100 * sum(likelier(model, 0)[:5]) / 5)
     assert (row["metric"], row["shots"], row["questions"]) == ("acc,none", 0, 10)
 

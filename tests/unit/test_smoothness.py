@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from endprompt_megatron.smoothness import Smoothness
+from endprompt_megatron.method.smoothness import Smoothness
 
 LLAMA3 = 500000.0 ** -(np.arange(64) / 64)
 

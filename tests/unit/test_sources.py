@@ -11,12 +11,12 @@ import pytest
 from small import small_tokenizer, text
 from unit.preparing import expected_documents, stored_documents, write_jsonl
 
-from endprompt_megatron.data import pieces
-from endprompt_megatron.data.pieces import Reading, pieces_of
-from endprompt_megatron.data.prepare import prepare
-from endprompt_megatron.data.readers import documents
-from endprompt_megatron.data.sources import sources_of
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.data.corpus import chunks
+from endprompt_megatron.data.corpus.chunks import Reading, pieces_of
+from endprompt_megatron.data.corpus.inputs import sources_of
+from endprompt_megatron.data.corpus.prepare import prepare
+from endprompt_megatron.data.corpus.readers import documents
 
 TEXTS = [text(3 + number, number) + "é" * (number % 2) for number in range(40)]
 
@@ -45,7 +45,7 @@ def read(source: Path | str, step: int | None = None, split_blank_lines: int = 0
     reading = Reading(split_blank_lines)
     with pytest.MonkeyPatch.context() as patch:
         if step:
-            patch.setattr(pieces, "_PIECE_BYTES", step)
+            patch.setattr(chunks, "_PIECE_BYTES", step)
         cut = pieces_of(sources_of([str(source)], None, "text"), reading)
     return [document for piece in cut for _, document in documents(piece, reading)]
 
@@ -215,7 +215,7 @@ def test_pieces_of_a_split_txt_give_each_document_once(tmp_path, step, blank_lin
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer, monkeypatch):
     source = tmp_path / "a.jsonl"
     write_jsonl(source, TEXTS)
-    from endprompt_megatron.data import prepare as module
+    from endprompt_megatron.data.corpus import prepare as module
 
     original = module._sha256_once
 

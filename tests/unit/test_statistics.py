@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from endprompt_megatron.evaluate.statistics import (
+from endprompt_megatron.evaluate.intervals import (
     Series,
     bootstrap,
     compare,

@@ -8,10 +8,10 @@ from scipy import stats
 from small import assert_one_line_error, run_tool
 from unit.studying import STUDY, made_up
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.evaluate.statistics import student, student_quantile, t_interval
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate.intervals import student, student_quantile, t_interval
 from endprompt_megatron.study.compare import compare
-from endprompt_megatron.study.page import as_html, as_markdown, write
+from endprompt_megatron.study.pages import as_html, as_markdown, write
 
 RNG = np.random.default_rng(5)
 QUESTIONS = 40

@@ -8,7 +8,7 @@ from small import ROOT, assert_one_line_error, run_tool
 from unit.starting import RECIPE
 from unit.studying import STUDY, write_study
 
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.study.grid import read_study
 
 

@@ -5,7 +5,7 @@ import sys
 
 from small import ROOT
 
-from endprompt_megatron.study.page import as_markdown
+from endprompt_megatron.study.pages import as_markdown
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
 import table

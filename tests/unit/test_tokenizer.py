@@ -10,8 +10,8 @@ import pytest
 from small import edit_json, small_sentencepiece, small_tokenizer, text
 from unit.starting import write_tokens
 
-from endprompt_megatron.data.fingerprint import refuse_other_tokenizer
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.data.dataset_tokenizer import refuse_other_tokenizer
 from endprompt_megatron.tokenizer import fingerprint, load_tokenizer
 
 

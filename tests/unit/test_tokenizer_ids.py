@@ -17,10 +17,10 @@ from tokenizer_files import (
     take,
 )
 
-from endprompt_megatron.convert.layout import check_tokenizer
-from endprompt_megatron.errors import InputError
+from endprompt_megatron.checkpoint.layout import check_tokenizer
+from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.tokenizer import load_tokenizer
-from endprompt_megatron.tokenizer.sums import fingerprint_of
+from endprompt_megatron.tokenizer.fingerprint import fingerprint_of
 
 TEXT = Path(__file__).with_name("multilingual.txt").read_bytes().decode()
 # The whole, its lines, and pieces that begin and end anywhere, in the middle of words, blanks and emoji.

@@ -7,7 +7,7 @@ import time
 import pytest
 from small import ROOT
 
-from endprompt_megatron.watch import Watchdog, _ranges, place_of, slowest
+from endprompt_megatron.distributed.watchdog import Watchdog, _ranges, place_of, slowest
 
 NAMES = [f"node{rank // 2}, local rank {rank % 2}" for rank in range(4)]
 
@@ -49,7 +49,7 @@ def test_a_place_is_the_line_of_this_package_and_the_innermost_function(tmp_path
     watchdog = Watchdog(tmp_path, 0, NAMES, factor=0.0, floor=60.0)
     watchdog.now = (Recording(), "step 1", 60.0)
     watchdog.step_ends()
-    assert place_of(frames[0]).startswith("watch.py:")
+    assert place_of(frames[0]).startswith("watchdog.py:")
     assert place_of(frames[0]).endswith(" step_ends (__sub__)")
 
 

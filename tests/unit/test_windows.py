@@ -9,15 +9,15 @@ import pytest
 import torch
 from unit.test_data import LENGTHS, PROMPTS, settings, train_set, write_dataset
 
-from endprompt_megatron.data import windows as windows_module
-from endprompt_megatron.data.batch import KEYS, MicroBatches
-from endprompt_megatron.data.blend import sources_of, turns
-from endprompt_megatron.data.dataset import build_datasets
+from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.indexed import read_idx
-from endprompt_megatron.data.seen import seen
-from endprompt_megatron.data.windows import Windows, epoch_seed
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.positions import draws, generator, position_ids
+from endprompt_megatron.data.samples import windows as windows_module
+from endprompt_megatron.data.samples.batches import KEYS, MicroBatches
+from endprompt_megatron.data.samples.blend import sources_of, turns
+from endprompt_megatron.data.samples.consumed import seen
+from endprompt_megatron.data.samples.dataset import build_datasets
+from endprompt_megatron.data.samples.windows import Windows, epoch_seed
+from endprompt_megatron.method.positions import draws, generator, position_ids
 
 MANY = tuple(int(n) for n in np.random.default_rng(5).integers(0, 400, 300))
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from small import small_tokenizer, text
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
-from endprompt_megatron.data import words
-from endprompt_megatron.data.words import WholeTexts, Words, cut_of
+from endprompt_megatron.data.corpus import words
+from endprompt_megatron.data.corpus.words import WholeTexts, Words, cut_of
 from endprompt_megatron.tokenizer import load_tokenizer
 
 DTYPE = np.dtype(np.uint16)

@@ -11,8 +11,8 @@ import time
 import pytest
 from small import ROOT
 
-from endprompt_megatron.errors import InputError
-from endprompt_megatron.workers import for_each, number_of
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.workers import for_each, number_of
 
 
 def start(what: str):

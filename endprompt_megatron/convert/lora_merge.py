@@ -1,0 +1,86 @@
+"""LoRA's adapters in a checkpoint, and what they add to Hugging Face's matrices: W + alpha / rank * B A, in float32.
+
+The adapters' tensors are named as lora.py names their matrices, all layers of one stacked in axis 0, and stand
+in Hugging Face's order of heads: queries, keys and values each have a B of their own.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+from endprompt_megatron.checkpoint import layout
+from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.convert.mapping import LAYERS
+from endprompt_megatron.model.longlora import ADAPTER
+
+_QKV = LAYERS + "self_attention.linear_qkv" + ADAPTER
+_PROJ = LAYERS + "self_attention.linear_proj" + ADAPTER
+# Hugging Face's matrix: A, which of those in it, B.
+_MATRICES = {
+    "q": (_QKV + "down", 0, _QKV + "up_q"),
+    "k": (_QKV + "down", 1, _QKV + "up_k"),
+    "v": (_QKV + "down", 2, _QKV + "up_v"),
+    "o": (_PROJ + "down", 0, _PROJ + "up"),
+}
+_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.weight")
+
+
+def adapted(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds adapters."""
+    return checkpoint.shape(_QKV + "down") is not None
+
+
+class Merge:
+    """Adds adapters to Hugging Face's matrices, some rows at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, longlora: dict):
+        """`longlora`: the section of the recipe in the manifest.  Raises InputError if the adapters are others."""
+        self.checkpoint, self.rank = checkpoint, longlora["rank"]
+        self.scale = longlora["alpha"] / self.rank
+        for down, number, up in _MATRICES.values():
+            stored = checkpoint.shape(down), checkpoint.shape(up)
+            if None in stored or stored[0][1] <= number * self.rank or stored[1][2] != self.rank:
+                raise InputError(
+                    f"{checkpoint.directory}: its recipe says longlora.rank={self.rank}, but {down} and {up} are not "
+                    "those of such adapters; the checkpoint is damaged"
+                )
+
+    def changes(self, name: str) -> bool:
+        """Whether Hugging Face's tensor `name` has an adapter."""
+        return _NAME.fullmatch(name) is not None
+
+    def add_to(self, rows: torch.Tensor, name: str, first: int = 0) -> torch.Tensor:
+        """Rows first.. of the tensor `name` [n, inputs] float32, in place, with what its adapter adds to them."""
+        layer, which = _NAME.fullmatch(name).groups()
+        down, number, up = _MATRICES[which]
+        layer, count = int(layer), rows.shape[0]
+        a = self._read(down, (layer, number * self.rank, 0), (1, self.rank, rows.shape[1]))
+        b = self._read(up, (layer, first, 0), (1, count, self.rank))
+        return rows.addmm_(b, a, alpha=self.scale)
+
+    def _read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        return self.checkpoint.read(key, offset, shape, torch.float32)[0]
+
+
+def merge_of(checkpoint: Checkpoint) -> Merge | None:
+    """What merges the adapters of a checkpoint; None where it has none.
+
+    Raises InputError if its recipe and its tensors say different things.
+    """
+    longlora = longlora_of(checkpoint.directory)
+    if longlora.get("rank"):
+        return Merge(Checkpoint(checkpoint.directory), longlora)
+    if adapted(checkpoint):
+        raise InputError(
+            f"{checkpoint.directory}: holds LoRA's adapters, but the recipe in {layout.MANIFEST} has no longlora.rank: "
+            "what they are scaled by is not known"
+        )
+    return None
+
+
+def longlora_of(directory: Path) -> dict:
+    """The recipe's section `longlora` in the manifest of an iter_ directory; empty where there is none."""
+    recipe = layout.read_manifest(directory)["recipe"] or {}
+    return recipe.get("longlora") or {}

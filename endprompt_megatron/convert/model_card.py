@@ -1,0 +1,98 @@
+"""The model card of an exported model: what the manifest and its recipe say, and nothing else."""
+
+from pathlib import PurePath
+
+from endprompt_megatron.model.shape import ModelShape
+
+_TITLES = {
+    "end_prompt": "EndPrompt (a short context and a terminal prompt at the end of the target window)",
+    "end_prompt_random": "EndPrompt with the terminal prompt at a random place",
+    "end_prompt_log": "EndPrompt with the terminal prompt at a log-uniform distance",
+    "end_prompt_curriculum": "EndPrompt with the terminal prompt moving from near to the end",
+    "end_prompt_multi": "EndPrompt with several terminal prompts at growing distances",
+    "end_prompt_near": "a terminal prompt directly after the context (a control)",
+    "end_prompt_pose": "EndPrompt with the terminal prompt split into shifted chunks",
+    "pose": "PoSE (chunks with skipped positions)",
+    "full": "full-length fine-tuning",
+    "short": "short-context fine-tuning (the control: no terminal prompt)",
+    "sft": "supervised fine-tuning on conversations, with a loss on the answers alone",
+}
+
+# Rows of the table: what it is called, and the recipe's key.
+_ROWS = (
+    ("Original window", "context.original"),
+    ("Target window", "context.target"),
+    ("RoPE scaling", "context.rope.type"),
+    ("RoPE factor", "context.rope.factor"),
+    ("Physical sequence length", "context.physical"),
+    ("Terminal prompts", "context.prompts"),
+    ("Weight of the prompt in the loss", "context.prompt_loss_weight"),
+    ("Tokens recalled by the prompt", "context.recall.tokens"),
+    ("Tokens asked for", "train.tokens"),
+    ("Steps asked for", "train.steps"),
+    ("Sequences a step", "train.global_batch_size"),
+    ("Seed", "train.seed"),
+    ("Learning rate", "optim.lr"),
+    ("Schedule", "optim.schedule"),
+    ("Warm-up steps", "optim.warmup_steps"),
+    ("Weight decay", "optim.weight_decay"),
+    ("Precision", "precision.dtype"),
+)
+_OF_EXTENSION = ("context.original", "context.rope.factor", "context.prompts", "context.prompt_loss_weight")
+
+
+def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
+    """README.md with front matter.  A checkpoint without a recipe was converted and not trained: the card says so."""
+    recipe = manifest["recipe"]
+    # Where it lay on someone's disk is of no use to a reader; a relative name may be that of a hub.
+    base = str(_value(recipe, "model.hf") or manifest["source"])
+    name = PurePath(base).name if base.startswith(("/", ".", "~")) else base
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    method = _value(recipe, "context.method")
+    if _value(recipe, "data.kind") == "chat":
+        method = "sft"
+    kept = _value(recipe, "context.rope.type") == "keep"
+    if recipe:
+        lines += ["tags:", "- long-context", f"- {str(method or 'endprompt').replace('_', '-')}"]
+    target = _value(recipe, "context.target")
+    done = ", fine-tuned" if kept else f", extended to {target} tokens" if target else ""
+    title = f"# {PurePath(base).name}{done}"
+    lines += ["---", "", title, ""]
+    if not recipe:
+        lines += ["The weights of the source, converted to Megatron-Core and back; not trained further.", ""]
+    table = [("Base model", name)]
+    if method:
+        table.append(("Method", _TITLES.get(method, method)))
+    if _value(recipe, "longlora.shifted"):
+        groups = _value(recipe, "longlora.groups")
+        table.append(("Attention in training", f"shifted sparse attention, {groups} groups; plain attention since"))
+    rank = _value(recipe, "longlora.rank")
+    if rank:
+        beside = [name for name in ("embeddings", "norms") if _value(recipe, f"longlora.train_{name}")]
+        lora = f"rank {rank}, alpha {_value(recipe, 'longlora.alpha')} on q, k, v and o, merged"
+        table.append(("LoRA", lora + (f"; {' and '.join(beside)} trained beside it" if beside else "")))
+    for label, key in _ROWS if recipe else ():
+        value = _value(recipe, key)
+        if kept and key in _OF_EXTENSION:
+            continue
+        if value is not None:
+            table.append((label, ", ".join(map(str, value)) if isinstance(value, list) else value))
+    if recipe:
+        table += [("Steps trained", manifest["step"]), ("Sequences trained on", manifest["consumed_samples"])]
+    table += [("Parameters", f"{shape.parameters:,}"), ("Weights", dtype)]
+    lines += ["| | |", "| --- | --- |"]
+    lines += [f"| {label} | {_escaped(value)} |" for label, value in table]
+    lines += ["", "Made with endprompt_megatron. The licence is that of the base model.", ""]
+    return "\n".join(lines)
+
+
+def _value(recipe: dict | None, key: str) -> object:
+    """The value under a dotted key; None if it is not there."""
+    value = recipe
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _escaped(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

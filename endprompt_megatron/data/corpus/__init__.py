@@ -1,0 +1,1 @@
+"""From a corpus of text to an indexed dataset."""

@@ -1,0 +1,1 @@
+"""What a run will train on, to look at before it costs anything."""

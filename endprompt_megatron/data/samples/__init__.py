@@ -1,0 +1,1 @@
+"""From an indexed dataset to a rank's micro-batches."""

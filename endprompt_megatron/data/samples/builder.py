@@ -1,0 +1,200 @@
+"""One physical sequence from context tokens and an end prompt: tokens, labels, positions, loss weights.
+
+Everything about a sample except where its context comes from.  dataset.py reads the context from disk;
+packed.py writes several shorter ones beside each other into a row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.data.samples.packing import Packing
+from endprompt_megatron.method.positions import (
+    PROMPT_STREAM,
+    VARYING,
+    WITH_PROMPT,
+    copies,
+    draws,
+    position_ids,
+    segment_lengths,
+)
+from endprompt_megatron.method.recall import Recall
+
+
+def check_vocabulary(tokens: np.ndarray, vocab_size: int | None, source: str) -> None:
+    """Raise InputError for a token that the model does not know; `vocab_size` None leaves them unchecked."""
+    if vocab_size is not None and (tokens.max() >= vocab_size or tokens.min() < 0):
+        bad = int(tokens.max() if tokens.max() >= vocab_size else tokens.min())
+        raise InputError(
+            f"{source}: token id {bad} is outside the model's vocabulary of {vocab_size}; "
+            "prepare the data with the model's own tokenizer"
+        )
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What samples with the same prompt have in common; `positions` is None where they differ."""
+
+    context_len: int
+    prompt: np.ndarray  # [b] int64, all copies
+    weights: torch.Tensor  # [s] float32
+    prompt_mask: torch.Tensor  # [s] bool
+    positions: torch.Tensor | None  # [s] int64
+
+
+class SampleBuilder:
+    """Builds sample `index` from its context tokens.  Pure: the same (context, index) gives the same sample.
+
+    `context_len` is the longest context that a sample takes: with prompts of different lengths a sample
+    with a longer prompt takes fewer tokens, so that all have `length` = a + b.  With `recall`, that share of the
+    samples ends with a recall prompt instead of one of `prompts`.  `knobs`: further arguments of position_ids.
+    Raises InputError (naming the recipe's keys) where the method, the lengths and the prompts do not go together.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        physical_len: int,
+        target_len: int,
+        prompts: list[list[int]],
+        prompt_loss_weight: float,
+        seed: int,
+        recall: Recall | None = None,
+        **knobs: int,
+    ) -> None:
+        self._method, self._target, self._seed, self._knobs = method, target_len, seed, knobs
+        self._prompt_loss_weight, self._recall = prompt_loss_weight, recall
+        self._copies = copies(method, knobs.get("anchors", 4))
+        if not 0 <= seed < 2**32:
+            raise InputError(f"train.seed={seed} should lie between 0 and {2**32 - 1}")
+        if method in WITH_PROMPT and not prompts:
+            raise InputError(f"context.prompts is empty; {method} needs at least one end prompt")
+        used = prompts if method in WITH_PROMPT else [[]]
+        used = [] if recall is not None and recall.share == 1 else used
+        try:
+            self._forms = [self._form(prompt, physical_len) for prompt in used]
+            if recall is not None:
+                self._forms.append(self._form(recall.prompt, physical_len, recall))
+        except ValueError as error:
+            raise InputError(f"context.method={method}: {error}") from None
+        self.context_len = max(form.context_len for form in self._forms)
+        self.length = len(self._forms[0].weights)
+        self.highest_prompt_id = max(int(form.prompt.max(initial=-1)) for form in self._forms)
+
+    def _form(self, prompt: list[int], physical_len: int, recall: Recall | None = None) -> _Form:
+        tokens = np.tile(np.array(prompt, dtype=np.int64), self._copies)
+        a, b = segment_lengths(self._method, physical_len, len(tokens), self._target)
+        weights, mask = torch.ones(a + b), torch.zeros(a + b, dtype=torch.bool)
+        # The target at i is token i + 1: the prompt's first token is the target of the last context token.
+        weights[a - 1 :], mask[a - 1 :] = self._prompt_loss_weight, True
+        weights[-1], mask[-1] = 0.0, False
+        if recall is not None:
+            recall.places(a, 1, index=0, seed=self._seed)  # refuses a context without room for the span
+            weights[a - 1 : -1][torch.from_numpy(recall.is_key(self._copies))] = 0.0
+        positions = torch.from_numpy(self._positions(a, b, 0))
+        return _Form(a, tokens, weights, mask, None if self._method in VARYING else positions)
+
+    def _positions(self, a: int, b: int, index: int) -> np.ndarray:
+        return position_ids(self._method, a, b, self._target, index=index, seed=self._seed, **self._knobs)
+
+    @property
+    def prompt_lens(self) -> list[int]:
+        """Tokens of each terminal segment; [0] for a method without."""
+        return [len(form.prompt) for form in self._forms]
+
+    def prompt_number(self, index: int) -> int:
+        """Which of the terminal segments sample `index` ends with, drawn purely in (seed, index); recall comes last."""
+        return 0 if len(self._forms) == 1 else int(self.prompt_numbers(np.array([index]))[0])
+
+    def context_of(self, index: int) -> int:
+        """Context tokens of sample `index`, as `build` makes it."""
+        return self._forms[self.prompt_number(index)].context_len
+
+    def prompt_numbers(self, indices: np.ndarray) -> np.ndarray:
+        """The same for many samples at once, int64."""
+        if self._recall is None:
+            return draws(self._seed, indices, PROMPT_STREAM, len(self._forms))
+        last = len(self._forms) - 1
+        others = draws(self._seed, indices, PROMPT_STREAM, max(last, 1))
+        return np.where(self._recall.chosen(indices, self._seed), last, others)
+
+    def recalled(self, index: int) -> list[int]:
+        """Where in its context the spans begin that sample `index` recalls, one for each copy; [] without recall."""
+        number = self.prompt_number(index)
+        if self._recall is None or number != len(self._forms) - 1:
+            return []
+        return self._recall.places(self._forms[number].context_len, self._copies, index=index, seed=self._seed)
+
+    def build(self, context: np.ndarray, index: int) -> dict[str, torch.Tensor]:
+        """Sample `index`; `context` holds at least its a tokens, of any integer dtype.
+
+        tokens, labels, position_ids int64 [s]; loss_weights float32 [s], the weight of the target at i;
+        prompt_mask bool [s], whether that target is a prompt token.  The last position has no target:
+        label 0, weight 0.
+        """
+        form = self._forms[self.prompt_number(index)]
+        a = form.context_len
+        tokens = np.empty(self.length, dtype=np.int64)
+        tokens[:a] = context[:a]
+        tokens[a:] = form.prompt
+        if self._recall is not None:
+            self._recall.fill(tokens, a, self.recalled(index))
+        labels = np.empty(self.length, dtype=np.int64)
+        labels[:-1] = tokens[1:]
+        labels[-1] = 0
+        if form.positions is None:
+            positions = torch.from_numpy(self._positions(a, len(form.prompt), index))
+        else:
+            positions = form.positions.clone()
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(labels),
+            "position_ids": positions,
+            "loss_weights": form.weights.clone(),
+            "prompt_mask": form.prompt_mask.clone(),
+        }
+
+    def packing(self, align: int) -> Packing:
+        """How documents become samples of this method in rows of `length`, each padded to a multiple of `align`.
+
+        Raises InputError, naming the recipe's keys, where they cannot.
+        """
+        if self._method == "full":
+            raise InputError(
+                "context.method=full with data.packing=documents: a document is as long as it is, not as the target; "
+                "use short with context.physical at the target's length, or stream"
+            )
+        if self._recall is not None:
+            raise InputError(
+                "context.recall.tokens with data.packing=documents: a short document has no span to recall; use stream"
+            )
+        # With one token a sample would have no target in its context, and a chunk is at least one token.
+        shortest = max(2, self._knobs.get("chunks", 2)) if self._method == "pose" else 2
+        longest = self.length - max(self.prompt_lens)
+        if longest < shortest:
+            raise InputError(
+                f"context.physical={self.length} leaves {longest} tokens beside the prompt, a sample needs {shortest}"
+            )
+        try:
+            return Packing(self.length, longest, shortest, tuple(self.prompt_lens), align, self._seed)
+        except ValueError as error:
+            raise InputError(f"data.align={align}: {error}") from None
+
+    def write(self, row: dict[str, np.ndarray], context: np.ndarray, prompt_number: int, index: int) -> None:
+        """A sample as long as its context and its prompt ask, into the arrays of a row.
+
+        `row` holds views of a + b elements of what `build` returns, all zero where nothing is written.
+        """
+        prompt = self._forms[prompt_number].prompt
+        a, b = len(context), len(prompt)
+        tokens = row["tokens"]
+        tokens[:a] = context
+        tokens[a:] = prompt
+        row["labels"][:-1] = tokens[1:]
+        row["position_ids"][:] = self._positions(a, b, index)
+        row["loss_weights"][: a - 1] = 1.0
+        if b:
+            row["loss_weights"][a - 1 : -1] = self._prompt_loss_weight
+            row["prompt_mask"][a - 1 : -1] = True

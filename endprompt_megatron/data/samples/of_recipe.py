@@ -1,0 +1,61 @@
+"""The datasets that a recipe asks for: what data.*, context.* and train.* mean for build_datasets.
+
+Apart from feed.py so that tools which look at data need neither Megatron nor process groups.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.data.samples.blend import is_split, sources_of
+from endprompt_megatron.data.samples.dataset import Blend, Dataset, build_datasets
+from endprompt_megatron.method.positions import WITH_PROMPT
+from endprompt_megatron.method.prompts import tokenise_prompts
+from endprompt_megatron.method.recipe_prompts import recall_of
+
+
+def datasets_of(
+    recipe: Recipe, where: str, vocab_size: int | None, cache: Path | str | None, valid_samples: int = 0
+) -> tuple[Dataset, Dataset | None]:
+    """The recipe's training and validation datasets (build_datasets).  Raises InputError.
+
+    `vocab_size` is the model's, `cache` the directory for large indices; None checks and keeps nothing.
+    """
+    c, d, t = recipe.context, recipe.data, recipe.train
+    with_prompt = c.method in WITH_PROMPT
+    valid = d.valid if d.valid is None or is_split(d.valid) else _blend_of(d.valid, f"{where}: data.valid", recipe)
+    return build_datasets(
+        train=_blend_of(d.train, f"{where}: data.train", recipe),
+        valid=valid,
+        physical_len=c.physical,
+        method=c.method,
+        target_len=c.target,
+        prompts=tokenise_prompts(recipe.model.hf, list(c.prompts)) if with_prompt else [],
+        prompt_loss_weight=c.prompt_loss_weight,
+        seed=t.seed,
+        recall=recall_of(recipe) if with_prompt else None,
+        knobs=c.knobs,
+        train_samples=t.steps * t.global_batch_size,
+        valid_samples=valid_samples,
+        cache_dir=cache,
+        vocab_size=vocab_size,
+        document_ends=d.document_ends,
+        min_document_tokens=d.min_document_tokens,
+        content_skip=c.content_skip,
+        packing=d.packing,
+        tokenizer=recipe.model.hf,
+        align=d.align or 1,
+        kind=d.kind,
+        long=d.long,
+    )
+
+
+def _blend_of(value: Any, key: str, recipe: Recipe) -> Blend:
+    """data.train or data.valid with the prompts that sources have of their own as token ids."""
+    blend = []
+    for source in sources_of(value, key):
+        prompts = None
+        if source.prompts is not None and recipe.context.method in WITH_PROMPT:
+            prompts = tokenise_prompts(recipe.model.hf, list(source.prompts), f"{key}: prompts of {source.prefix}")
+        blend.append((source.prefix, source.weight, prompts))
+    return blend

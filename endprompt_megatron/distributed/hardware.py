@@ -1,0 +1,94 @@
+"""The place a recipe runs on, as far as a rule or an estimate depends on it.  No torch until it is asked.
+
+`here()` is this machine; `of_kind("h100")` is a machine that a plan is made for.  The numbers of GPUS are
+NVIDIA's data sheets: dense peaks without sparsity, link rates of one direction.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+
+from endprompt_megatron.common.errors import InputError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU: memory in GiB as the driver shows it, FLOP/s dense, bytes/s."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_gib: float
+    bf16: float
+    fp8: float | None  # None where there is none
+    bandwidth: float  # of its own memory
+    nvlink: float  # to the other GPUs of its node, one direction
+    network: float  # to other nodes, one direction, a GPU's share
+
+    @property
+    def hopper(self) -> bool:
+        return self.capability[0] == 9
+
+    @property
+    def blackwell(self) -> bool:
+        return self.capability[0] >= 10
+
+
+GPUS = {
+    "a100": Gpu("A100", (8, 0), 79.3, 312e12, None, 2.0e12, 300e9, 25e9),
+    "h100": Gpu("H100", (9, 0), 79.6, 989e12, 1979e12, 3.35e12, 450e9, 50e9),
+    "h200": Gpu("H200", (9, 0), 140.0, 989e12, 1979e12, 4.8e12, 450e9, 50e9),
+    "b200": Gpu("B200", (10, 0), 178.0, 2250e12, 4500e12, 8.0e12, 900e9, 50e9),
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a recipe runs.  `gpu` is None on CPUs, `engine` Transformer Engine's version or None."""
+
+    gpu: Gpu | None
+    engine: tuple[int, ...] | None
+
+
+def of_kind(kind: str, option: str = "--gpu") -> Hardware:
+    """A node of that kind of GPU with Transformer Engine.  Raises InputError for an unknown kind."""
+    if kind.lower() not in GPUS:
+        raise InputError(f"{option} {kind}: not known; use one of {', '.join(GPUS)}")
+    return Hardware(GPUS[kind.lower()], (2, 9))
+
+
+@functools.cache
+def here() -> Hardware:
+    """This machine.  Looks for a GPU only where Transformer Engine is installed or torch is imported already."""
+    import sys
+
+    engine = engine_version()
+    if engine is None and "torch" not in sys.modules:
+        return Hardware(None, None)
+    import torch
+
+    if not torch.cuda.is_available():
+        return Hardware(None, engine)
+    return Hardware(_this_gpu(torch.cuda.get_device_properties(0)), engine)
+
+
+def _this_gpu(properties: object) -> Gpu:
+    """The GPU of the table that this one is; one that is not there gets its own memory and no peaks."""
+    name, memory = properties.name, properties.total_memory / 2**30
+    for gpu in sorted(GPUS.values(), key=lambda gpu: -gpu.memory_gib):
+        if gpu.name in name:
+            return gpu
+    return Gpu(name, (properties.major, properties.minor), memory, 0.0, None, 0.0, 0.0, 0.0)
+
+
+def engine_version() -> tuple[int, ...] | None:
+    """Transformer Engine's version as numbers, (2, 13, 0); None where it cannot be imported."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    for name in ("transformer-engine", "transformer-engine-cu13", "transformer-engine-cu12"):
+        try:
+            text = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())
+    return (0,)

@@ -1,0 +1,24 @@
+"""How layers are split over pipeline stages and virtual stages.  Pure arithmetic, as Megatron-Core does it.
+
+Embedding and loss may count as a layer each, so that the first and the last stage, which hold them, get one
+transformer layer less: the 126 layers of LLaMA-3.1-405B and those two make 128.
+"""
+
+from endprompt_megatron.config.recipe import Parallel
+
+
+def chunk_layers(num_layers: int, parallel: Parallel) -> list[list[int]]:
+    """Transformer layers of each virtual stage of each pipeline stage, [pipeline][virtual].
+
+    Chunk v of stage p is the (v * pipeline + p)-th piece of the model.  Raises ValueError with what the
+    counted layers should be a multiple of.
+    """
+    stages, virtual = parallel.pipeline, parallel.virtual_pipeline or 1
+    counted = num_layers + parallel.count_embedding + parallel.count_loss
+    if counted % (stages * virtual):
+        raise ValueError(f"{counted} layers are not a multiple of {stages * virtual}")
+    size = counted // (stages * virtual)
+    layers = [[size] * virtual for _ in range(stages)]
+    layers[0][0] -= parallel.count_embedding
+    layers[-1][-1] -= parallel.count_loss
+    return layers

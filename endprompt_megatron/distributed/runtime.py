@@ -1,0 +1,203 @@
+"""Processes, devices, seeds and signals: what differs between NCCL on GPUs and Gloo on CPUs.
+
+`start` brings a rank up whichever of torchrun, srun or mpirun launched it; everything after it is the
+same on both.  No other module but cpu.py asks which device it is on.
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.distributed.hardware import here
+from endprompt_megatron.distributed.signals import StopSignal
+
+
+def has_cuda() -> bool:
+    """Whether this process trains on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands among those started together."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def launched_as() -> Launch:
+    """Rank and world size from torchrun's, srun's or mpirun's environment; a single process otherwise.
+
+    Raises InputError if a variable is there but not a number.
+    """
+    families = (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    )
+    for names in families:
+        # A batch script without srun carries SLURM_PROCID=0 and SLURM_NTASKS=n: it is one process, not n.
+        if names[0] == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
+            continue
+        if names[0] in os.environ and names[1] in os.environ:
+            try:
+                return Launch(*(int(os.environ.get(name, "0")) for name in names))
+            except ValueError:
+                raise InputError(f"{names[0]}={os.environ[names[0]]} in the environment is not a number") from None
+    return Launch(0, 1, 0)
+
+
+def take_device(launch: Launch) -> None:
+    """Give this process its own GPU among those of its host.  A scheduler may show each task its own alone."""
+    if has_cuda():
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+
+
+def start(tensor: int, pipeline: int, virtual_pipeline: int | None, context: int, seed: int) -> Launch:
+    """Process group, Megatron's parallel state and seeds for this rank.
+
+    Gloo on CPUs, NCCL on GPUs.  `seed` seeds Python, numpy and torch alike on every rank (weights come from
+    a checkpoint; dropout is off).
+    """
+    quiet_libraries()
+    launch = launched_as()
+    take_device(launch)
+    if not has_cuda():
+        from endprompt_megatron.distributed import cpu
+
+        cpu.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not dist.is_initialized():
+        _initialise_process_group(launch)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline and virtual_pipeline > 1 else None,
+        context_parallel_size=context,
+        create_gloo_process_groups=True,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return launch
+
+
+def _initialise_process_group(launch: Launch) -> None:
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        if launch.world_size > 1:
+            raise InputError("MASTER_PORT is not set: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    dist.init_process_group(
+        "nccl" if has_cuda() else "gloo",
+        rank=launch.rank,
+        world_size=launch.world_size,
+        device_id=device() if has_cuda() else None,
+    )
+
+
+def finish() -> None:
+    """Tear the process groups down, so that no rank hangs or complains at exit."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """An InputError that any rank meets inside is raised on all of them.  All ranks must enter and leave.
+
+    Alone, it would leave the others waiting in the next collective for a rank that is gone.
+    """
+    mine = None
+    try:
+        yield
+    except InputError as error:
+        mine = error
+    messages: list = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, str(mine) if mine is not None else None)
+    if mine is not None:
+        raise mine
+    for message in filter(None, messages):
+        raise InputError(message)
+
+
+def is_first() -> bool:
+    """Whether this rank is the one that writes and speaks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def announce(line: str) -> None:
+    """Print from one rank."""
+    if is_first():
+        print(line, flush=True)
+
+
+def peak_flops() -> float | None:
+    """Dense BF16 peak of this rank's device in FLOP/s, which MFU is stated against; None where it is not known."""
+    gpu = here().gpu if has_cuda() else None
+    return gpu.bf16 or None if gpu else None
+
+
+def quiet_libraries() -> None:
+    """Silence what third parties print on every rank and no user can act on."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\..*")
+    for name in ("megatron", "torch.distributed", "torch._dynamo", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this rank in GiB: allocated on the GPU, resident on the CPU."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def collect_garbage(step: int, interval: int) -> None:
+    """Collect Python's garbage every `interval` steps, on all ranks in the same one; 0 leaves it to Python.
+
+    Left to itself each rank pauses at a moment of its own, and the others wait for it.
+    """
+    if interval == 0:
+        return
+    if gc.isenabled():
+        gc.disable()
+    if step % interval == 0:
+        gc.collect()
+
+
+def agreed(stop: StopSignal) -> int:
+    """The number of a signal that any rank received, the same on all ranks; 0 if none.  All ranks must call."""
+    number = torch.tensor([stop.received or 0], device=device())
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)

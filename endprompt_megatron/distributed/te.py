@@ -1,0 +1,59 @@
+"""What Transformer Engine must be told outside its layers: environment variables and shared buffers.
+
+The layers themselves are Megatron-Core's (model.py), and what is legal is in precision_rules.py.
+"""
+
+import os
+
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.constraints.precision_rules import attention_environment
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.distributed.hardware import Hardware
+from endprompt_megatron.model.shape import ModelShape
+
+
+def set_environment(recipe: Recipe, where: str, hardware: Hardware) -> None:
+    """Set and announce the variables that the recipe needs, before Transformer Engine or CUDA reads them.
+
+    Raises InputError if one is set to something that would make another run of it.
+    """
+    if hardware.gpu is None or hardware.engine is None:
+        return
+    from endprompt_megatron.distributed.runtime import announce, launched_as
+
+    wanted = attention_environment(recipe, hardware)
+    for name, value in wanted.items():
+        found = os.environ.get(name, value)
+        if found != value:
+            raise InputError(f"{name}={found} is set, and {where} needs {name}={value}: unset it")
+    p = recipe.parallel
+    if p.sequence and not hardware.gpu.blackwell and "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
+        # Kernels then start in the order they are launched in, so a gather is on its way before the GEMM.
+        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    os.environ.update(wanted)
+    if wanted and launched_as().rank == 0:
+        announce("set " + " ".join(f"{name}={value}" for name, value in wanted.items()))
+
+
+def share_buffers(recipe: Recipe, shape: ModelShape) -> None:
+    """Allocate the user buffers through which tensor-parallel ranks exchange activations during GEMMs.
+
+    Only for parallel.overlap_tensor.  All ranks call it, after the process groups are there and before the
+    model is built.
+    """
+    p = recipe.parallel
+    if not p.overlap_tensor:
+        return
+    from transformer_engine.pytorch.module import base
+
+    modes = base.UserBufferQuantizationMode
+    kinds = [modes.FP8 if recipe.precision.fp8 else modes.NONE]
+    if recipe.precision.fp8 and recipe.precision.bf16_edge_layers:
+        kinds.append(modes.NONE)
+    base.initialize_ub(
+        shape=[recipe.context.physical * recipe.train.micro_batch_size // p.context, shape.hidden_size],
+        tp_size=p.tensor,
+        quantization_modes=kinds,
+        ub_cfgs={},
+        bootstrap_backend="nccl",
+    )

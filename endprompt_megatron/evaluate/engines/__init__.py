@@ -1,0 +1,1 @@
+"""What answers an evaluation's requests: transformers, vLLM, or the training model in place."""

@@ -1,0 +1,216 @@
+"""An evaluation from its settings to results.json: ask what is not answered yet, then put the answers together.
+
+Any number of processes do parts of it in one directory (split.py), each answer is stored at once (store.py), and the
+process that finds all parts whole makes the tables.  results.json holds everything that is needed to repeat them:
+models, text, lengths, seeds, versions, times.
+"""
+
+import gc
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from endprompt_megatron import __version__
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import disk_errors, read_json, write_json, write_text
+from endprompt_megatron.evaluate import store
+from endprompt_megatron.evaluate.engines.base import Engine
+from endprompt_megatron.evaluate.intervals import Series, comparisons
+from endprompt_megatron.evaluate.preparation import Inputs, Model, prepare
+from endprompt_megatron.evaluate.request_progress import Progress
+from endprompt_megatron.evaluate.requests import Answered, Item, answers
+from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED, Settings
+from endprompt_megatron.evaluate.split import Alone, ModelRanks, Part
+
+OpenEngine = Callable[[Model], Engine]
+
+
+def evaluate(
+    settings: Settings,
+    models: dict[str, Model],
+    out: Path,
+    open_engine: OpenEngine,
+    *,
+    ranks: Alone | ModelRanks | None = None,
+    progress: Progress | None = None,
+    merge: bool = False,
+) -> dict | None:
+    """Ask this process's part, and write `out`/results.json and the plots if nothing is left to ask by anyone.
+
+    `models`: the extended one, and the baseline before it if there is one.  `merge`: ask nothing.  Returns the
+    results, None where other parts are not whole yet or another rank writes.  Killed and called again, it goes on.
+    Raises InputError.
+    """
+    ranks, progress = ranks or Alone(Part()), progress or Progress()
+    with ranks.same_errors():
+        store.refuse_foreign(out)
+        inputs = prepare(settings, models)
+        identity = {"engine": settings.engine, "dtype": settings.dtype, "models": inputs.fingerprints}
+        store.open_state(out, identity, write=False)
+    for what, reason in inputs.left_out.items():
+        progress.note(f"{what} is left out: {reason}")
+    if not merge:
+        for label in models:
+            _ask(inputs, label, out, identity, open_engine, ranks, progress)
+        ranks.wait()
+        if not ranks.first:
+            return None
+    counts = {label: store.whole_count(out, label, inputs.job(label)) for label in models}
+    for label, count in counts.items():
+        if count is None and merge:
+            raise InputError(f"--merge: {store.what_is_missing(out, label, inputs.job(label))}")
+    return None if None in counts.values() else _put_together(inputs, out, counts)
+
+
+def _ask(
+    inputs: Inputs,
+    label: str,
+    out: Path,
+    identity: dict,
+    open_engine: OpenEngine,
+    ranks: Alone | ModelRanks,
+    progress: Progress,
+) -> None:
+    """Have the model answer what it has not answered yet of this process's part, and store that."""
+    job, print_of_model = inputs.job(label), inputs.fingerprints[label]
+    if ranks.all(store.is_whole(out, label, ranks.part, job)):
+        return
+    stored = store.Answers(out, label, ranks.part)
+    known = ranks.agree(set(stored.places))
+    asked: list[tuple[int, str, object]] = []
+    digests: dict[int, str] = {}
+    later: list[Item] = []
+    progress.begin(label, inputs.expected(label), ranks.part.count)
+
+    def waiting() -> Iterator[Item]:
+        for place, item in enumerate(inputs.items(label)):
+            if not ranks.part.has(place):
+                continue
+            digest = item.digest(print_of_model)
+            asked.append((place, digest, item.entry))
+            if digest in known:
+                progress.known(item)
+                continue
+            digests[id(item)] = digest
+            if item.alone:
+                later.append(item)
+            else:
+                yield item
+
+    def keep(item: Item, record: dict, began: float) -> float:
+        now = time.monotonic()
+        digest = digests.pop(id(item))
+        if ranks.leads:
+            stored.add(digest, item.entry, record, now - began)
+        progress.answered(item)
+        return now
+
+    try:
+        engine = None
+        items = waiting()
+        # What is answered already needs no model; but ranks that hold one together load it together.
+        first = None if ranks.together else next(items, None)
+        if ranks.together or first is not None:
+            progress.say(f"loading {label}")
+            with ranks.same_errors():
+                engine = open_engine(inputs.models[label])
+        if ranks.leads:
+            store.open_state(out, identity, write=True)
+        began = time.monotonic()
+        if engine is not None:
+            if ranks.leads:
+                write_json(out / "answers" / f"{label}.json", engine.describe())
+            for item, record in answers(engine, _with_first(first, items)):
+                began = keep(item, record, began)
+            # Two models of 8B side by side would not fit: the first goes before the second comes.
+            engine = None
+            gc.collect()
+        for item in later:
+            progress.say(f"{label} {item.entry.suite} {item.entry.task}")
+            began = keep(item, item.ask(None), began)
+        if ranks.leads:
+            store.write_asked(out, label, ranks.part, job, asked)
+    finally:
+        stored.close()
+
+
+def _with_first(first: Item | None, others: Iterator[Item]) -> Iterator[Item]:
+    if first is not None:
+        yield first
+    yield from others
+
+
+def _put_together(inputs: Inputs, out: Path, counts: dict[str, int]) -> dict:
+    """Results of all parts' answers, written to `out`."""
+    settings = inputs.settings
+    results: dict = {
+        "format": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "settings": settings.as_dict(),
+        "text": inputs.text.describe() if inputs.text else None,
+        "models": {},
+        "left_out": inputs.left_out,
+        "measurements": {},
+        "scores": {},
+    }
+    series: dict[str, list[Series]] = {}
+    total = 0.0
+    for label, count in counts.items():
+        by_suite: dict[str, list[Answered]] = {suite: [] for suite in settings.suites}
+        seconds = dict.fromkeys(settings.suites, 0.0)
+        for pair, taken in store.pairs(out, label, count):
+            by_suite[pair[0].suite].append(pair)
+            seconds[pair[0].suite] += taken
+        results["models"][label] = _described(inputs.models[label], out / "answers" / f"{label}.json")
+        measured = {suite: inputs.result(label, suite, pairs) for suite, pairs in by_suite.items()}
+        measured["seconds"] = {suite: round(taken, 2) for suite, taken in seconds.items()}
+        results["measurements"][label] = measured
+        series[label] = [each for suite, pairs in by_suite.items() for each in inputs.series(label, suite, pairs)]
+        results["scores"][label] = [each.score() for each in series[label]]
+        total += sum(seconds.values())
+    if BASELINE in series:
+        results["comparisons"] = comparisons(series[BASELINE], series[EXTENDED])
+    results["seconds"] = round(total, 2)
+    results["versions"] = _versions()
+    values = {label: [each.raw() for each in of_model] for label, of_model in series.items()}
+    _write(results, values, out)
+    return results
+
+
+def _described(model: Model, said: Path) -> dict:
+    """What the engine said of its model; what the config says where none was needed."""
+    if said.exists():
+        return read_json(said, "what an engine said of its model")
+    return {"path": str(model.weights), "window": model.window}
+
+
+def _write(results: dict, values: dict, out: Path) -> None:
+    from endprompt_megatron.evaluate.plots import write_plots
+
+    with disk_errors(out, "--out"), tempfile.TemporaryDirectory(prefix=".plots-", dir=out) as staging:
+        write_plots(results, Path(staging))
+        for plot in Path(staging).iterdir():
+            os.replace(plot, out / plot.name)
+        write_text(out / "values.json", json.dumps({"format": 1, **values}) + "\n")
+        write_json(out / "results.json", results)
+
+
+def _versions() -> dict:
+    import torch
+    import transformers
+
+    return {
+        "endprompt_megatron": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }

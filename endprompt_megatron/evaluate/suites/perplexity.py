@@ -1,0 +1,157 @@
+"""Perplexity on held-out text: by the length of the input, by the position inside the longest one, and sliding.
+
+By length: the last `scored` tokens of each input.  The inputs of all lengths end at the same token, so every length
+scores the very same tokens and only the amount of text before them differs.  A model that uses its context gets
+better with length; one past its window collapses.
+By position: every token of the longest input, in equal buckets.
+Sliding: every token of the longest inputs by a model that sees `window` tokens of them at a time and moves on by
+`stride`: what a model with a short window makes of a long text, to compare with one that reads it whole.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate.engines.base import Engine
+from endprompt_megatron.evaluate.intervals import Series
+from endprompt_megatron.evaluate.requests import Answered, Entry, Item, answered, content_of
+
+BUCKETS = 24
+BLOCK = 64  # tokens of one sample of the statistics: neighbours are too much alike to count one by one
+BY_LENGTH, SLIDING = "by_length", "sliding"
+
+
+def items(inputs: np.ndarray, lengths: list[int], *, scored: int = 512) -> Iterator[Item]:
+    """An item a window and length.  `inputs` int64 [windows, lengths[-1]]; `lengths` ascending, above `scored`.
+
+    Raises InputError for lengths that are not.
+    """
+    longest = lengths[-1]
+    if lengths[0] <= scored:
+        raise InputError(
+            f"--lengths {lengths[0]}: not above the {scored} tokens that are scored; use --scored N below it"
+        )
+    for number, row in enumerate(inputs):
+        for length in lengths:
+            tokens = row[None, longest - length :]
+            # The whole longest input is scored, for the buckets; of shorter ones the tail alone.
+            whole = length == longest
+
+            def ask(engine: Engine, tokens: np.ndarray = tokens, whole: bool = whole) -> dict:
+                losses, _ = engine.token_losses(tokens, last=None if whole else scored)
+                tail = losses[0, -scored:]
+                record = {"loss": _mean(tail), "blocks": _blocks(tail)}
+                if whole:
+                    record["buckets"] = [_mean(losses[0, a:b]) for _, _, a, b in _buckets(tokens.shape[1])]
+                return record
+
+            entry = Entry("perplexity", BY_LENGTH, length, number, {"scored": scored})
+            yield Item(entry, content_of(tokens, scored, whole), length, ask)
+
+
+def sliding_items(inputs: np.ndarray, window: int, stride: int) -> Iterator[Item]:
+    """An item a position of the window.  A window as long as the input reads it whole."""
+    longest = inputs.shape[1]
+    window = min(window, longest)
+    ends = [*range(window, longest, stride), longest]
+    for number, row in enumerate(inputs):
+        done = 1  # the first token has no prediction
+        for place, end in enumerate(ends):
+            tokens, fresh = row[None, end - window : end], end - done
+            done = end
+
+            def ask(engine: Engine, tokens: np.ndarray = tokens, fresh: int = fresh) -> dict:
+                losses, _ = engine.token_losses(tokens, last=fresh)
+                return {"sum": float(losses.sum(dtype=np.float64)), "blocks": _blocks(losses[0])}
+
+            notes = {"window": window, "stride": stride, "tokens": fresh, "input": number}
+            entry = Entry("perplexity", SLIDING, longest, number * len(ends) + place, notes)
+            yield Item(entry, content_of(tokens, fresh), window, ask)
+
+
+def result(pairs: list[Answered]) -> dict:
+    """Losses in nats: {"scored", "by_length": [{length, loss, stderr, perplexity, windows: [loss of each]}],
+    "by_position": [{start, end, loss, stderr, perplexity}]}; the standard errors are over windows, null for one.
+
+    Where windows slid, "sliding": {window, stride, tokens, loss, perplexity} too.
+    """
+    by_length: dict[int, list[dict]] = {}
+    for entry, record in pairs:
+        if entry.task == BY_LENGTH:
+            by_length.setdefault(entry.length, []).append(record)
+    found: dict = {"scored": next(entry.notes["scored"] for entry, _ in pairs if entry.task == BY_LENGTH)}
+    found["by_length"] = []
+    for length, records in by_length.items():
+        losses = [record["loss"] for record in records]
+        found["by_length"].append(
+            {"length": length, **_summary(losses), "windows": [round(loss, 6) for loss in losses]}
+        )
+    longest = max(by_length)
+    found["by_position"] = [
+        {"start": start, "end": end, **_summary([record["buckets"][place] for record in by_length[longest]])}
+        for place, (start, end, _, _) in enumerate(_buckets(longest))
+    ]
+    slid = [(entry.notes, record) for entry, record in pairs if entry.task == SLIDING]
+    if slid:
+        tokens = sum(notes["tokens"] for notes, _ in slid)
+        loss = sum(record["sum"] for _, record in slid) / tokens
+        found["sliding"] = {
+            "window": slid[0][0]["window"],
+            "stride": slid[0][0]["stride"],
+            "tokens": tokens,
+            "loss": loss,
+            "perplexity": _perplexity(loss),
+        }
+    return found
+
+
+def series(pairs: list[Answered]) -> list[Series]:
+    """Losses of blocks of about 64 tokens, by length and sliding."""
+    blocks: dict[tuple[str, int], list[float]] = {}
+    for entry, record in pairs:
+        blocks.setdefault((entry.task, entry.length), []).extend(record["blocks"])
+    return [
+        Series("perplexity", task, length, "loss", (np.asarray(values),)) for (task, length), values in blocks.items()
+    ]
+
+
+def perplexity(
+    engine: Engine,
+    inputs: np.ndarray,
+    lengths: list[int],
+    *,
+    scored: int = 512,
+    tick: Callable[[str], None] = lambda _: None,
+) -> dict:
+    """`result` of `items`, with nothing stored."""
+    return result(answered(engine, items(inputs, lengths, scored=scored), tick))
+
+
+def _buckets(length: int) -> list[tuple[int, int, int, int]]:
+    """(start, end, first column, last column + 1): the loss at column i is that of the token at position i + 1."""
+    edges = np.linspace(0, length, min(BUCKETS, length - 1) + 1).round().astype(int).tolist()
+    found = [(start, end, max(start, 1) - 1, end - 1) for start, end in itertools.pairwise(edges)]
+    return [bucket for bucket in found if bucket[3] > bucket[2]]
+
+
+def _blocks(losses: np.ndarray) -> list[float]:
+    """Means of runs of about BLOCK tokens."""
+    return [_mean(part) for part in np.array_split(losses, max(1, round(len(losses) / BLOCK)))]
+
+
+def _mean(losses: np.ndarray) -> float:
+    return float(losses.mean(dtype=np.float64))
+
+
+def _summary(means: list[float]) -> dict:
+    """Mean over windows, its standard error, and the perplexity of the mean."""
+    loss = float(np.mean(means))
+    stderr = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+    return {"loss": loss, "stderr": stderr, "perplexity": _perplexity(loss)}
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

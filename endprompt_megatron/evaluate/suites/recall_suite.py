@@ -1,0 +1,217 @@
+"""Recall at real input lengths, by distance: a fact told in held-out text and asked for at the end of it.
+
+The right answer is read along with the input (teacher forcing), so that a model need not know how to answer, only to
+go on: two scores,
+  recalled  every token of the value is the most likely one given the true tokens before it;
+  loss      nats a token of the value.
+The distance is that of the value where it is asked from the value where it was told.  What facts and questions look
+like is a form: for a model that knows one kind of text only, a JSON file says it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import read_json
+from endprompt_megatron.evaluate.engines.base import Engine
+from endprompt_megatron.evaluate.intervals import Series
+from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.suites.needle import continuation
+from endprompt_megatron.tokenizer import Tokenizer
+
+AT_ONCE = 16384  # tokens of one forward pass
+_TRIES = 1000  # keys drawn until one is not in the text
+_WORDS = (
+    "Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliet Kilo Lima Mike November Oscar Papa Quebec Romeo "
+    "Sierra Tango Uniform Victor Whiskey Yankee Zulu"
+).split()
+
+
+@dataclass(frozen=True)
+class Form:
+    """Texts of a fact, which contains the answer, of a question, and of the answer that goes on from it."""
+
+    fact: str = "\nThe code of {key} is {value}.\n"
+    question: str = "\nThe code of {key} is"
+    answer: str = " {value}"
+    keys: tuple[str, ...] = tuple(_WORDS)
+    key_words: int = 2
+    values: tuple[str, ...] = tuple("0123456789")
+    value_words: int = 5
+
+
+def read_form(path: Path | str | None) -> Form:
+    """The form of a JSON file with some of Form's fields; the usual one without.  Raises InputError."""
+    if path is None:
+        return Form()
+    given = read_json(Path(path), "the form of facts and questions")
+    unknown = set(given) - set(asdict(Form()))
+    if unknown:
+        raise InputError(
+            f"--recall-form {path}: unknown {', '.join(sorted(unknown))}; it has {', '.join(asdict(Form()))}"
+        )
+    for name, value in given.items():
+        usual = getattr(Form(), name)
+        if isinstance(usual, tuple):
+            if not isinstance(value, list) or not value or not all(isinstance(w, str) for w in value):
+                raise InputError(f"--recall-form {path}: {name} should be a list of words")
+            given[name] = tuple(value)
+        elif type(value) is not type(usual) or (isinstance(value, int) and value < 1):
+            what = "a text" if isinstance(usual, str) else "a number, at least 1"
+            raise InputError(f"--recall-form {path}: {name}={value!r} should be {what}")
+    form = Form(**given)
+    if form.key_words > len(form.keys):
+        raise InputError(
+            f"--recall-form {path}: key_words={form.key_words}, but keys has {len(form.keys)} words; give more"
+        )
+    for name in ("fact", "question", "answer"):
+        try:
+            getattr(form, name).format(key="", value="")
+        except (KeyError, IndexError, ValueError):
+            raise InputError(
+                f"--recall-form {path}: {name}={getattr(form, name)!r} should have no braces but {{key}} and {{value}}"
+            ) from None
+    for name, needs in (("fact", "{key}"), ("fact", form.answer.strip()), ("question", "{key}"), ("answer", "{value}")):
+        if needs not in getattr(form, name):
+            raise InputError(f"--recall-form {path}: {name}={getattr(form, name)!r} should have {needs} in it")
+    return form
+
+
+def default_distances(length: int) -> list[int]:
+    """Powers of two from 64 up to half of the length, and three quarters and seven eighths of it."""
+    powers = [2**exponent for exponent in range(6, 64) if 2**exponent <= length // 2]
+    return [*powers, length * 3 // 4, length * 7 // 8]
+
+
+def distances_of(length: int, distances: list[int] | None) -> list[int]:
+    """The distances that are asked in inputs of that length: those of `distances` below it, or the usual ones."""
+    return [each for each in distances if each < length] if distances else default_distances(length)
+
+
+def expected(lengths: list[int], distances: list[int] | None, samples: int) -> tuple[int, int]:
+    """How many items, and how many tokens in all."""
+    cells = {length: len(distances_of(length, distances)) for length in lengths}
+    items = sum(count * -(-samples // max(1, AT_ONCE // length)) for length, count in cells.items())
+    return items, sum(count * samples * length for length, count in cells.items())
+
+
+def items(
+    tokenizer: Tokenizer,
+    text: np.ndarray,
+    lengths: list[int],
+    form: Form,
+    *,
+    distances: list[int] | None = None,
+    samples: int = 1,
+    seed: int = 0,
+) -> Iterator[Item]:
+    """`samples` inputs of every length and distance below it, several to an item.  `text` int64 [n]: held-out text.
+
+    The same seed asks the same.  Raises InputError for a length that is longer than the text, or too short.
+    """
+    for length in lengths:
+        for distance in distances_of(length, distances):
+            rows, scored = [], []
+            for sample in range(samples):
+                # Keyed by place, not drawn in order: a cell stays the same when the grid changes.
+                rng = np.random.default_rng([seed, length, distance, sample])
+                row, answer = build_row(tokenizer, text, length, distance, form, rng)
+                rows.append(row)
+                scored.append(answer)
+            size = max(1, AT_ONCE // length)
+            for number, start in enumerate(range(0, samples, size)):
+                tokens, answers = np.stack(rows[start : start + size]), scored[start : start + size]
+
+                def ask(engine: Engine, tokens: np.ndarray = tokens, answers: list[int] = answers) -> dict:
+                    return _ask(engine, tokens, answers)
+
+                entry = Entry("recall", f"{distance}", length, number, {})
+                yield Item(entry, content_of(tokens, answers), tokens.size, ask)
+
+
+def _ask(engine: Engine, tokens: np.ndarray, answers: list[int]) -> dict:
+    losses, right = engine.token_losses(tokens, last=max(answers))
+    return {
+        "recalled": [bool(row[-count:].all()) for row, count in zip(right, answers, strict=True)],
+        "loss": [float(row[-count:].mean()) for row, count in zip(losses, answers, strict=True)],
+    }
+
+
+def build_row(
+    tokenizer: Tokenizer, text: np.ndarray, length: int, distance: int, form: Form, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """Text with a fact, the question and its answer: int64 [length], and how many tokens the answer has.
+
+    The answer's first token stands `distance` behind the value's first token in the fact.  Raises InputError.
+    """
+    if len(text) < length:
+        raise InputError(f"--lengths {length}: the held-out text has {len(text)} tokens only; give a longer --text")
+    start = int(rng.integers(0, len(text) - length + 1))
+    around = tokenizer.decode(text[start : start + length].tolist())
+    value = " ".join(rng.choice(form.values, form.value_words))
+    for _ in range(_TRIES):
+        key = " ".join(rng.choice(form.keys, form.key_words, replace=False))
+        if key not in around:
+            break
+    else:
+        raise InputError(f"--recall-form: all keys are in {length} tokens of the text already; give more keys")
+    before = form.fact.split(form.answer.strip())[0].format(key=key).rstrip()
+    fact = tokenizer.encode(form.fact.format(key=key, value=value))
+    question = tokenizer.encode(form.question.format(key=key))
+    answer = continuation(tokenizer, form.question.format(key=key), form.answer.format(key=key, value=value))
+    told = len(tokenizer.encode(before))  # tokens of the fact before the answer in it
+    room = length - len(fact) - len(question) - len(answer)
+    place = length - len(answer) - distance - told
+    if room < 0 or not 0 <= place <= room:
+        nearest, farthest = len(fact) - told + len(question), length - len(answer) - told
+        raise InputError(
+            f"--recall-distances {distance}: in {length} tokens a fact stands {nearest} to {farthest} away from its "
+            "question; use a distance between them"
+        )
+    hay = text[start : start + room]
+    row = np.concatenate([hay[:place], fact, hay[place:], question, answer]).astype(np.int64)
+    return row, len(answer)
+
+
+def result(pairs: list[Answered]) -> dict:
+    """{"cells": [{length, distance, samples, recalled, loss}]}."""
+    return {
+        "cells": [
+            {
+                "length": length,
+                "distance": int(task),
+                "samples": len(values["recalled"]),
+                "recalled": float(np.mean(values["recalled"])),
+                "loss": float(np.mean(values["loss"])),
+            }
+            for (task, length), values in _cells(pairs).items()
+        ]
+    }
+
+
+def series(pairs: list[Answered]) -> list[Series]:
+    """Both scores of every cell, and of every length over its distances."""
+    found: dict[tuple[str, int, str], list[float]] = {}
+    for (task, length), values in _cells(pairs).items():
+        for metric in ("recalled", "loss"):
+            for name in (task, "all distances"):
+                found.setdefault((name, length, metric), []).extend(map(float, values[metric]))
+    return [Series("recall", task, length, metric, (np.asarray(v),)) for (task, length, metric), v in found.items()]
+
+
+def _cells(pairs: list[Answered]) -> dict[tuple[str, int], dict[str, list]]:
+    cells: dict[tuple[str, int], dict[str, list]] = {}
+    for entry, record in pairs:
+        cell = cells.setdefault((entry.task, entry.length), {"recalled": [], "loss": []})
+        for metric in cell:
+            cell[metric] += record[metric]
+    return cells
+
+
+def form_as_json(form: Form) -> str:
+    """What `read_form` reads."""
+    return json.dumps(asdict(form), indent=1) + "\n"

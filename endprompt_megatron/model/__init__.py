@@ -1,0 +1,1 @@
+"""LLaMA on Megatron-Core: its shape, its layers, its loss."""

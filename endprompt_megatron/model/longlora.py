@@ -1,0 +1,65 @@
+"""LongLoRA in numbers: whom shifted sparse attention lets a token see, and what of a model LoRA trains.
+
+Shared by the planner, the checkpoints and the converter.  No torch, no Megatron; the attention is in
+shifted_attention.py, the adapters are in lora.py.
+"""
+
+from endprompt_megatron.config.recipe import LongLora
+from endprompt_megatron.model.shape import ModelShape
+
+ADAPTER = ".adapter."  # in the names of what LoRA adds, of modules and of checkpoints alike
+
+
+def seen_tokens(longlora: LongLora, length: int) -> float:
+    """Tokens that a token sees, itself left out, on average over tokens and heads: length / 2 where all is seen.
+
+    Shifted: half of the heads have groups of length / groups, the others such groups and half a one at both ends.
+    """
+    if not longlora.shifted:
+        return length / 2
+    group = length / longlora.groups
+    plain = group / 2
+    shifted = ((longlora.groups - 1) * group * group / 2 + 2 * (group / 2) ** 2 / 2) / length
+    return (plain + shifted) / 2
+
+
+def adapter_elements(shape: ModelShape, rank: int, tensor: int = 1) -> int:
+    """Elements of a layer's adapters on a tensor-parallel rank: the outer side of each is split, the inner one whole.
+
+    Queries, keys and values have a down-projection and an up-projection each, and so has the output.
+    """
+    queries, keys = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
+    return rank * (3 * shape.hidden_size + queries + 2 * keys + queries + shape.hidden_size)
+
+
+def trained_parameters(shape: ModelShape, longlora: LongLora) -> int:
+    """Parameters that a run trains: all of the model, or adapters, embeddings and norms.  The vocabulary not padded.
+
+    Of the embeddings the input's, as published; an output layer of its own stays frozen.
+    """
+    if not longlora.rank:
+        return shape.parameters
+    count = shape.num_layers * adapter_elements(shape, longlora.rank)
+    if longlora.train_norms:
+        count += (2 * shape.num_layers + 1) * shape.hidden_size
+    if longlora.train_embeddings:
+        count += shape.vocab_size * shape.hidden_size
+    return count
+
+
+def output_is_trained(shape: ModelShape, longlora: LongLora) -> bool:
+    """Whether the output layer has a gradient: with LoRA only where it is the embedding."""
+    return not longlora.rank or (shape.tied_embeddings and longlora.train_embeddings)
+
+
+def held_parameters(shape: ModelShape, longlora: LongLora) -> int:
+    """Parameters of the model and of its adapters."""
+    return shape.parameters + shape.num_layers * adapter_elements(shape, longlora.rank)
+
+
+def checkpoint_bytes(shape: ModelShape, longlora: LongLora, weight: int) -> int:
+    """Of a run's checkpoint: all weights in `weight` bytes each, a float32 master weight and two moments where trained.
+
+    Moments are float32 in a checkpoint whatever precision they are held in.
+    """
+    return weight * held_parameters(shape, longlora) + 12 * trained_parameters(shape, longlora)

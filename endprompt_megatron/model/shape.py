@@ -1,0 +1,150 @@
+"""The shape of a LLaMA-family model, read from a Hugging Face config.json.  No torch, no Megatron.
+
+recipe.py checks a recipe against it, model.py builds from it, convert/ maps names with it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import read_json
+
+FAMILIES = {"llama": "LLaMA-2, 3, 3.1, 3.2, 3.3 and SmolLM2", "mistral": "Mistral-7B-v0.3", "qwen2": "Qwen2.5"}
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the config says, under Megatron's notion of each quantity.  Sizes in elements, not bytes."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    norm_epsilon: float
+    qkv_bias: bool
+    proj_bias: bool  # of the attention's output
+    mlp_bias: bool
+    rope_theta: float
+    window: int  # max_position_embeddings: the context the checkpoint was trained for
+    rope_scaling: str = "default"  # type of the scaling that it has already
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, tied embeddings counted once, vocabulary not padded."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        layer = attention + self.split_biases + 3 * self.hidden_size * self.ffn_size + self.whole_vectors
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+    @property
+    def untied_embeddings(self) -> bool:
+        return not self.tied_embeddings
+
+    @property
+    def split_biases(self) -> int:
+        """Elements of a layer's biases that tensor-parallel ranks share out: those of outputs that they share out."""
+        qkv = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
+        return qkv + (2 * self.ffn_size if self.mlp_bias else 0)
+
+    @property
+    def whole_vectors(self) -> int:
+        """Elements of a layer's norms and biases that every tensor-parallel rank has whole."""
+        return self.hidden_size * (2 + self.proj_bias + self.mlp_bias)
+
+    def padded_vocab(self, multiple: int) -> int:
+        """Vocabulary rounded up so that `multiple` (a tensor-parallel size) divides it."""
+        return -(-self.vocab_size // multiple) * multiple
+
+
+def read_shape(directory: Path | str) -> ModelShape:
+    """Shape of the model in a Hugging Face directory.  Raises InputError for what is not supported."""
+    path = Path(directory) / "config.json"
+    if not Path(directory).is_dir():
+        raise InputError(f"{directory}: no such directory; expected a Hugging Face checkpoint with config.json")
+    return shape_of(read_json(path, "a Hugging Face config"), str(path))
+
+
+def shape_of(config: dict, where: str) -> ModelShape:
+    """Shape from the parsed config; `where` is named in errors.  Raises InputError."""
+    family = config.get("model_type")
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if config.get(key):
+            raise InputError(f"{where}: mixture of experts ({key}={config[key]}) is not supported; use a dense model")
+    if family not in FAMILIES:
+        known = "; ".join(f"{name} ({models})" for name, models in FAMILIES.items())
+        raise InputError(f"{where}: model_type={family} is not supported; supported are {known}")
+    values = {key: config.get(key) for key in _REQUIRED}
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    # What a config leaves out or sets to null is as transformers has it.
+    kv_heads = config.get("num_key_value_heads")
+    values["num_key_value_heads"] = kv_heads = heads if kv_heads is None else kv_heads
+    values["max_position_embeddings"] = window = config.get("max_position_embeddings", 2048)
+    if config.get("head_dim") is not None:
+        values["head_dim"] = config["head_dim"]
+    for key, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise InputError(f"{where}: {key}={value} should be a positive integer")
+    if heads % kv_heads:
+        raise InputError(f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+    if "head_dim" not in values and hidden % heads:
+        raise InputError(
+            f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}, and head_dim is missing"
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{where}: hidden_act={config['hidden_act']} is not supported; LLaMA models use silu")
+    _refuse_variants(config, family, window, where)
+    # transformers 5 keeps theta in rope_parameters, transformers 4 at the top level.
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key), dict | None):
+            raise InputError(f"{where}: {key}={config[key]} should be an object or null")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    if partial != 1.0:
+        raise InputError(f"{where}: partial_rotary_factor={partial} is not supported; LLaMA models rotate whole heads")
+    theta, epsilon = rope.get("rope_theta", config.get("rope_theta", 10000.0)), config.get("rms_norm_eps", 1e-6)
+    for key, value in (("rope_theta", theta), ("rms_norm_eps", epsilon)):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise InputError(f"{where}: {key}={value} should be a positive number")
+    return ModelShape(
+        family=family,
+        num_layers=values["num_hidden_layers"],
+        hidden_size=hidden,
+        ffn_size=values["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=values.get("head_dim", hidden // heads),
+        vocab_size=values["vocab_size"],
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        norm_epsilon=float(epsilon),
+        # What transformers' classes do: Qwen2's queries, keys and values always have biases, Mistral's never.
+        qkv_bias=family == "qwen2" or bool(family == "llama" and config.get("attention_bias")),
+        proj_bias=bool(family == "llama" and config.get("attention_bias")),
+        mlp_bias=bool(family == "llama" and config.get("mlp_bias")),
+        rope_theta=float(theta),
+        window=window,
+        rope_scaling=str(rope.get("rope_type") or rope.get("type") or "default"),
+    )
+
+
+def _refuse_variants(config: dict, family: str, window: int, where: str) -> None:
+    """Raise InputError for what goes by the name of a supported family and is computed in another way."""
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "quantization_config") if isinstance(quantised, dict) else quantised
+        raise InputError(f"{where}: quantised weights ({method}) are not supported; use BF16, FP16 or FP32 weights")
+    sliding = config.get("sliding_window")
+    used = family == "mistral" or (family == "qwen2" and config.get("use_sliding_window", False))
+    if used and sliding is not None and sliding < window:
+        remedy = "Mistral-7B-v0.3 has none" if family == "mistral" else "Qwen2.5 has use_sliding_window=false"
+        raise InputError(f"{where}: sliding_window={sliding} is in use and not supported; {remedy}")
+    kinds = set(config.get("layer_types") or []) - {"full_attention"}
+    if kinds:
+        raise InputError(
+            f"{where}: layer_types has {', '.join(sorted(map(str, kinds)))}; only full_attention is supported"
+        )

@@ -1,0 +1,329 @@
+"""The plan as one page of text: what an engineer reads before spending the GPU-hours."""
+
+from pathlib import Path
+
+from endprompt_megatron.config.recipe import Parallel, Recipe
+from endprompt_megatron.model.longlora import trained_parameters
+from endprompt_megatron.plan.estimate import Estimate, Plan
+from endprompt_megatron.plan.memory import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL_GIB
+from endprompt_megatron.plan.step_time import EFFICIENCY, NODE
+
+WIDTH = 120
+_METHODS = {
+    "end_prompt": "EndPrompt",
+    "end_prompt_random": "EndPrompt, random place",
+    "end_prompt_log": "EndPrompt, log-uniform place",
+    "end_prompt_curriculum": "EndPrompt, near to far",
+    "end_prompt_multi": "EndPrompt, several prompts",
+    "end_prompt_near": "short training with a prompt (a control)",
+    "end_prompt_pose": "EndPrompt with PoSE chunks",
+    "pose": "PoSE",
+    "full": "full-length training",
+    "short": "short training without a prompt (the control)",
+}
+_KINDS = {
+    "gemm": "matrix products",
+    "attention": "attention",
+    "memory": "norms, RoPE, SwiGLU, casts, summing gradients",
+    "launch": "waiting for kernel launches",
+    "tensor": "tensor-parallel communication not hidden",
+    "context": "context-parallel communication not hidden",
+    "pipeline": "pipeline sends not hidden",
+    "bubble": "pipeline bubble",
+    "data": "reducing gradients, gathering parameters, not hidden",
+    "optimizer": "optimizer",
+    "other": f"stragglers, data, logging ({EFFICIENCY.other:.0%})",
+}
+
+
+def page(plan: Plan) -> str:
+    """The plan, about a page of at most WIDTH columns."""
+    sections = [
+        _head(plan),
+        _layout(plan.estimate),
+        _memory(plan.estimate),
+        _time(plan.estimate),
+        _savings(plan),
+        _assumptions(plan),
+    ]
+    if plan.warnings:
+        sections.append(["Mind", *_wrapped(plan.warnings)])
+    return "\n".join("\n".join([*section, ""]) for section in sections).rstrip("\n")
+
+
+def _head(plan: Plan) -> list[str]:
+    recipe, shape, ours = plan.estimate.recipe, plan.shape, plan.estimate
+    c = recipe.context
+    name = Path(recipe.model.hf).name
+    what = f"{c.original:,} -> {c.target:,} tokens by {_method(recipe)}"
+    if c.rope.type == "keep":
+        trained = "conversations" if recipe.data.kind == "chat" else _method(recipe)
+        what = f"a window of {c.target:,} tokens, kept; {trained}"
+    lines = [
+        f"{name}: {what}".ljust(WIDTH - 1 - len(plan.where)) + f" {plan.where}",
+        f"{_number(shape.parameters / 1e9)} billion parameters: {shape.num_layers} layers, hidden {shape.hidden_size}, "
+        f"{shape.num_heads} heads ({shape.num_kv_heads} for keys), intermediate {shape.ffn_size}, "
+        f"vocabulary {shape.vocab_size:,}",
+    ]
+    if recipe.longlora.rank:
+        count = trained_parameters(shape, recipe.longlora)
+        lines.append(f"LoRA of rank {recipe.longlora.rank}: {_number(count / 1e6)} million parameters are trained")
+    if plan.published:
+        lines.append(f"The shape is the published one: {recipe.model.hf} is not here.")
+    fullest, room = ours.fullest, ours.gpu.memory_gib
+    verdict = "FITS" if ours.fits else "DOES NOT FIT"
+    lines += [
+        "",
+        f"{verdict}: {fullest.total / GIB:.1f} of {room:.1f} GiB on the fullest GPU.  {_gpus(ours)}: "
+        f"{_seconds(ours.step_seconds)} a step, {_hours(ours.hours)} in all, {_number(ours.gpu_hours)} GPU-hours.",
+    ]
+    if not ours.fits:
+        if plan.remedies:
+            lines.append("Nearest that fits:")
+        for keys, given in plan.remedies:
+            lines.append(
+                f"  {' '.join(keys)}: {given.fullest.total / GIB:.1f} GiB, {_seconds(given.step_seconds)} a step, "
+                f"{_number(given.gpu_hours)} GPU-hours"
+            )
+        if not plan.remedies:
+            lines.append("No small change makes it fit; --search --nodes N looks for other layouts.")
+    return lines
+
+
+def _method(recipe: Recipe) -> str:
+    name = _METHODS[recipe.context.method]
+    name += ", recall" if recipe.context.recall.tokens else ""
+    return f"{name}, shifted attention" if recipe.longlora.shifted else name
+
+
+def _layout(ours: Estimate) -> list[str]:
+    recipe = ours.recipe
+    p, precision, t = recipe.parallel, recipe.precision, recipe.train
+    kind = "BF16" if precision.dtype == "bfloat16" else "float32"
+    if precision.fp8:
+        attention = "FP8" if precision.fp8_attention else "BF16"
+        kind = f"FP8 {precision.fp8}, {precision.fp8_recipe} scaling, {attention} attention"
+    grads = "BF16" if precision.grad_reduce == "bfloat16" else "float32"
+    options = [
+        word
+        for word, on in (
+            ("sequence parallel", p.sequence),
+            ("tensor overlap", p.overlap_tensor),
+            ("embedding and loss counted as layers", p.count_embedding and p.count_loss),
+        )
+        if on
+    ]
+    again = {"none": "nothing recomputed", "selective": "core attention recomputed", "full": "all layers recomputed"}
+    options.append(again.get(p.recompute, f"{p.recompute_layers} layers of each virtual stage recomputed"))
+    return [
+        "Layout",
+        f"  GPUs       {_gpus(ours)}: {layout(p, ours.replicas)}",
+        f"  options    {', '.join(options)}",
+        f"  precision  {kind}; gradients in {grads}, master weights in float32, moments in "
+        f"{recipe.optim.moments_dtype}",
+        f"  step       {t.global_batch_size} sequences x {recipe.context.physical:,} tokens = "
+        f"{recipe.tokens_per_step:,} tokens, in {ours.micro_batches} micro-batches of {t.micro_batch_size} a replica",
+        f"  run        {t.steps:,} steps, {_tokens(ours.tokens)}",
+    ]
+
+
+def layout(p: Parallel, replicas: int) -> str:
+    """The layout in words: tensor 4 x pipeline 4 (5 virtual) x context 2 x data 2."""
+    virtual = f" ({p.virtual_pipeline} virtual)" if (p.virtual_pipeline or 1) > 1 else ""
+    return f"tensor {p.tensor} x pipeline {p.pipeline}{virtual} x context {p.context} x data {replicas}"
+
+
+def _memory(ours: Estimate) -> list[str]:
+    """A row a stage."""
+    lines = [
+        "Memory a GPU, GiB",
+        "  stage  layers  parameters  weights  gradients  optimizer  activations (in flight)  logits  working  "
+        "allocated  total",
+    ]
+    for stage in ours.stages:
+        columns = [
+            f"{stage.stage:>7}",
+            f"{sum(stage.layers):>6}",
+            f"{_number(stage.parameters / 1e9):>9} B",
+            f"{stage.weights / GIB:>7.1f}",
+            f"{stage.gradients / GIB:>9.1f}",
+            f"{stage.optimizer / GIB:>9.1f}",
+            f"{stage.activations / GIB:>11.1f} ({stage.in_flight:>4.1f})".ljust(23),
+            f"{stage.logits / GIB:>6.1f}",
+            f"{(stage.working + stage.buffers) / GIB:>7.1f}",
+            f"{stage.allocated / GIB:>9.1f}",
+            f"{stage.total / GIB:>5.1f}",
+        ]
+        lines.append("  ".join(columns))
+    lines.append(
+        "  in flight: micro-batches held; allocated: what torch.cuda.max_memory_allocated shows; total: with the driver"
+    )
+    return lines
+
+
+def _time(ours: Estimate) -> list[str]:
+    whole = ours.work.total
+    lines = ["Time of a step"]
+    shown = [(name, seconds) for name, seconds in ours.work.as_dict().items() if seconds / whole >= 0.0005]
+    for name, seconds in sorted(shown, key=lambda entry: -entry[1]):
+        lines.append(f"  {_KINDS[name]:<54} {_seconds(seconds):>9}  {seconds / whole:>6.1%}")
+    flops = ours.flops * ours.recipe.tokens_per_step
+    lines.append(f"  {'whole step':<54} {_seconds(whole):>9}")
+    lines.append(
+        f"  {_number(flops / 1e15)} PFLOP a step: {ours.tokens_per_gpu_second:,.0f} tokens/s and {ours.tflops:,.0f} "
+        f"TFLOP/s a GPU, {ours.tflops * 1e12 / ours.gpu.bf16:.0%} of its BF16 peak"
+    )
+    return lines
+
+
+def _savings(plan: Plan) -> list[str]:
+    ours, full = plan.estimate, plan.full
+    c = ours.recipe.context
+    if c.rope.type == "keep":
+        return ["Nothing is extended: there is no full-length training to compare with."]
+    if c.physical >= c.target:
+        return [f"This is full-length training at {c.target:,} tokens."]
+    if full is None:
+        return [f"Full-length training at {c.target:,} tokens fits no layout that was tried."]
+    samples = ours.recipe.train.steps * ours.recipe.train.global_batch_size
+    rows = [
+        ("GPUs", _gpus(ours), _gpus(full), None),
+        ("layout (full length: the cheapest found)", _short(ours), _short(full), None),
+        ("GFLOP a token", f"{ours.flops / 1e9:,.1f}", f"{full.flops / 1e9:,.1f}", full.flops / ours.flops),
+        (
+            "GPU-milliseconds a token",
+            f"{1e3 / ours.tokens_per_gpu_second:,.3f}",
+            f"{1e3 / full.tokens_per_gpu_second:,.3f}",
+            ours.tokens_per_gpu_second / full.tokens_per_gpu_second,
+        ),
+        (
+            "GPU-seconds a sample",
+            _number(c.physical / ours.tokens_per_gpu_second),
+            _number(c.target / full.tokens_per_gpu_second),
+            c.target / full.tokens_per_gpu_second / (c.physical / ours.tokens_per_gpu_second),
+        ),
+        (
+            f"GPU-hours for {_tokens(ours.tokens)}",
+            _number(ours.gpu_hours),
+            _number(full.gpu_hours_of(ours.tokens)),
+            full.gpu_hours_of(ours.tokens) / ours.gpu_hours,
+        ),
+        (
+            f"GPU-hours for {samples:,} samples",
+            _number(ours.gpu_hours),
+            _number(plan.full_same_samples),
+            plan.full_same_samples / ours.gpu_hours,
+        ),
+    ]
+    name = _METHODS[c.method].split(",")[0].split(" ")[0]
+    lines = [
+        f"What is saved: sequences of {c.physical:,} tokens instead of {c.target:,}, as many a step",
+        f"  {'':<40} {name:>22} {'full length':>26}  ratio",
+    ]
+    for what, here, there, ratio in rows:
+        lines.append(f"  {what:<40} {here:>22} {there:>26}" + (f"  {ratio:.1f}x" if ratio else ""))
+    return lines
+
+
+def _short(estimate: Estimate) -> str:
+    p = estimate.recipe.parallel
+    virtual = f"v{p.virtual_pipeline}" if (p.virtual_pipeline or 1) > 1 else ""
+    again = "" if p.recompute == "none" else f", {p.recompute}"
+    return f"TP{p.tensor} PP{p.pipeline}{virtual} CP{p.context} DP{estimate.replicas}{again}"
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    e, ours = EFFICIENCY, plan.estimate
+    lines = [
+        f"matrix products reach {e.gemm_bf16:.0%} of the peak in BF16 and {e.gemm_fp8:.0%} in FP8, small ones less; "
+        f"attention {e.attention:.0%} of BF16's; memory {e.memory:.0%}; NVLink and network {e.network:.0%} of "
+        f"{ours.gpu.nvlink / 1e9:.0f} and {ours.gpu.network / 1e9:.0f} GB/s a GPU. The same for all models: "
+        "benchmarks/plan.md compares them with published speeds.",
+        f"driver and libraries take {CONTEXT_GIB:.1f} GiB, NCCL {NCCL_GIB:.1f} GiB a kind of group, fragmentation "
+        f"{FRAGMENTATION:.0%}. Transformer Engine and Apex are installed (NVIDIA's container), nodes have {NODE} GPUs.",
+        f"a checkpoint with its optimizer is {_size(plan.checkpoint_bytes)}; "
+        f"{ours.recipe.checkpoint.keep or 'all'} are kept, every {ours.recipe.checkpoint.interval} steps "
+        f"({_hours(ours.recipe.checkpoint.interval * ours.step_seconds / 3600)}). Saving and validation are not timed.",
+    ]
+    if plan.full:
+        lines.append(
+            "attention's rate is that of 2024's kernels; with faster ones full length gains more than short sequences. "
+            "By FLOPs alone a token is "
+            f"{plan.full.flops / ours.flops:.1f} times cheaper, a sample "
+            f"{plan.full.flops * ours.recipe.context.target / (ours.flops * ours.recipe.context.physical):.1f} times."
+        )
+    return ["Assumed", *_wrapped(lines)]
+
+
+def search_table(recipe: Recipe, where: str, found: list[Estimate], gpus: int, gpu: str) -> str:
+    """The layouts that a search found, fastest first, and how to use the first."""
+    c = recipe.context
+    title = f"{Path(recipe.model.hf).name} at {c.physical:,} tokens on {gpus} {gpu}: layouts that are legal and fit"
+    lines = [
+        title,
+        "  tensor  pipeline  virtual  context  data  recompute     GiB  s a step  tokens/s/GPU  TFLOP/s  GPU-hours",
+    ]
+    for e in found:
+        p = e.recipe.parallel
+        again = p.recompute if p.recompute != "block" else f"block {p.recompute_layers}"
+        lines.append(
+            f"  {p.tensor:>6}  {p.pipeline:>8}  {p.virtual_pipeline or 1:>7}  {p.context:>7}  {e.replicas:>4}  "
+            f"{again:<10} {e.fullest.total / GIB:>6.1f}  {e.step_seconds:>8.2f}  {e.tokens_per_gpu_second:>12,.0f}  "
+            f"{e.tflops:>7.0f}  {_number(e.gpu_hours):>9}"
+        )
+    lines += ["", "The first one:", f"  {where} {' '.join(layout_keys(recipe, found[0].recipe))}"]
+    return "\n".join(lines)
+
+
+def layout_keys(recipe: Recipe, other: Recipe) -> list[str]:
+    """Overrides that give a recipe the other's layout."""
+    keys = []
+    for name, value in vars(other.parallel).items():
+        if getattr(recipe.parallel, name) != value:
+            word = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            keys.append(f"parallel.{name}={word}")
+    return keys or ["(the recipe's own)"]
+
+
+def _gpus(estimate: Estimate) -> str:
+    count, name = estimate.gpus, estimate.gpu.name
+    if count % NODE or count == NODE:
+        return f"{count} {name}"
+    return f"{count} {name} ({count // NODE} nodes)"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _hours(hours: float) -> str:
+    if hours < 1 / 60:
+        return _seconds(hours * 3600)
+    if hours < 1:
+        return f"{_number(hours * 60)} min"
+    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"
+
+
+def _number(value: float) -> str:
+    """Three digits at least, thousands apart: 0.0042, 1.23, 45.6, 1,234."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value < 10 else f"{value:.1f}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e9:.2f} billion tokens" if count >= 1e7 else f"{count:,} tokens"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**40:.2f} TiB" if count >= 2**40 else f"{count / GIB:.1f} GiB"
+
+
+def _wrapped(lines: list[str]) -> list[str]:
+    import textwrap
+
+    return [
+        part
+        for line in lines
+        for part in textwrap.wrap(line, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
+    ]

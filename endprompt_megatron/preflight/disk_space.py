@@ -1,0 +1,75 @@
+"""Room for what a run writes: its checkpoints, the conversion before it and the export after it.
+
+Sizes follow from the shape and the recipe; needs that fall on one file system are added up.  Quotas are not
+seen: the operating system shows what the file system has.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from endprompt_megatron.checkpoint.layout import complete_iterations
+from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.model import longlora
+from endprompt_megatron.model.shape import ModelShape
+from endprompt_megatron.preflight.table import FAIL, OK, WARN, Finding
+
+CHECK = "free disk"
+_TIGHT = 1.1  # a run that just fits does not, with its logs
+
+
+def weight_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of the weights alone: a converted checkpoint, or an export."""
+    return shape.parameters * (2 if recipe.precision.dtype == "bfloat16" else 4)
+
+
+def checkpoint_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of one checkpoint of a run: weights, float32 master weights and AdamW's two moments."""
+    return longlora.checkpoint_bytes(shape, recipe.longlora, 2 if recipe.precision.dtype == "bfloat16" else 4)
+
+
+def checkpoints_kept(recipe: Recipe) -> int:
+    """Checkpoints on disk when most are: those that stay at the end, and the one that is being written."""
+    k, steps = recipe.checkpoint, recipe.train.steps
+    saved = [*range(k.interval, steps, k.interval), steps]
+    kept = set(saved[-k.keep :] if k.keep else saved)
+    if k.keep_every:
+        kept |= {step for step in saved if step % k.keep_every == 0}
+    return len(kept) + (1 if len(saved) > len(kept) else 0)
+
+
+def free_disk(recipe: Recipe, shape: ModelShape, count: int | None, export: Path | None) -> list[Finding]:
+    """A finding a file system.  `count` overrides how many checkpoints there are; `export` is where it goes, or RUN."""
+    run, weights = recipe.run_dir, weight_bytes(recipe, shape)
+    wanted = checkpoints_kept(recipe) if count is None else count
+    there = len(complete_iterations(run / "checkpoints"))
+    left = max(wanted - there, 1)  # while one is written, the oldest is still there
+    each = checkpoint_bytes(recipe, shape)
+    already = f" ({there} of {wanted} are there)" if there else ""
+    needs = [(run, left * each, f"{left} checkpoint{'s' * (left > 1)} of {in_words(each)}{already}")]
+    needs.append((export or run, weights, f"the export {in_words(weights)}"))
+    if recipe.model.init_from is not None and not Path(recipe.model.init_from).exists() and not there:
+        needs.append((Path(recipe.model.init_from), weights, f"the conversion {in_words(weights)}"))
+    by_system: dict[int, list] = {}
+    for need in needs:
+        by_system.setdefault(os.stat(_existing(need[0])).st_dev, []).append(need)
+    return [_finding(needs) for needs in by_system.values()]
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _finding(needs: list[tuple[Path, int, str]]) -> Finding:
+    place = needs[0][0]
+    free, needed = shutil.disk_usage(_existing(place)).free, sum(count for _, count, _ in needs)
+    found = f"{place}: {in_words(needed)} needed ({', '.join(said for _, _, said in needs)}), {in_words(free)} free"
+    if free < needed:
+        return Finding(CHECK, f"{found}; free {in_words(needed - free)}, or keep fewer (checkpoint.keep)", FAIL)
+    return Finding(
+        CHECK, f"{found}; tight" if free < _TIGHT * needed else found, WARN if free < _TIGHT * needed else OK
+    )

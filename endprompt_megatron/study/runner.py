@@ -1,0 +1,247 @@
+"""Runs what is left of a study's cells on this machine, some at once, each stage by the tool that a user would call.
+
+One process that polls its children and starts no thread: a signal is handed on to them (training then writes a
+checkpoint), and if this process is killed they are asked to stop as well.  A cell is locked by a file whose descriptor
+its children inherit, so a study that is started again waits for what is left of the last one.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from endprompt_megatron.common.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INPUT,
+    EXIT_RESUMABLE,
+    InputError,
+)
+from endprompt_megatron.common.files import disk_errors
+from endprompt_megatron.distributed.signals import StopSignal
+from endprompt_megatron.study.grid import Cell, Study
+from endprompt_megatron.study.trial import TRAIN, Work
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+WAIT_SECONDS = 120.0  # for another process's lock on a cell: a training that was asked to stop needs some of it
+_POLL_SECONDS = 0.05
+
+
+def works_of(study: Study, cells: list[Cell], again: bool) -> list[Work]:
+    """The cells' states.  With `again`, cells that were made by other settings are emptied; otherwise InputError."""
+    works = [Work(study, cell) for cell in cells]
+    for work in works:
+        try:
+            work.refuse_changed()
+        except InputError:
+            if not again:
+                raise
+            work.forget()
+    return works
+
+
+def run(study: Study, cells: list[Cell], *, again: bool = False) -> int:
+    """Do what is left of `cells`; returns the exit code.  Killed and called again, it goes on.
+
+    A cell that fails does not stop the others, wrong input does.  Raises InputError.
+    """
+    works = works_of(study, cells, again)
+    _check(works)
+    for work in works:
+        work.clean()  # a kill may have come between the last record and this
+    waiting = [work for work in works if work.left]
+    if len(waiting) < len(works):
+        print(f"{len(works) - len(waiting)} of {len(works)} cells are done already", flush=True)
+    with StopSignal().listening() as stop, disk_errors(study.out, "out"):
+        return _Runner(waiting, study.parallel, stop).run()
+
+
+def _check(works: list[Work]) -> None:
+    """Refuse before anything runs what extend.py would refuse after hours of other cells.  Raises InputError."""
+    from endprompt_megatron.config.constraints.check import check
+
+    for work in works:
+        if work.cell.trained and TRAIN in work.left:
+            check(work.cell.recipe, f"{work.study.path}: cell {work.cell.name}", world_size=work.study.processes)
+
+
+@dataclass
+class _Job:
+    """A stage's process."""
+
+    work: Work
+    stage: str
+    process: subprocess.Popen
+    lock: IO
+    began: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.work.cell.name} {self.stage}"
+
+
+class _Runner:
+    def __init__(self, waiting: list[Work], parallel: int, stop: StopSignal) -> None:
+        self.waiting, self.parallel, self.stop = waiting, parallel, stop
+        self.active: list[_Job] = []
+        self.failed: list[str] = []
+        self.wrong: str | None = None
+        self.alone_since = time.monotonic()  # since when nothing runs, though something is left
+        self.resumable = self.asked = False
+
+    def run(self) -> int:
+        try:
+            while self.active or (self.waiting and not self._ending):
+                self._begin()
+                if self._ending and not self.asked:
+                    self._ask_to_stop()
+                for job in list(self.active):
+                    ended = _ended(job.process)
+                    if ended is not None:
+                        self.active.remove(job)
+                        self._finished(job, *ended)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            self._ask_to_stop()
+        if self.wrong is not None:
+            raise InputError(self.wrong)
+        if self.failed:
+            print(f"failed: {', '.join(self.failed)}; the same command tries them again", file=sys.stderr, flush=True)
+            return EXIT_FAILED
+        if self.resumable:
+            print("stopped early; the same command goes on", file=sys.stderr, flush=True)
+            return EXIT_RESUMABLE
+        return EXIT_DONE
+
+    def _begin(self) -> None:
+        """Start cells as long as there is room.  Raises InputError if others have had what is left for too long."""
+        for work in list(self.waiting):
+            if len(self.active) >= self.parallel or self._ending:
+                return
+            lock = _lock(work)
+            if lock is not None:
+                self.waiting.remove(work)
+                self._next_stage(work, lock)
+        if self.active or not self.waiting:
+            self.alone_since = time.monotonic()
+        elif time.monotonic() - self.alone_since > WAIT_SECONDS:
+            busy = self.waiting[0]
+            self.wrong = f"{busy.study.path}: cell {busy.cell.name}: another process is at it; wait for it, or stop it"
+
+    @property
+    def _ending(self) -> bool:
+        if self.stop.received:
+            self.resumable = True
+        return bool(self.resumable or self.wrong)
+
+    def _ask_to_stop(self) -> None:
+        self.asked = True
+        for job in self.active:
+            with contextlib.suppress(ProcessLookupError):
+                job.process.send_signal(signal.SIGTERM)
+
+    def _next_stage(self, work: Work, lock: IO) -> None:
+        """Start what is next of a cell whose lock we hold; what needs no process is done at once."""
+        work.__post_init__()  # another process may have had the lock
+        while work.left:
+            stage = work.left[0]
+            if not work.path.exists():
+                work.begin()
+            work.prepare(stage)
+            command = work.command(stage)
+            if command is not None:
+                self.active.append(_start(work, stage, command, lock))
+                return
+            work.finish(stage, *work.spent(stage, 0.0, 0.0))
+        lock.close()
+        print(f"{work.cell.name}: done", flush=True)
+
+    def _finished(self, job: _Job, code: int, cpu_seconds: float) -> None:
+        seconds = time.monotonic() - job.began
+        spent = job.work.spent(job.stage, seconds, cpu_seconds)
+        if code == EXIT_DONE:
+            job.work.finish(job.stage, *spent)
+            print(f"{job.name}: {seconds:.0f} s", flush=True)
+            if self._ending and job.work.left:
+                job.lock.close()
+            else:
+                self._next_stage(job.work, job.lock)
+            return
+        job.lock.close()
+        log = job.work.directory / f"{job.stage}.log"
+        if code == EXIT_INPUT:
+            self.wrong = self.wrong or f"cell {job.name}: {_last_line(log).removeprefix('error: ')} (see {log})"
+        elif code == EXIT_RESUMABLE or self._ending:  # what is no training ends by the signal itself
+            self.resumable = True
+            print(f"{job.name}: stopped", flush=True)
+        else:
+            self.failed.append(job.work.cell.name)
+            print(f"{job.name}: exit code {code}; {_last_line(log)} (see {log})", file=sys.stderr, flush=True)
+
+
+def _start(work: Work, stage: str, command: list[str], lock: IO) -> _Job:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    parent = os.getpid()
+    with open(work.directory / f"{stage}.log", "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(TOOLS / command[0]), *command[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=[lock.fileno()],
+            start_new_session=True,  # Ctrl-C is ours to hand on
+            preexec_fn=lambda: _stop_with(parent),  # safe: this process has no threads of its own
+        )
+    return _Job(work, stage, process, lock, time.monotonic())
+
+
+def _stop_with(parent: int) -> None:
+    """Ask this process to stop when its parent is killed: prctl(PR_SET_PDEATHSIG, SIGTERM)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:  # killed before that: its signal will not come
+        os._exit(EXIT_FAILED)
+
+
+def _ended(process: subprocess.Popen) -> tuple[int, float] | None:
+    """Exit code of a child that has ended, as Popen gives it, and the CPU seconds of it and its own children."""
+    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    if pid == 0:
+        return None
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_utime + usage.ru_stime
+
+
+def _lock(work: Work) -> IO | None:
+    """The cell's lock, which is ours until it and every child's copy are closed; None while another has it."""
+    work.directory.mkdir(parents=True, exist_ok=True)
+    file = open(work.directory / "lock", "w")  # noqa: SIM115  (closed when the cell is done)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def _last_line(log: Path) -> str:
+    """The line that says what is wrong, out of a stage's log."""
+    lines = [line for line in _lines(log) if line.strip()]
+    said = [line for line in lines if line.startswith(("error:", "watchdog:"))]
+    return (said or lines or ["nothing was said"])[-1].strip()
+
+
+def _lines(log: Path) -> Iterator[str]:
+    with open(log, encoding="utf-8", errors="replace") as file:
+        yield from file

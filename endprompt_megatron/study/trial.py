@@ -1,0 +1,210 @@
+"""One cell of a study: its directory, what is done of it, and the commands of what is not.
+
+    STUDY/cells/NAME/cell.json         the recipe as resolved, which stages are done, what they cost
+    STUDY/cells/NAME/recipe.yaml, run/ training (tools/extend.py)
+    STUDY/cells/NAME/hf/               the trained model (tools/convert_megatron_to_hf.py), or the scaled base
+    STUDY/cells/NAME/evaluation/       tools/evaluate.py
+    STUDY/cells/NAME/STAGE.log         what the tools said
+
+A stage is recorded after it is done; every tool goes on from what it had made, so a kill at any moment loses nothing
+but time.  No torch.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import read_json, write_json, write_text
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.study.grid import Cell, Study, option_text
+
+TRAIN, EXPORT, EVALUATE = "train", "export", "evaluate"
+
+
+@dataclass
+class Work:
+    """A cell's state on the disk."""
+
+    study: Study
+    cell: Cell
+
+    def __post_init__(self) -> None:
+        """Raises InputError if a file of the directory is broken."""
+        self.directory = self.study.directory(self.cell)
+        self.path = self.directory / "cell.json"
+        self.state = {"format": 1, "name": self.cell.name, "stages": {}, "cost": {}}
+        if self.path.exists():
+            self.state = read_json(self.path, "a cell's record")
+
+    @property
+    def recipe(self) -> dict | None:
+        """The recipe without the place of the run, which may be moved."""
+        return None if self.cell.recipe is None else _without_place(self.cell.recipe)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that the cell has."""
+        return [TRAIN, EXPORT, EVALUATE] if self.cell.trained else [EVALUATE]
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage is recorded, for these very settings."""
+        record = self.state["stages"].get(stage)
+        if record is None:
+            return False
+        return stage != EVALUATE or record["options"] == self.options
+
+    @property
+    def left(self) -> list[str]:
+        """The stages that are not done."""
+        return [stage for stage in self.stages if not self.is_done(stage)]
+
+    @property
+    def options(self) -> dict:
+        """Options of the evaluation, as they are compared and stored."""
+        return json.loads(json.dumps(self.study.evaluation))
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face directory that is evaluated."""
+        return self.study.model if self.cell.recipe is None else self.directory / "hf"
+
+    def refuse_changed(self) -> None:
+        """Raise InputError if the cell was made by another recipe, or must be evaluated anew and its model is gone."""
+        where = f"{self.study.path}: cell {self.cell.name}"
+        way_out = "take it back, choose another out, or give --again to make the cell anew"
+        if "recipe" in self.state:
+            changed = _difference(self.state["recipe"], self.recipe)
+            if changed:
+                raise InputError(f"{where} was made with {changed}; {way_out}")
+        evaluated = self.state["stages"].get(EVALUATE)
+        if evaluated and self.cell.trained and not self.is_done(EVALUATE) and not self.model.is_dir():
+            changed = _difference(evaluated["options"], self.options)
+            raise InputError(f"{where} was evaluated with {changed}, and keep: scores removed its model; {way_out}")
+
+    def begin(self) -> None:
+        """Make the directory, and write down what the cell is."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.state |= {"row": self.cell.row, "levels": self.cell.levels, "trained": self.cell.trained}
+        self.state["recipe"] = self.recipe
+        if self.cell.recipe is not None:
+            write_text(self.directory / "recipe.yaml", self.cell.recipe.as_yaml())
+        self.write()
+
+    def write(self) -> None:
+        """Write the record."""
+        write_json(self.path, self.state)
+
+    def forget(self) -> None:
+        """Remove everything of the cell."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.__post_init__()
+
+    def command(self, stage: str) -> list[str] | None:
+        """The tool and its arguments; None where there is nothing to run any more."""
+        if stage == TRAIN:
+            processes = ["--processes", str(self.study.processes)] if self.study.processes > 1 else []
+            return ["extend.py", str(self.directory / "recipe.yaml"), *processes]
+        if stage == EXPORT:
+            if self.model.is_dir():  # it appeared whole, and the record did not come any more
+                return None
+            return [
+                *["convert_megatron_to_hf.py", "--megatron", str(self.directory / "run" / "checkpoints")],
+                *["--out", str(self.model), "--workers", "1"],
+            ]
+        command = ["evaluate.py", "--hf", str(self.model), "--out", str(self.directory / "evaluation")]
+        for name, value in self.study.evaluation.items():
+            if value is None or value is False:
+                continue
+            command.append(f"--{name.replace('_', '-')}")
+            command += [] if value is True else [option_text(value)]
+        return command
+
+    def prepare(self, stage: str) -> None:
+        """What is to be there before a stage's command."""
+        if stage == EVALUATE and not self.cell.trained and self.cell.recipe is not None:
+            interpolate(self.cell.recipe, self.model)
+
+    def finish(self, stage: str, seconds: float, cpu_seconds: float) -> None:
+        """Record a stage as done, and clean up behind the last one."""
+        record = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
+        if stage == TRAIN:
+            self.state["cost"] |= training_cost(self.directory / "run" / "metrics.jsonl")
+        if stage == EVALUATE:
+            record["options"] = self.options
+        self.state["stages"][stage] = record
+        self.write()
+        self.clean()
+
+    def spent(self, stage: str, seconds: float, cpu_seconds: float) -> tuple[float, float]:
+        """Seconds of this and of earlier, broken attempts of a stage; written down until the stage is done."""
+        earlier = self.state.setdefault("attempts", {}).get(stage, [0.0, 0.0])
+        total = (earlier[0] + seconds, earlier[1] + cpu_seconds)
+        self.state["attempts"][stage] = [round(value, 2) for value in total]
+        self.write()
+        return total
+
+    def clean(self) -> None:
+        """With `keep: scores`, remove checkpoints and model of a cell that is done."""
+        if self.study.keep == "scores" and not self.left:
+            for name in ("run/checkpoints", "run/index", "run/tensorboard", "hf"):
+                shutil.rmtree(self.directory / name, ignore_errors=True)
+
+
+def interpolate(recipe: Recipe, out: Path) -> None:
+    """Write `out`: the base model's weights, linked, under the config that training by `recipe` would export."""
+    from endprompt_megatron.convert.linked import with_config
+    from endprompt_megatron.distributed.runtime import quiet_libraries
+
+    quiet_libraries()  # before Megatron is imported
+    from endprompt_megatron.method.rope import scaled_config
+
+    c, model = recipe.context, Path(recipe.model.hf)
+    config = read_json(model / "config.json", "a Hugging Face config")
+    scaled = scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, "untrained")
+    with_config(model, json.dumps(scaled, indent=2) + "\n", out)
+
+
+def training_cost(metrics: Path) -> dict:
+    """What a run's metrics.jsonl says: tokens, steps, seconds in steps, tokens a second (median), peak memory."""
+    steps = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        if "step_time_s" in values:
+            steps.append(values)
+    times = sorted(values["step_time_s"] for values in steps)
+    rates = sorted(values["tokens_per_s"] for values in steps)
+    last = steps[-1]
+    return {
+        "tokens": last["consumed_tokens"],
+        "samples": last["consumed_samples"],
+        "steps": last["step"],
+        # Where only some steps are logged, the others are taken to be like them.
+        "step_seconds": round(sum(times) / len(times) * last["step"], 3),
+        "tokens_per_s": round(rates[len(rates) // 2], 1),
+        "memory_gib": round(max(values["memory_gib"] for values in steps), 3),
+    }
+
+
+def _without_place(recipe: Recipe) -> dict:
+    value = json.loads(json.dumps(recipe.as_dict()))
+    del value["checkpoint"]["dir"]
+    return value
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    return {key: each for name, inner in value.items() for key, each in _flat(inner, f"{prefix}{name}.").items()}
+
+
+def _difference(old: dict | None, new: dict | None) -> str | None:
+    """The first key that differs, in words.  A key that came with a later version had its default before."""
+    defaults = _flat(Recipe().as_dict())
+    before, now = _flat(old or {}), _flat(new or {})
+    for key in {**before, **now}:
+        was, is_ = (side[key] if key in side else defaults.get(key) for side in (before, now))
+        if was != is_:
+            return f"{key}={json.dumps(was)}, which is {json.dumps(is_)} now"
+    return None
