@@ -64,13 +64,14 @@ START = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from endprompt_megatron import checkpoint, runtime
-from endprompt_megatron.config import Parallel, Precision, Recipe
-from endprompt_megatron.files import read_json
-from endprompt_megatron.shape import read_shape
+from endprompt_megatron import checkpoint
+from endprompt_megatron.distributed import runtime
+from endprompt_megatron.config.recipe import Parallel, Precision, Recipe
+from endprompt_megatron.common.files import read_json
+from endprompt_megatron.model.shape import read_shape
 hf, source = Path({hf!r}), Path({source!r})
 runtime.start(1, 1, 1, 1, 1)
-from endprompt_megatron.model import build_model
+from endprompt_megatron.model.llama import build_model
 shape = read_shape(hf)
 recipe = Recipe(parallel=Parallel(), precision=Precision())
 models = build_model(shape, recipe, read_json(hf / "config.json", "a config"))

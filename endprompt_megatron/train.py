@@ -73,13 +73,13 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         checkpoint.initialise(Path(recipe.model.init_from), shape, models, optimizer, where)
         progress = Progress()
     if progress.step >= t.steps:
-        runtime.announce(f"{checkpoints}: all {t.steps} steps are done already")
+        runtime.print_rank_zero(f"{checkpoints}: all {t.steps} steps are done already")
         return EXIT_DONE
 
     def save() -> None:
         with whole_parameters(models):
             saver.save(progress)
-        if runtime.is_first():
+        if runtime.is_rank_zero():
             feed.write_seen(progress.consumed_samples)
 
     def validate() -> None:

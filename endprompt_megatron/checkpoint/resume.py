@@ -50,7 +50,7 @@ def resume(root: Path, recipe: Recipe, where: str, models: list, optimizer: Any,
     checkpoint = Checkpoint(directory)
     weights = weights_of(models)
     read_weights(weights, checkpoint)
-    with runtime.together():
+    with runtime.raise_on_all_ranks():
         read_objects(models, checkpoint)
         common = torch.load(directory / "common.pt", map_location="cpu", weights_only=True)
         read_state(optimizer, weights, checkpoint, common["optimizer"]["updates"])
@@ -76,7 +76,7 @@ def _newest_whole(root: Path) -> tuple[Path | None, list[dict]]:
                 on_disk.clear_leftovers(root)
             lost = [{"step": iteration, "lost_from": iteration + 1, **record} for record in lost]
             if lost:
-                runtime.announce(_fallback(lost, directory))
+                runtime.print_rank_zero(_fallback(lost, directory))
             return directory, lost
         aside = _from_first(str(on_disk.set_aside(directory)) if rank == 0 else None)
         lost.append({"lost_to": iteration, "damaged": aside, "reason": reason})

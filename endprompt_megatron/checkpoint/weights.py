@@ -19,7 +19,7 @@ from megatron.core.utils import unwrap_model
 from endprompt_megatron.checkpoint.data_files import Stored
 from endprompt_megatron.checkpoint.format import Checkpoint
 from endprompt_megatron.convert.direct import HfSource
-from endprompt_megatron.distributed.runtime import together
+from endprompt_megatron.distributed.runtime import raise_on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def read_weights(weights: list[Weight], checkpoint: Checkpoint | HfSource) -> No
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     readers = _shared_out([weight.tensor.nbytes for weight in weights], group.size())
-    with together():
+    with raise_on_all_ranks():
         for weight, reader in zip(weights, readers, strict=True):
             if reader == group.rank():
                 tensor = weight.tensor

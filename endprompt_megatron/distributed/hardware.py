@@ -44,10 +44,10 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where a recipe runs.  `gpu` is None on CPUs, `engine` Transformer Engine's version or None."""
+    """Where a recipe runs.  `gpu` is None on CPUs, `te` Transformer Engine's version or None."""
 
     gpu: Gpu | None
-    engine: tuple[int, ...] | None
+    te: tuple[int, ...] | None
 
 
 def of_kind(kind: str, option: str = "--gpu") -> Hardware:
@@ -62,14 +62,14 @@ def here() -> Hardware:
     """This machine.  Looks for a GPU only where Transformer Engine is installed or torch is imported already."""
     import sys
 
-    engine = engine_version()
-    if engine is None and "torch" not in sys.modules:
+    te = te_version()
+    if te is None and "torch" not in sys.modules:
         return Hardware(None, None)
     import torch
 
     if not torch.cuda.is_available():
-        return Hardware(None, engine)
-    return Hardware(_this_gpu(torch.cuda.get_device_properties(0)), engine)
+        return Hardware(None, te)
+    return Hardware(_this_gpu(torch.cuda.get_device_properties(0)), te)
 
 
 def _this_gpu(properties: object) -> Gpu:
@@ -81,7 +81,7 @@ def _this_gpu(properties: object) -> Gpu:
     return Gpu(name, (properties.major, properties.minor), memory, 0.0, None, 0.0, 0.0, 0.0)
 
 
-def engine_version() -> tuple[int, ...] | None:
+def te_version() -> tuple[int, ...] | None:
     """Transformer Engine's version as numbers, (2, 13, 0); None where it cannot be imported."""
     if importlib.util.find_spec("transformer_engine") is None:
         return None

@@ -51,8 +51,8 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         from endprompt_megatron.distributed import runtime
 
-        with runtime.together():
-            if runtime.is_first():
+        with runtime.raise_on_all_ranks():
+            if runtime.is_rank_zero():
                 self.acquire()
         return self
 

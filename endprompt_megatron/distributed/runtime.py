@@ -126,7 +126,7 @@ def finish() -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """An InputError that any rank meets inside is raised on all of them.  All ranks must enter and leave.
 
     Alone, it would leave the others waiting in the next collective for a rank that is gone.
@@ -144,7 +144,7 @@ def together() -> Iterator[None]:
         raise InputError(message)
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this rank is the one that writes and speaks."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -153,9 +153,9 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def announce(line: str) -> None:
+def print_rank_zero(line: str) -> None:
     """Print from one rank."""
-    if is_first():
+    if is_rank_zero():
         print(line, flush=True)
 
 

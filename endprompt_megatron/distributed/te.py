@@ -17,9 +17,9 @@ def set_environment(recipe: Recipe, where: str, hardware: Hardware) -> None:
 
     Raises InputError if one is set to something that would make another run of it.
     """
-    if hardware.gpu is None or hardware.engine is None:
+    if hardware.gpu is None or hardware.te is None:
         return
-    from endprompt_megatron.distributed.runtime import announce, launched_as
+    from endprompt_megatron.distributed.runtime import launched_as, print_rank_zero
 
     wanted = attention_environment(recipe, hardware)
     for name, value in wanted.items():
@@ -32,7 +32,7 @@ def set_environment(recipe: Recipe, where: str, hardware: Hardware) -> None:
         wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     os.environ.update(wanted)
     if wanted and launched_as().rank == 0:
-        announce("set " + " ".join(f"{name}={value}" for name, value in wanted.items()))
+        print_rank_zero("set " + " ".join(f"{name}={value}" for name, value in wanted.items()))
 
 
 def share_buffers(recipe: Recipe, shape: ModelShape) -> None:

@@ -109,7 +109,7 @@ class Watch:
         mine = mine.to(runtime.device())
         all_ranks = [torch.empty_like(mine) for _ in self.names]
         dist.all_gather(all_ranks, mine)
-        if runtime.is_first():
+        if runtime.is_rank_zero():
             self.report(*slowest(torch.stack(all_ranks).tolist(), self.names, self.step))
 
 

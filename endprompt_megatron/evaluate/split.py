@@ -117,9 +117,9 @@ class ModelRanks:
 
     def same_errors(self) -> contextlib.AbstractContextManager[None]:
         """See Alone."""
-        from endprompt_megatron.distributed.runtime import together
+        from endprompt_megatron.distributed.runtime import raise_on_all_ranks
 
-        return together()
+        return raise_on_all_ranks()
 
     def wait(self) -> None:
         """See Alone."""

@@ -2,7 +2,7 @@
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.distributed.hardware import engine_version, of_kind
+from endprompt_megatron.distributed.hardware import of_kind, te_version
 from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.plan.memory import GIB, memory
 from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN, Finding
@@ -18,7 +18,7 @@ def fits(recipe: Recipe, world_size: int, parts: dict[int, dict], kind: str | No
         return []
     smallest, name = (min(held), "the smallest GPU") if held else (of_kind(kind).gpu.memory_gib, f"--gpu {kind}")
     try:
-        engine = not held or engine_version() is not None
+        engine = not held or te_version() is not None
         stages = memory(read_shape(recipe.model.hf), recipe, world_size, engine)
     except (InputError, ValueError, ZeroDivisionError):  # of a layout that the recipe's own check refuses
         return [Finding(CHECK, "needs a legal recipe, see above", NOT_RUN)]

@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.distributed.hardware import engine_version
+from endprompt_megatron.distributed.hardware import te_version
 from endprompt_megatron.distributed.runtime import Launch
 
 # What a GPU run wants from the environment beside what runtime.py sets, and what is left over from debugging.
@@ -67,7 +67,7 @@ def versions() -> tuple[dict[str, str | None], dict[str, str]]:
 
     from endprompt_megatron.distributed.runtime import has_cuda
 
-    engine = engine_version()
+    engine = te_version()
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "torch": torch.__version__,

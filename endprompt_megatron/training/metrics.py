@@ -13,7 +13,7 @@ from endprompt_megatron.checkpoint import Progress
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import write_text
 from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.distributed.runtime import is_first, peak_flops, peak_memory_gib, world_size
+from endprompt_megatron.distributed.runtime import is_rank_zero, peak_flops, peak_memory_gib, world_size
 from endprompt_megatron.model.shape import ModelShape
 from endprompt_megatron.plan.estimate import flops_per_token
 from endprompt_megatron.training.step import Losses
@@ -24,7 +24,7 @@ class Recorder:
 
     def __init__(self, recipe: Recipe, shape: ModelShape, progress: Progress) -> None:
         self.recipe = recipe
-        self.writing = is_first()
+        self.writing = is_rank_zero()
         self.skipped = 0
         self.gpus = world_size()
         self.flops_per_token = flops_per_token(shape, recipe.context.physical, recipe.longlora)

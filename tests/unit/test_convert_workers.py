@@ -21,10 +21,10 @@ SHARD = "60KB"
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from endprompt_megatron.convert import hf_files, to_megatron
+from endprompt_megatron.convert import hf_weights, to_megatron
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
-from endprompt_megatron.errors import run_cli
-to_megatron._BOX_BYTES, to_megatron._FILE_BYTES, hf_files._PART_BYTES = 4096, 65536, 8192
+from endprompt_megatron.common.errors import run_cli
+to_megatron._BOX_BYTES, to_megatron._FILE_BYTES, hf_weights._PART_BYTES = 4096, 65536, 8192
 way, source, out = sys.argv[1:]
 if way == "to-megatron":
     run_cli(lambda: print(to_megatron.convert_hf_to_megatron(source, out, workers=None) or "") or 0)

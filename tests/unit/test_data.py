@@ -297,7 +297,7 @@ RANK = """
 import hashlib, os, sys, warnings
 warnings.filterwarnings("ignore")
 import torch
-from endprompt_megatron.data.dataset import build_datasets
+from endprompt_megatron.data.samples.dataset import build_datasets
 store = f"file://{sys.argv[1]}/store"
 torch.distributed.init_process_group("gloo", init_method=store, rank=int(sys.argv[2]), world_size=2)
 train, valid = build_datasets(

@@ -219,7 +219,7 @@ RANK = """
 import sys, warnings
 warnings.filterwarnings("ignore")
 import torch
-from endprompt_megatron.data.dataset import build_datasets
+from endprompt_megatron.data.samples.dataset import build_datasets
 sys.path += [sys.argv[3], sys.argv[3] + "/.."]
 from unit.test_packed import rows_of, two_sources
 store = f"file://{sys.argv[1]}/store"

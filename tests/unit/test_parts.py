@@ -101,9 +101,9 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 from pathlib import Path
-from endprompt_megatron.convert import torch_dist
+from endprompt_megatron.checkpoint import format
 anonymous = lambda: int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) >> 10
-checkpoint, before, highest = torch_dist.Checkpoint(Path({place!r})), anonymous(), 0
+checkpoint, before, highest = format.Checkpoint(Path({place!r})), anonymous(), 0
 for begin, end in zip(cuts := checkpoint.row_cuts("x", (0, 0), (1 << 15, 1 << 13), 0), cuts[1:]):
     part = checkpoint.read("x", (begin, 0), (end - begin, 1 << 13), torch.bfloat16)
     assert (part == 1).all()

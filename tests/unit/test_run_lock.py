@@ -18,7 +18,7 @@ BEAT = 0.05
 HOLDER = """
 import sys, time
 from pathlib import Path
-from endprompt_megatron.run_lock import RunLock
+from endprompt_megatron.distributed.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]), beat_seconds=0.05)
 lock.acquire()
 print("held", flush=True)

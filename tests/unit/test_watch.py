@@ -60,7 +60,7 @@ def test_ranks_are_said_in_few_words():
 HANGING = """
 import sys, time
 from pathlib import Path
-from endprompt_megatron.watch import Watchdog
+from endprompt_megatron.distributed.watchdog import Watchdog
 
 watchdog = Watchdog(Path(sys.argv[1]), 0, ["here, local rank 0"], factor=10.0, floor=0.5)
 watchdog.start()

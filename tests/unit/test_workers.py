@@ -57,7 +57,7 @@ FORK = """
 import sys
 sys.path.insert(0, {root!r})
 import torch
-from endprompt_megatron.workers import for_each
+from endprompt_megatron.common.workers import for_each
 
 torch.set_num_threads(4)
 values = torch.arange(1 << 20, dtype=torch.float64)
@@ -75,7 +75,7 @@ def test_a_fork_computes_though_its_parent_has_computed_with_threads():
 ORPHANS = """
 import functools, os, signal, sys, time
 sys.path.insert(0, {root!r})
-from endprompt_megatron import workers
+from endprompt_megatron.common import workers
 
 
 def late(*arguments):

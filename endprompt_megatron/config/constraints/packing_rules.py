@@ -50,15 +50,15 @@ def check_packing(recipe: Recipe, where: str, hardware: Hardware) -> None:
             f"{where}: data.align={d.align} should be a multiple of 2 x parallel.context={2 * p.context}: each rank "
             "takes two chunks of every sample"
         )
-    if hardware.gpu is None or hardware.engine is None:
+    if hardware.gpu is None or hardware.te is None:
         return
     if recipe.precision.dtype == "float32":
         raise InputError(
             f"{asked} with precision.dtype=float32: Transformer Engine has packed attention in BF16 only; use bfloat16"
         )
     least = _PACKED_COMM.get(p.context_comm, (0,))
-    if p.context > 1 and hardware.engine < least:
-        found, needed = (".".join(map(str, version)) for version in (hardware.engine, least))
+    if p.context > 1 and hardware.te < least:
+        found, needed = (".".join(map(str, version)) for version in (hardware.te, least))
         raise InputError(
             f"{asked} with parallel.context_comm={p.context_comm} needs Transformer Engine {needed}, this is {found}: "
             "use p2p"

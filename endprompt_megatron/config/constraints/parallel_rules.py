@@ -56,7 +56,7 @@ def _check_tensor(recipe: Recipe, where: str, shape: ModelShape, name: str, hard
             f"{where}: parallel.overlap_tensor=true hides the gathers of sequence parallelism: "
             "set parallel.sequence=true too, or leave it out"
         )
-    if p.overlap_tensor and (hardware.engine is None or hardware.gpu is None):
+    if p.overlap_tensor and (hardware.te is None or hardware.gpu is None):
         raise InputError(
             f"{where}: parallel.overlap_tensor=true needs GPUs and Transformer Engine's user buffers: use false here"
         )

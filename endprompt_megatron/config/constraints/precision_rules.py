@@ -27,7 +27,7 @@ def check_precision(recipe: Recipe, where: str, shape: ModelShape, hardware: Har
             f"{where}: precision.grad_reduce=bfloat16 with dtype=float32: gradients of float32 weights stay float32; "
             "use float32"
         )
-    engine = hardware.engine
+    engine = hardware.te
     if hardware.gpu is not None and engine is not None and engine < OLDEST_ENGINE:
         found = ".".join(map(str, engine))
         raise InputError(f"{where}: Transformer Engine {found} is installed: 2.9 or later is needed, or none at all")
@@ -58,7 +58,7 @@ def check_precision(recipe: Recipe, where: str, shape: ModelShape, hardware: Har
 
 def _check_machine(recipe: Recipe, where: str, hardware: Hardware) -> None:
     p = recipe.precision
-    if hardware.engine is None:
+    if hardware.te is None:
         raise InputError(f"{where}: precision.fp8={p.fp8} needs Transformer Engine, which is not installed: use null")
     if hardware.gpu is None:
         raise InputError(f"{where}: precision.fp8={p.fp8} needs a GPU (Hopper or later), and there is none: use null")

@@ -264,8 +264,8 @@ def _prepare(datasets: list[Dataset], cache: Path | None) -> None:
     if not torch.distributed.is_initialized():
         write()
         return
-    with runtime.together():
-        if runtime.is_first():
+    with runtime.raise_on_all_ranks():
+        if runtime.is_rank_zero():
             write()
 
 

@@ -13,7 +13,7 @@ from endprompt_megatron.data.samples.consumed import SEEN_FILE, seen
 from endprompt_megatron.data.samples.dataset import sources_in
 from endprompt_megatron.data.samples.of_recipe import datasets_of
 from endprompt_megatron.data.samples.packed import PackedDataset, context_tokens
-from endprompt_megatron.distributed.runtime import announce, device
+from endprompt_megatron.distributed.runtime import device, print_rank_zero
 from endprompt_megatron.model.shape import ModelShape
 
 MicroBatch = dict[str, torch.Tensor]
@@ -34,7 +34,7 @@ class Feed:
         self.train, self.valid = datasets_of(recipe, where, shape.vocab_size, cache, valid_samples)
         for source in sources_in(self.train):
             if isinstance(source, PackedDataset):
-                announce(source.describe())
+                print_rank_zero(source.describe())
 
     def global_batch(self, consumed_samples: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch after `consumed_samples`."""
