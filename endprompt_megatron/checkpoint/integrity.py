@@ -19,7 +19,7 @@ from pathlib import Path
 
 from endprompt_megatron.checkpoint import layout
 from endprompt_megatron.checkpoint.data_files import Stored, write_file
-from endprompt_megatron.checkpoint.format import describe
+from endprompt_megatron.checkpoint.torch_dist import describe
 from endprompt_megatron.common.direct_io import crc32
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import sums_of, write_json

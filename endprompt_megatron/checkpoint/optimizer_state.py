@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
 from endprompt_megatron.checkpoint.data_files import Stored
-from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.checkpoint.weights import Weight, boxes
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.distributed.runtime import device

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from endprompt_megatron.checkpoint import integrity as on_disk
-from endprompt_megatron.checkpoint.format import Checkpoint
 from endprompt_megatron.checkpoint.layout import (
     MANIFEST,
     complete_iterations,
@@ -16,6 +15,7 @@ from endprompt_megatron.checkpoint.layout import (
 )
 from endprompt_megatron.checkpoint.optimizer_state import read_state
 from endprompt_megatron.checkpoint.run_progress import Progress
+from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.checkpoint.weights import read_objects, read_weights, weights_of
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe

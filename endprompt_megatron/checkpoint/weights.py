@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.utils import unwrap_model
 
 from endprompt_megatron.checkpoint.data_files import Stored
-from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.convert.direct import HfSource
 from endprompt_megatron.distributed.runtime import raise_on_all_ranks
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from endprompt_megatron.checkpoint import layout
-from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.common.direct_io import crc32
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json

@@ -15,7 +15,7 @@ from endprompt_megatron.convert.hf_weights import HfWeights
 from endprompt_megatron.model.shape import ModelShape, read_shape
 
 if TYPE_CHECKING:
-    from endprompt_megatron.checkpoint.format import Checkpoint
+    from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 
 
 class HfSource:
@@ -92,7 +92,7 @@ def weights_at(source: Path, shape: ModelShape, flag: str) -> "HfSource | Checkp
     if layout.is_hugging_face(source):
         layout.refuse_other_model(read_shape(source), shape, f"{flag}={source}")
         return HfSource(source)
-    from endprompt_megatron.checkpoint.format import Checkpoint
+    from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 
     directory = layout.find_checkpoint(source, flag=flag)
     layout.refuse_other_model(read_shape(directory / layout.HF_DIRECTORY), shape, f"{flag}={source}")

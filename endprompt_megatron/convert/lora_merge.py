@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from endprompt_megatron.checkpoint import layout
-from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.convert.mapping import LAYERS
 from endprompt_megatron.model.longlora import ADAPTER

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from endprompt_megatron.checkpoint import layout
-from endprompt_megatron.checkpoint.format import Checkpoint
 from endprompt_megatron.checkpoint.tensor_reader import Scratch
+from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json, refuse_existing, write_json, write_text
 from endprompt_megatron.common.workers import mpi, ranks_agree

@@ -66,11 +66,11 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
     files = _in_files(boxes)
 
     def finish(staging: Path, reports: list[dict]) -> None:
-        from endprompt_megatron.checkpoint import format  # a second's import that workers do without
+        from endprompt_megatron.checkpoint import torch_dist  # a second's import that workers do without
 
         directory = layout.iteration_dir(staging, 0)
         _keep_only(directory, {report["file"] for report in reports})
-        format.describe(directory, reports, {})
+        torch_dist.describe(directory, reports, {})
         layout.copy_hf_files(hf, directory / layout.HF_DIRECTORY)
         layout.write_manifest(
             directory,

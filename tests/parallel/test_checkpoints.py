@@ -7,7 +7,7 @@ import pytest
 from parallel.cases import build, exported, make_samples, micro_batches, recipe_for
 from small import small_llama
 
-from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.checkpoint.weights import boxes
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.model.shape import read_shape

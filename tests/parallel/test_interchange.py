@@ -11,7 +11,7 @@ from parallel.reloading import reload
 from safetensors.torch import load_file
 from small import small_llama
 
-from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 

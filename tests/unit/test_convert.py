@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from small import run_tool, small_llama, small_tokenizer
 
 from endprompt_megatron.checkpoint import layout
-from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.hf_weights import HfWeights
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf, parse_size
@@ -177,7 +177,7 @@ def test_table_names_every_weight_once(tmp_path):
 
 def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_path):
     """Optimizer state lies in the same files; the vocabulary is padded; the newest complete iteration counts."""
-    from endprompt_megatron.checkpoint import data_files, format
+    from endprompt_megatron.checkpoint import data_files, torch_dist
 
     hf = small_llama(tmp_path / "hf", dtype="bfloat16", vocab_size=321)
     convert_hf_to_megatron(hf, tmp_path / "megatron")
@@ -196,7 +196,7 @@ def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_pat
         add(f"optimizer.state.exp_avg.{key}", torch.randn(tensor.shape))
     target = tmp_path / "run/iter_0000030"
     target.mkdir(parents=True)
-    format.describe(target, [data_files.write_file(target, "__0_0.distcp", stored, {})], {})
+    torch_dist.describe(target, [data_files.write_file(target, "__0_0.distcp", stored, {})], {})
     layout.copy_hf_files(first.directory / "hf", target / "hf")
     recipe = {
         "model": {"hf": "/data/Some-Model"},
@@ -224,7 +224,7 @@ def test_format_marker_is_megatrons():
 
     from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
-    from endprompt_megatron.checkpoint.format import FORMAT
+    from endprompt_megatron.checkpoint.torch_dist import FORMAT
 
     # 0.19 has fewer fields and ignores those it does not know.
     assert asdict(CheckpointingConfig("torch_dist", 1)).items() <= FORMAT.items()

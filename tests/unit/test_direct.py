@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import small_llama
 
-from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource, weights_at

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import ROOT
 
-from endprompt_megatron.checkpoint import data_files, format, tensor_reader
+from endprompt_megatron.checkpoint import data_files, tensor_reader, torch_dist
 
 
 def archive(tensor: torch.Tensor, before: bytes = b"other tensors") -> tuple[io.BytesIO, int, int]:
@@ -81,8 +81,8 @@ def test_a_turned_tensor_is_read_all_the_same(tmp_path):
 
     value = torch.arange(12.0).reshape(3, 4).t()
     save({"x": value}, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
-    format.write_json(tmp_path / "metadata.json", format.FORMAT)
-    found = format.Checkpoint(tmp_path).read("x", (1, 1), (2, 2), torch.float32)
+    torch_dist.write_json(tmp_path / "metadata.json", torch_dist.FORMAT)
+    found = torch_dist.Checkpoint(tmp_path).read("x", (1, 1), (2, 2), torch.float32)
     assert torch.equal(found, value[1:3, 1:3])
 
 
@@ -101,9 +101,9 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 from pathlib import Path
-from endprompt_megatron.checkpoint import format
+from endprompt_megatron.checkpoint import torch_dist
 anonymous = lambda: int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) >> 10
-checkpoint, before, highest = format.Checkpoint(Path({place!r})), anonymous(), 0
+checkpoint, before, highest = torch_dist.Checkpoint(Path({place!r})), anonymous(), 0
 for begin, end in zip(cuts := checkpoint.row_cuts("x", (0, 0), (1 << 15, 1 << 13), 0), cuts[1:]):
     part = checkpoint.read("x", (begin, 0), (end - begin, 1 << 13), torch.bfloat16)
     assert (part == 1).all()
@@ -118,7 +118,7 @@ def test_a_part_of_half_a_gigabyte_is_never_held(tmp_path):
     shape = (1 << 15, 1 << 13)
     dtype = torch.bfloat16
     stored = data_files.Stored("x", shape, (0, 0), shape, dtype, lambda: torch.ones(shape, dtype=dtype))
-    format.describe(tmp_path, [data_files.write_file(tmp_path, "__0_0.distcp", [stored], {})], {})
+    torch_dist.describe(tmp_path, [data_files.write_file(tmp_path, "__0_0.distcp", [stored], {})], {})
     script = MEMORY.format(root=str(ROOT), place=str(tmp_path))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

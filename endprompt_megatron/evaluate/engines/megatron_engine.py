@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from endprompt_megatron.checkpoint.format import Checkpoint
+from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.checkpoint.weights import read_objects, read_weights, weights_of
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
