@@ -48,7 +48,7 @@ def main() -> None:
 
     hardware = of_kind(args.gpu)
     recipe = load_recipe(args.recipe, args.overrides)
-    shape, published = shape_for(recipe, args.recipe)
+    shape, published = shape_for(recipe.model.hf, args.recipe)
     if not args.search:
         plan = make_plan(recipe, args.recipe, shape, hardware, gpus, published)
         print(json.dumps(plan.as_dict(), indent=2) if args.json else page(plan))

@@ -24,6 +24,7 @@ from endprompt_megatron.method.prompts import tokenise_prompts
 from endprompt_megatron.method.recipe_prompts import recall_of
 from endprompt_megatron.model.shape import ModelShape, read_shape
 from endprompt_megatron.preflight.table import FAIL, OK, WARN, Finding, many, some
+from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
 
 HF, CONVERTED, TOKENIZER = "HF checkpoint", "converted checkpoint", "tokenizer"
 _BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2}
@@ -216,7 +217,7 @@ def _refuse_short(directory: Path, lengths: dict[str, int]) -> None:
 def tokenizer(recipe: Recipe, shape: ModelShape) -> Finding:
     """Its ids have embeddings, and the recipe's end prompts fit the sequence."""
     directory = Path(recipe.model.hf)
-    layout.check_tokenizer(directory, shape.vocab_size)
+    check_vocabulary(directory, shape.vocab_size)
     lengths = context_lengths(recipe, shape)
     prompts = f", end prompts of {some(recipe.context.physical - a for a in lengths)} tokens"
     return Finding(

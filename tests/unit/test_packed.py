@@ -15,12 +15,13 @@ from unit.test_data import PROMPTS, settings, write_dataset
 from unit.test_packing import LENGTHS
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, join_rows, zigzag_indices
+from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, join_rows
 from endprompt_megatron.data.samples.consumed import seen
 from endprompt_megatron.data.samples.dataset import build_datasets
 from endprompt_megatron.data.samples.packed import context_tokens
 from endprompt_megatron.method.positions import METHODS as ALL_METHODS
 from endprompt_megatron.method.positions import copies, position_ids
+from endprompt_megatron.model.context_parallel import zigzag_indices
 
 METHODS = [method for method in ALL_METHODS if method != "full"]
 KNOBS = {"anchors": 2, "curriculum_samples": 30}

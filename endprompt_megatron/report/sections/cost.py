@@ -115,7 +115,7 @@ def planned(run: Run, each: Spent, gpu: str = "h100") -> Planned:
         return Planned(None, "no recipe")
     try:
         recipe = load_recipe(path)
-        shape, _ = shape_for(recipe, str(path))
+        shape, _ = shape_for(recipe.model.hf, str(path))
         count = each.processes or min_gpus(recipe)
         hardware = of_kind(gpu)
         rules.check_for(recipe, str(path), shape, world_size=count, hardware=hardware)
