@@ -26,16 +26,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from endprompt_megatron.config.recipe import (
-    LongLora,
-    Parallel,
-    Precision,
-    Recipe,
-    has_transformer_engine,
-)
+from endprompt_megatron.config.recipe import LongLora, Parallel, Precision, Recipe
+from endprompt_megatron.distributed.hardware import has_transformer_engine
 from endprompt_megatron.distributed.runtime import has_cuda
-from endprompt_megatron.method.positions import shared_positions
-from endprompt_megatron.method.recipe_prompts import kinds
 from endprompt_megatron.method.rope import PositionRotary, transformers_config
 from endprompt_megatron.model.attention import RMSNorm, SdpaAttention
 from endprompt_megatron.model.cross_entropy import vocab_cross_entropy
@@ -47,8 +40,10 @@ from endprompt_megatron.model.shifted_attention import shifted_attention
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def transformer_config(shape: ModelShape, recipe: Recipe, attention_factor: float = 1.0) -> TransformerConfig:
-    """Megatron's config for this shape and recipe.
+def transformer_config(
+    shape: ModelShape, recipe: Recipe, attention_factor: float = 1.0, shared_positions: bool = False
+) -> TransformerConfig:
+    """Megatron's config for this shape and recipe; `shared_positions`: all samples have the same position ids.
 
     YaRN multiplies cos and sin by an attention factor; scores then carry its square.  It goes into the
     softmax scale, which is the same product and leaves fused RoPE usable.
@@ -80,7 +75,7 @@ def transformer_config(shape: ModelShape, recipe: Recipe, attention_factor: floa
         **_parallel(recipe.parallel),
         **_recompute(recipe.parallel),
         **_fp8(precision),
-        **_fusions(recipe),
+        **_fusions(recipe, shared_positions),
     )
 
 
@@ -131,10 +126,9 @@ def _fp8(p: Precision) -> dict[str, Any]:
     )
 
 
-def _fusions(recipe: Recipe) -> dict[str, Any]:
+def _fusions(recipe: Recipe, shared: bool) -> dict[str, Any]:
     """Kernels that do several steps at once.  All but the last need Transformer Engine."""
     te = has_transformer_engine()
-    shared = shared_positions(recipe.context.method, kinds(recipe))
     return dict(
         bias_activation_fusion=te,
         masked_softmax_fusion=te,
@@ -269,18 +263,21 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
             module.weight.partition_dim = 1 if isinstance(module, RowParallelLinear) else 0
 
 
-def build_model(shape: ModelShape, recipe: Recipe, export_config: dict) -> list[LlamaModel]:
+def build_model(
+    shape: ModelShape, recipe: Recipe, export_config: dict, *, shared_positions: bool = False
+) -> list[LlamaModel]:
     """This rank's model chunks (one, or one a virtual pipeline stage), on the CPU or the GPU.
 
     Weights are not set, but for LoRA's adapters, which no checkpoint that training starts from has.
 
-    `export_config` is the HF config that will be exported (rope.scaled_config).  Needs parallel_state.
+    `export_config` is the HF config that will be exported (rope.scaled_config); with `shared_positions`, that all
+    samples have the same position ids, RoPE can be fused for several samples too.  Needs parallel_state.
     """
     from endprompt_megatron.method.rope import frequencies
 
     hf_config = transformers_config(export_config)
     _, attention_factor = frequencies(hf_config)
-    config = transformer_config(shape, recipe, attention_factor)
+    config = transformer_config(shape, recipe, attention_factor, shared_positions)
     chunks = config.virtual_pipeline_model_parallel_size
     models = []
     for stage in range(chunks or 1):
