@@ -145,8 +145,8 @@ def measure(directory: Path, target: int, args: argparse.Namespace) -> dict[str,
 def predicted(directory: Path, method: str, target: int, short: int) -> dict[str, float]:
     """FLOPs a token, seconds a step by the planner's clock (0 on a CPU), and GiB that should be allocated."""
     from endprompt_megatron.distributed.hardware import has_transformer_engine, here
+    from endprompt_megatron.model.flops import flops_per_token
     from endprompt_megatron.model.shape import read_shape
-    from endprompt_megatron.plan.estimate import flops_per_token
     from endprompt_megatron.plan.memory import GIB, memory
     from endprompt_megatron.plan.step_time import Clock
 

@@ -23,7 +23,7 @@ from endprompt_megatron.method import map_table
 from endprompt_megatron.method.positions import MAPS, PositionMap, Sample
 from endprompt_megatron.model.published_shapes import published_config
 from endprompt_megatron.model.shape import shape_of
-from endprompt_megatron.plan.estimate import make_plan
+from endprompt_megatron.plan.plan import make_plan
 from endprompt_megatron.plan.plan_page import page
 from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.models import Measured
