@@ -40,6 +40,7 @@ def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
 def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> int:
     from endprompt_megatron.convert.direct import weights_to_start_from
     from endprompt_megatron.data.samples.feed import Feed
+    from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.distributed.watchdog import Watch
     from endprompt_megatron.method.rope import scaled_config
     from endprompt_megatron.model.llama import build_model
@@ -59,7 +60,8 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     export_config = scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, where)
     feed = Feed(recipe, where, shape)
     te.share_buffers(recipe, shape)
-    models = wrap_models(build_model(shape, recipe, export_config), recipe)
+    models = build_model(shape, recipe, export_config, shared_positions=positions_are_shared(recipe))
+    models = wrap_models(models, recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
     state = RunState(models, optimizer, scheduler)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from html import escape
 
 from endprompt_megatron import __version__
+from endprompt_megatron.method.positions import MAPS, PositionMap
 from endprompt_megatron.report.html import details, section
 from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.models import Measured, Model
@@ -86,12 +87,13 @@ def _real_lengths(model: Model) -> list[int]:
 
 def _of_all(runs: Runs, measured: Measured) -> list[str]:
     points = []
-    prompted = [run for run in runs.runs if str(run.value("context.method")).startswith("end_prompt")]
-    shorts = [run for run in runs.runs if run.value("context.method") == "short"]
+    prompted = [run for run in runs.runs if _map(run) is not None and _map(run).has_prompt]
+    shorts = [run for run in runs.runs if _map(run) is not None and _map(run).plain]
     if runs.control is None and prompted and not shorts:
+        plain = " or ".join(name for name, position_map in MAPS.items() if position_map.plain)
         points.append(
             "What the terminal prompt contributes: no control was given. The same training without it (method "
-            "<code>short</code>) has to stand beside this run before anything is credited to the prompt."
+            f"<code>{plain}</code>) has to stand beside this run before anything is credited to the prompt."
         )
     if runs.control is not None:
         method = escape(str(runs.control.value("context.method", "unknown")))
@@ -105,6 +107,11 @@ def _of_all(runs: Runs, measured: Measured) -> list[str]:
     if any(model.measured for model in measured.models):
         points.append("How another seed of the training would come out: the intervals are of the questions asked.")
     return points
+
+
+def _map(run: Run) -> PositionMap | None:
+    """The position map of a run's recipe; None where it says none that is known."""
+    return MAPS.get(str(run.value("context.method")))
 
 
 def provenance(runs: Runs) -> str:

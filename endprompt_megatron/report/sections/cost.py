@@ -105,7 +105,7 @@ class Planned:
 def planned(run: Run, each: Spent, gpu: str = "h100") -> Planned:
     """The recipe as resolved on as many GPUs as the run had processes (its layout's least where that is not known)."""
     from endprompt_megatron.config.constraints import check as rules
-    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.config.load import load_recipe
     from endprompt_megatron.distributed.hardware import of_kind
     from endprompt_megatron.model.published_shapes import shape_for
     from endprompt_megatron.plan.plan import estimate, min_gpus
