@@ -133,7 +133,8 @@ def _initialise_process_group(launch: Launch) -> None:
 
 
 def finish() -> None:
-    """Tear the process groups down, so that no rank hangs or complains at exit."""
+    """Tear the process groups down, so that no rank hangs or complains at exit; leave garbage to Python again."""
+    gc.enable()
     if dist.is_initialized():
         from megatron.core import parallel_state
 
