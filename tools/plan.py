@@ -49,7 +49,7 @@ def main() -> None:
 
     hardware = of_kind(args.gpu)
     recipe = load_recipe(args.recipe, args.overrides)
-    shape, published = shape_for(recipe, args.recipe)
+    shape, published = shape_for(recipe.model.hf, args.recipe)
     resolve(recipe, shape)
     if not args.search:
         plan = make_plan(recipe, args.recipe, shape, hardware, gpus, published)

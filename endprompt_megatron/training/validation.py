@@ -11,10 +11,10 @@ from megatron.core import parallel_state
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.data.samples.batches import rank_order
 from endprompt_megatron.data.samples.feed import Feed
 from endprompt_megatron.distributed.runtime import device
 from endprompt_megatron.method.virtual_probe import probe_inputs, summarise
+from endprompt_megatron.model.context_parallel import rank_order
 from endprompt_megatron.training.step import run_batch, token_losses
 
 PROBE_SAMPLES = 4  # of each distance and kind; the same text at every step, so that steps can be compared

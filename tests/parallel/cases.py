@@ -145,6 +145,7 @@ def build(recipe: Recipe):
 
     p = recipe.parallel
     runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
+    from endprompt_megatron.convert.direct import weights_to_start_from
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.model.llama import build_model
     from endprompt_megatron.training.optimizer import build_optimizer, wrap_models
@@ -153,7 +154,8 @@ def build(recipe: Recipe):
     shared = positions_are_shared(recipe)
     models = wrap_models(build_model(shape, recipe, exported(recipe), shared_positions=shared), recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
-    checkpoint.initialise(Path(recipe.model.init_from), shape, models, optimizer, "test")
+    weights = weights_to_start_from(Path(recipe.model.init_from), shape, "test: model.init_from")
+    checkpoint.initialise(weights, models, optimizer)
     return shape, models, optimizer, scheduler
 
 
@@ -182,8 +184,9 @@ def micro_batches(recipe: Recipe, samples: dict[str, np.ndarray] | list) -> list
     import torch
     from megatron.core import parallel_state
 
-    from endprompt_megatron.data.samples.batches import join_rows, zigzag_slice
+    from endprompt_megatron.data.samples.batches import join_rows
     from endprompt_megatron.distributed.runtime import device
+    from endprompt_megatron.model.context_parallel import zigzag_slice
 
     cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -14,10 +14,11 @@ from small import ROOT
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.indexed import write_idx
-from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, zigzag_slice
+from endprompt_megatron.data.samples.batches import KEYS, MicroBatches
 from endprompt_megatron.data.samples.dataset import build_datasets
 from endprompt_megatron.method.positions import MAPS, copies, position_ids
 from endprompt_megatron.method.random_streams import PROMPT_STREAM
+from endprompt_megatron.model.context_parallel import zigzag_slice
 
 PROMPTS = [[1500, 1501, 1502, 1503, 1504], [1550], [1570, 1571, 1572]]  # no token of the stream
 LENGTHS = (7, 40, 1, 1, 200, 33, 24, 90, 5, 64, 128, 24, 24, 300)

@@ -15,11 +15,12 @@ from unit.test_data import PROMPTS, settings, write_dataset
 from unit.test_packing import LENGTHS
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, join_rows, zigzag_indices
+from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, join_rows
 from endprompt_megatron.data.samples.consumed import seen
 from endprompt_megatron.data.samples.dataset import build_datasets
 from endprompt_megatron.data.samples.packed import context_tokens
 from endprompt_megatron.method.positions import MAPS, copies, position_ids
+from endprompt_megatron.model.context_parallel import zigzag_indices
 
 METHODS = [name for name, position_map in MAPS.items() if not position_map.whole_window]
 KNOBS = {"anchors": 2, "curriculum_samples": 30}
