@@ -18,17 +18,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, metavar="PATH")
     parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron checkpoint (default: the newest)")
-    parser.add_argument("--tensors", action="store_true", help="every tensor with dtype, shape, bytes and stored parts")
+    parser.add_argument("--tensors", action="store_true", help="every tensor with dtype, shape, bytes and shards")
     parser.add_argument("--check", action="store_true", help="read every byte and compare with the recorded CRC-32")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
     options = parser.parse_args()
 
-    from endprompt_megatron.convert.describe_checkpoint import damaged_files, inspect
+    from endprompt_megatron.convert.describe_checkpoint import damage_of, inspect
 
     contents = inspect(options.path, options.iteration)
     print(contents.as_json() if options.json else contents.page(options.tensors), flush=True)
     if options.check:
-        damaged = damaged_files(contents)
+        damaged = damage_of(contents)
         if damaged:
             raise InputError(f"{contents.path}: damaged: {'; '.join(damaged)}")
         if not options.json:

@@ -94,11 +94,11 @@ def write_manifest(
     vocab_size: int,
     dtype: str,
     source: str,
-    files: dict[str, dict] | None = None,
+    files: dict[str, dict],
 ) -> None:
     """Declare the checkpoint in `directory` complete.  `dtype` ("bfloat16") is what an export is written in.
 
-    `files`: bytes and CRC-32 of every other file, by name; None if they were not taken.
+    `files`: bytes and CRC-32 of every other file, by name.
     """
     manifest = {
         "format": FORMAT,
@@ -108,11 +108,9 @@ def write_manifest(
         "vocab_size": vocab_size,
         "dtype": dtype,
         "source": source,
+        "files": files,
     }
-    if files is not None:
-        manifest["files"] = files
-        manifest["crc32"] = _own_crc32(manifest)
-    write_json(directory / MANIFEST, manifest)
+    write_json(directory / MANIFEST, {**manifest, "crc32": _own_crc32(manifest)})
 
 
 def _own_crc32(manifest: dict) -> int:
@@ -127,14 +125,15 @@ def read_manifest(directory: Path) -> dict:
     manifest = read_json(path, "the manifest of a checkpoint")
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path}: format={manifest.get('format')} is not known; this version reads {FORMAT}")
-    for key, kind in (("step", int), ("consumed_samples", int), ("vocab_size", int), ("source", str)):
+    kinds = {"step": int, "consumed_samples": int, "vocab_size": int, "source": str, "files": dict}
+    for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind):
             raise InputError(f"{path}: {key}={manifest.get(key)!r} should be of type {kind.__name__}")
     if manifest.get("dtype") not in DTYPES:
         raise InputError(f"{path}: dtype={manifest.get('dtype')!r} should be one of {', '.join(DTYPES)}")
     if not isinstance(manifest.get("recipe"), dict | None):
         raise InputError(f"{path}: recipe={manifest['recipe']!r} should be an object or null")
-    if "crc32" in manifest and manifest["crc32"] != _own_crc32(manifest):
+    if manifest.get("crc32") != _own_crc32(manifest):
         raise InputError(f"{path}: does not have the CRC-32 it was written with")
     return manifest
 

@@ -1,8 +1,8 @@
 """The optimizer's state in a checkpoint: master weights and moments, by their parameters' global shapes.
 
 The distributed optimizer gives each data-parallel rank ranges of the flattened parameters.  Each rank
-stores, and reads, the boxes that make up its own ranges (weights.boxes): no rank gathers another's
-state, all of them write at once, and any layout finds its ranges among the stored boxes.  Names and shapes
+stores, and reads, the shards that make up its own ranges (weights.shards_of_range): no rank gathers another's
+state, all of them write at once, and any layout finds its ranges among the stored shards.  Names and shapes
 are those of Megatron's `fully_reshardable` form; that form itself gathers everything into buffers first.
 """
 
@@ -15,24 +15,24 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
-from endprompt_megatron.checkpoint.data_files import Stored
+from endprompt_megatron.checkpoint.data_files import Shard
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
-from endprompt_megatron.checkpoint.weights import Weight, boxes
+from endprompt_megatron.checkpoint.weights import Weight, shards_of_range
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.distributed.runtime import device
 
 
-def stored_state(optimizer: ChainedOptimizer, weights: list[Weight]) -> list[Stored]:
+def stored_state(optimizer: ChainedOptimizer, weights: list[Weight]) -> list[Shard]:
     """This rank's state, to be written.  Tensors are fetched one at a time, when they are written or staged."""
     _allocate(optimizer)
     places = _places(weights)
     found = []
     for part, parameter, start, end in _owned(optimizer):
         for name, value in _states(part, parameter).items():
-            whole = partial(_flat_state, part, parameter, name)
+            state = partial(_flat_state, part, parameter, name)
             for place in places[parameter]:
                 if place.first:
-                    found += _pieces(place, name, value.dtype, start, end, whole)
+                    found += _stored_shards(place, name, value.dtype, start, end, state)
     return found
 
 
@@ -50,7 +50,7 @@ def read_state(optimizer: ChainedOptimizer, weights: list[Weight], checkpoint: C
             dtype = torch.float32 if current.dtype.is_floating_point else current.dtype
             value = torch.empty(end - start, dtype=dtype, device="cpu")
             for place in places[parameter]:
-                for begin, offset, shape in _boxes_of(place, start, end):
+                for begin, offset, shape in _shards_of(place, start, end):
                     key = _key(name, place)
                     if checkpoint.is_float(key) != current.dtype.is_floating_point:
                         raise InputError(
@@ -76,9 +76,9 @@ def updates_of(optimizer: ChainedOptimizer) -> int:
         counts += [float(state["step"]) for state in part.optimizer.state.values() if "step" in state]
         counts += [float(group["step"]) for group in part.optimizer.param_groups if "step" in group]
     # A rank whose share of the parameters is empty has counted nothing.
-    most = torch.tensor([max(counts)], device=device())
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most)
+    updates = torch.tensor([max(counts)], device=device())
+    dist.all_reduce(updates, op=dist.ReduceOp.MAX)
+    return int(updates)
 
 
 def _parts(optimizer: Any) -> list:
@@ -150,25 +150,25 @@ def _key(name: str, place: Weight) -> str:
     return f"optimizer.state.{name}.{place.key}"
 
 
-def _boxes_of(place: Weight, start: int, end: int) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+def _shards_of(place: Weight, start: int, end: int) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
     """Where elements start..end-1 of the parameter lie in the global tensor, as far as `place` covers them.
 
-    (index of the first element in the range, global offset, shape) of each box.
+    (index of the first element in the range, global offset, shape) of each shard.
     """
     first, last = max(start, place.start), min(end, place.start + place.tensor.numel())
     done = first - start
-    for offset, shape in boxes(place.shape, first - place.start, last - place.start):
+    for offset, shape in shards_of_range(place.shape, first - place.start, last - place.start):
         yield done, tuple(a + b for a, b in zip(place.offset, offset, strict=True)), shape
         done += math.prod(shape)
 
 
-def _pieces(place: Weight, name: str, dtype: torch.dtype, start: int, end: int, whole: Any) -> list[Stored]:
+def _stored_shards(place: Weight, name: str, dtype: torch.dtype, start: int, end: int, state: Any) -> list[Shard]:
     def cut(begin: int, shape: tuple[int, ...]) -> torch.Tensor:
-        return whole()[begin : begin + math.prod(shape)].view(shape)
+        return state()[begin : begin + math.prod(shape)].view(shape)
 
     return [
-        Stored(_key(name, place), place.global_shape, offset, shape, dtype, partial(cut, begin, shape))
-        for begin, offset, shape in _boxes_of(place, start, end)
+        Shard(_key(name, place), place.global_shape, offset, shape, dtype, partial(cut, begin, shape))
+        for begin, offset, shape in _shards_of(place, start, end)
     ]
 
 

@@ -51,7 +51,7 @@ def crc32(path: Path, begin: int = 0, length: int | None = None) -> int:
     return value
 
 
-class SummedFile(io.RawIOBase):
+class ChecksummedFile(io.RawIOBase):
     """A large file, or from `begin` on a part of one that exists, being written: `count` bytes and their `crc32`.
 
     A thread writes one block while the next is filled.  Closed, it is on the disk.  `error` is the operating

@@ -1,4 +1,4 @@
-"""Nothing half-written: outputs grow under a temporary name and are renamed when they are whole."""
+"""Nothing half-written: outputs grow under a temporary name and are renamed when they are complete."""
 
 import contextlib
 import errno
@@ -95,7 +95,7 @@ def read_json(path: Path, what: str) -> dict:
     return value
 
 
-def sums_of(directory: Path, known: list[dict]) -> dict[str, dict]:
+def checksums_of(directory: Path, known: list[dict]) -> dict[str, dict]:
     """Bytes and CRC-32 of every file below `directory`; those of `known` (file, bytes, crc32) are not read again."""
     files = {report["file"]: {"bytes": report["bytes"], "crc32": report["crc32"]} for report in known}
     for path in sorted(directory.rglob("*")):

@@ -8,7 +8,7 @@ from parallel.cases import build, exported, make_samples, micro_batches, recipe_
 from small import small_llama
 
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
-from endprompt_megatron.checkpoint.weights import boxes
+from endprompt_megatron.checkpoint.weights import shards_of_range
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.model.shape import read_shape
 
@@ -33,13 +33,15 @@ def model(tmp_path_factory):
 
 def train_and_save(recipe, batches, root):
     """On a rank: an update a batch, from the newest checkpoint in `root` if there is one, then a checkpoint."""
-    from endprompt_megatron import checkpoint
+    from endprompt_megatron.checkpoint.resume import resume
+    from endprompt_megatron.checkpoint.run_state import Progress, RunState
+    from endprompt_megatron.checkpoint.save import Saver
     from endprompt_megatron.training.optimizer import update, zero_grad
     from endprompt_megatron.training.step import run_batch
 
     _, models, optimizer, scheduler = build(recipe)
-    state = checkpoint.RunState(models, optimizer, scheduler)
-    progress = checkpoint.resume(root, recipe, "test", state) or checkpoint.Progress()
+    state = RunState(models, optimizer, scheduler)
+    progress = resume(root, recipe, "test", state) or Progress()
     seen = []
     for samples in batches:
         zero_grad(models, optimizer)
@@ -50,7 +52,9 @@ def train_and_save(recipe, batches, root):
         seen.append((losses.total, norm))
     if not batches:
         progress.step += 1
-    checkpoint.save(root, progress, recipe, exported(recipe), state)
+    with Saver(root, recipe, exported(recipe), state) as saver:
+        saver.save(progress)
+        saver.wait()
     return seen
 
 
@@ -140,14 +144,14 @@ def test_megatron_core_loads_what_is_saved(ranks, model, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 4, 3), (2, 3, 4), (1, 1, 6)])
-def test_a_range_of_a_flattened_tensor_is_a_few_boxes_in_order(shape):
+def test_a_range_of_a_flattened_tensor_is_a_few_shards_in_order(shape):
     import torch
 
     count = math.prod(shape)
     whole = torch.arange(count).view(shape)
     for start, end in itertools.combinations_with_replacement(range(count + 1), 2):
         found, number = [], 0
-        for offset, size in boxes(shape, start, end):
+        for offset, size in shards_of_range(shape, start, end):
             part = whole
             for axis, (begin, length) in enumerate(zip(offset, size, strict=True)):
                 part = part.narrow(axis, begin, length)
@@ -167,12 +171,13 @@ def memory_of_a_save(recipe, root):
 
     import psutil
 
-    from endprompt_megatron import checkpoint
     from endprompt_megatron.checkpoint.optimizer_state import stored_state
+    from endprompt_megatron.checkpoint.run_state import Progress, RunState
+    from endprompt_megatron.checkpoint.save import Saver
     from endprompt_megatron.checkpoint.weights import stored_weights, weights_of
 
     _, models, optimizer, scheduler = build(recipe)
-    state = checkpoint.RunState(models, optimizer, scheduler)
+    state = RunState(models, optimizer, scheduler)
     weights = weights_of(models)
     parts = [*stored_weights(weights), *stored_state(optimizer, weights)]
     own = sum(part.load().add_(0).nbytes for part in parts)  # written to once: zeros take no memory before
@@ -190,7 +195,9 @@ def memory_of_a_save(recipe, root):
     looking = threading.Thread(target=look)
     before = anonymous()
     looking.start()
-    checkpoint.save(root, checkpoint.Progress(1, 0), recipe, exported(recipe), state)
+    with Saver(root, recipe, exported(recipe), state) as saver:
+        saver.save(Progress(1, 0))
+        saver.wait()
     ended.set()
     looking.join()
     return own, peak[0] - before

@@ -10,6 +10,7 @@ from small import run_tool, small_llama, small_tokenizer
 
 from endprompt_megatron.checkpoint import layout
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
+from endprompt_megatron.common.files import checksums_of
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.hf_weights import HfWeights
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf, parse_size
@@ -169,10 +170,11 @@ def test_map_by_an_independent_computation(tmp_path):
 def test_table_names_every_weight_once(tmp_path):
     hf = small_llama(tmp_path / "hf")
     shape = read_shape(hf)
-    pieces = list(mapping.pieces(shape))
-    assert [name for piece in pieces for name, _ in piece.hf] == list(dict.fromkeys(n for p in pieces for n, _ in p.hf))
-    assert {name for piece in pieces for name, _ in piece.hf} == HfWeights(hf).entries.keys()
-    assert sum(piece.elements for piece in pieces) == shape.parameters
+    mapped = list(mapping.mapped_tensors(shape))
+    names = [name for tensor in mapped for name, _ in tensor.hf]
+    assert names == list(dict.fromkeys(names))
+    assert set(names) == HfWeights(hf).tensors.keys()
+    assert sum(tensor.elements for tensor in mapped) == shape.parameters
 
 
 def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_path):
@@ -186,7 +188,7 @@ def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_pat
 
     def add(key, tensor):
         sizes = tuple(tensor.shape)
-        stored.append(data_files.Stored(key, sizes, (0,) * len(sizes), sizes, tensor.dtype, lambda: tensor))
+        stored.append(data_files.Shard(key, sizes, (0,) * len(sizes), sizes, tensor.dtype, lambda: tensor))
 
     for key in first.tensors:
         tensor = first.read(key, (0,) * len(first.shape(key)), first.shape(key), torch.bfloat16)
@@ -204,7 +206,14 @@ def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_pat
         "train": {"tokens": 1_000_000_000, "steps": None},
     }
     layout.write_manifest(
-        target, step=30, consumed_samples=1920, recipe=recipe, vocab_size=321, dtype="bfloat16", source="hf"
+        target,
+        step=30,
+        consumed_samples=1920,
+        recipe=recipe,
+        vocab_size=321,
+        dtype="bfloat16",
+        source="hf",
+        files=checksums_of(target, []),
     )
     (tmp_path / "run/iter_0000040").mkdir()  # a save that was cut off
     assert layout.complete_iterations(tmp_path / "run") == [30]

@@ -12,7 +12,7 @@ import pytest
 from small import ROOT, mpirun, small_llama
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.convert import hf_weights, to_megatron, units
+from endprompt_megatron.convert import hf_writing, to_megatron, units
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
@@ -21,10 +21,10 @@ SHARD = "60KB"
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from endprompt_megatron.convert import hf_weights, to_megatron
+from endprompt_megatron.convert import hf_writing, to_megatron
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.common.errors import run_cli
-to_megatron._BOX_BYTES, to_megatron._FILE_BYTES, hf_weights._PART_BYTES = 4096, 65536, 8192
+to_megatron._SHARD_BYTES, to_megatron._FILE_BYTES, hf_writing._CHUNK_BYTES = 4096, 65536, 8192
 way, source, out = sys.argv[1:]
 if way == "to-megatron":
     run_cli(lambda: print(to_megatron.convert_hf_to_megatron(source, out, workers=None) or "") or 0)
@@ -34,9 +34,9 @@ run_cli(lambda: print(convert_megatron_to_hf(source, out, max_shard_size="{SHARD
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    monkeypatch.setattr(to_megatron, "_BOX_BYTES", 4096)
+    monkeypatch.setattr(to_megatron, "_SHARD_BYTES", 4096)
     monkeypatch.setattr(to_megatron, "_FILE_BYTES", 65536)
-    monkeypatch.setattr(hf_weights, "_PART_BYTES", 8192)
+    monkeypatch.setattr(hf_writing, "_CHUNK_BYTES", 8192)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("workers")
     small_llama(place / "hf", vocab_size=321, head_dim=24)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_megatron, "_BOX_BYTES", 4096)
+        patch.setattr(to_megatron, "_SHARD_BYTES", 4096)
         patch.setattr(to_megatron, "_FILE_BYTES", 65536)
         convert("to-megatron", place / "hf", place / "megatron")
         convert("to-hf", place / "megatron", place / "back")

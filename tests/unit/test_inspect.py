@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 from small import assert_one_line_error, run_tool, small_llama
 
-from endprompt_megatron.convert.describe_checkpoint import damaged_files, inspect
+from endprompt_megatron.convert.describe_checkpoint import damage_of, inspect
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
 
@@ -47,7 +47,7 @@ def test_page_and_json(place):
 def test_every_kind_of_damage_is_named(place):
     directory = place / "megatron/iter_0000000"
     contents = inspect(directory)
-    assert damaged_files(contents) == []
+    assert damage_of(contents) == []
     data = bytearray((directory / "__0_0.distcp").read_bytes())
     data[len(data) // 2] ^= 1
     (directory / "__0_0.distcp").write_bytes(data)

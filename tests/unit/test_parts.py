@@ -27,7 +27,7 @@ def archive(tensor: torch.Tensor, before: bytes = b"other tensors") -> tuple[io.
 
 
 @st.composite
-def boxes(draw):
+def shards(draw):
     shape = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     box = [sorted(draw(st.tuples(st.integers(0, size - 1), st.integers(0, size - 1)))) for size in shape]
     return shape, [(low, high + 1) for low, high in box]
@@ -37,7 +37,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
 
 
 @settings(max_examples=200, deadline=None)
-@given(boxes(), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(0, 5), st.sampled_from([1, 40, 1 << 20]))
+@given(shards(), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(0, 5), st.sampled_from([1, 40, 1 << 20]))
 def test_any_box_of_any_dtype(case, stored, wanted, odd, block):
     shape, box = case
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(9).to(stored)
@@ -117,7 +117,7 @@ def test_a_part_of_half_a_gigabyte_is_never_held(tmp_path):
     """As a rank without tensor parallelism stores an embedding, all in one."""
     shape = (1 << 15, 1 << 13)
     dtype = torch.bfloat16
-    stored = data_files.Stored("x", shape, (0, 0), shape, dtype, lambda: torch.ones(shape, dtype=dtype))
+    stored = data_files.Shard("x", shape, (0, 0), shape, dtype, lambda: torch.ones(shape, dtype=dtype))
     torch_dist.describe(tmp_path, [data_files.write_file(tmp_path, "__0_0.distcp", [stored], {})], {})
     script = MEMORY.format(root=str(ROOT), place=str(tmp_path))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)

@@ -28,7 +28,10 @@ MODELS = {
     "LLaMA-3-8B": (config(4096, 14336, 32, 32, 8, 128256), 8_030_261_248),
     "LLaMA-3-70B": (config(8192, 28672, 80, 64, 8, 128256), 70_553_706_496),
     "LLaMA-3.2-1B": (config(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True), 1_235_814_400),
-    "Mistral-7B-v0.3": (config(4096, 14336, 32, 32, 8, 32768, model_type="mistral"), 7_248_023_552),
+    "Mistral-7B-v0.3": (
+        config(4096, 14336, 32, 32, 8, 32768, model_type="mistral", sliding_window=None),
+        7_248_023_552,
+    ),
     "LLaMA-3.2-3B": (config(3072, 8192, 28, 24, 8, 128256, tie_word_embeddings=True), 3_212_749_824),
     "Qwen2.5-0.5B": (
         config(896, 4864, 24, 14, 2, 151936, model_type="qwen2", tie_word_embeddings=True),
