@@ -20,16 +20,13 @@ import tiktoken
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.tokenizer.fingerprint import pruned
 from endprompt_megatron.tokenizer.tokenizer import (
+    LLAMA3_PATTERN,
     LLAMA3_RANKS,
     LLAMA3_SPECIAL,
     Tokenizer,
     refuse_surrogates,
 )
 
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # A longer text is encoded in blocks of this many characters, and a longer run of blanks, or of anything else, is cut.
 BLOCK, RUN = 400_000, 25_000
 
@@ -99,7 +96,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 def encoding(ranks: dict[bytes, int], special: dict[str, int]) -> tiktoken.Encoding:
     """tiktoken's encoder with LLaMA-3's pattern."""
-    return tiktoken.Encoding("llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def rules_of(ranks: dict[bytes, int]) -> object:
@@ -107,7 +104,7 @@ def rules_of(ranks: dict[bytes, int]) -> object:
     digest = hashlib.sha256()
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         digest.update(b"%d %s\n" % (rank, token.hex().encode()))
-    return {"pattern": PATTERN, "ranks": digest.hexdigest()}
+    return {"pattern": LLAMA3_PATTERN, "ranks": digest.hexdigest()}
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -165,7 +162,7 @@ _SPLITTING = {
     "pre_tokenizer": {
         "type": "Sequence",
         "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"},
+            {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated"},
             {"type": "ByteLevel"},
         ],
     }
