@@ -38,7 +38,7 @@ def write_file(directory: Path, name: str, tensors: Iterable[Shard], objects: di
             if tuple(tensor.shape) != shard.shape or tensor.dtype != shard.dtype:
                 raise ValueError(f"{shard.key} at {shard.offset}: {tuple(tensor.shape)} {tensor.dtype}, not {shard}")
             if tensor.untyped_storage().size() != tensor.nbytes:
-                tensor = tensor.clone()  # torch.save writes the whole storage that a view looks at
+                tensor = tensor.clone()  # torch.save writes the complete storage that a view looks at
             begin = file.count
             _save(tensor, file)
             dtype = str(shard.dtype).removeprefix("torch.")

@@ -27,9 +27,9 @@ def stored_state(optimizer: ChainedOptimizer, weights: list[Weight]) -> list[Sha
     _allocate(optimizer)
     places = _places(weights)
     found = []
-    for part, parameter, start, end in _owned(optimizer):
-        for name, value in _states(part, parameter).items():
-            state = partial(_flat_state, part, parameter, name)
+    for member, parameter, start, end in _owned(optimizer):
+        for name, value in _states(member, parameter).items():
+            state = partial(_flat_state, member, parameter, name)
             for place in places[parameter]:
                 if place.first:
                     found += _stored_shards(place, name, value.dtype, start, end, state)
@@ -43,9 +43,9 @@ def read_state(optimizer: ChainedOptimizer, weights: list[Weight], checkpoint: C
     """
     _allocate(optimizer)
     places = _places(weights)
-    for part, parameter, start, end in _owned(optimizer):
+    for member, parameter, start, end in _owned(optimizer):
         loaded = {}
-        for name, current in _states(part, parameter).items():
+        for name, current in _states(member, parameter).items():
             # Fused AdamW takes states as float32 and brings them into its own precision.
             dtype = torch.float32 if current.dtype.is_floating_point else current.dtype
             value = torch.empty(end - start, dtype=dtype, device="cpu")
@@ -60,54 +60,55 @@ def read_state(optimizer: ChainedOptimizer, weights: list[Weight], checkpoint: C
                     read = checkpoint.read(key, offset, shape, dtype, zero_outside=place.padded)
                     value[begin : begin + math.prod(shape)] = read.view(-1)
             loaded[name] = value.to(current.device)
-        if _is_torch_adamw(part):
+        if _is_torch_adamw(member):
             loaded["step"] = torch.tensor(float(updates))
-        _set_states(part, parameter, loaded)
-    for part in _parts(optimizer):
-        if not _is_torch_adamw(part):
-            for group in part.optimizer.param_groups:  # where fused AdamWs count
+        _set_states(member, parameter, loaded)
+    for member in _members(optimizer):
+        if not _is_torch_adamw(member):
+            for group in member.optimizer.param_groups:  # where fused AdamWs count
                 group["step"] = updates
 
 
 def updates_of(optimizer: ChainedOptimizer) -> int:
     """How many updates were made: what AdamW's bias correction counts.  All ranks must call."""
     counts = [0.0]
-    for part in _parts(optimizer):
-        counts += [float(state["step"]) for state in part.optimizer.state.values() if "step" in state]
-        counts += [float(group["step"]) for group in part.optimizer.param_groups if "step" in group]
+    for member in _members(optimizer):
+        counts += [float(state["step"]) for state in member.optimizer.state.values() if "step" in state]
+        counts += [float(group["step"]) for group in member.optimizer.param_groups if "step" in group]
     # A rank whose share of the parameters is empty has counted nothing.
     updates = torch.tensor([max(counts)], device=device())
     dist.all_reduce(updates, op=dist.ReduceOp.MAX)
     return int(updates)
 
 
-def _parts(optimizer: Any) -> list:
+def _members(optimizer: Any) -> list:
+    """The optimizers that a chained one holds."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _is_torch_adamw(part: Any) -> bool:
+def _is_torch_adamw(member: Any) -> bool:
     """Whether Megatron's optimizer holds torch's AdamW, which counts updates by parameter instead of by group."""
-    return isinstance(part.optimizer, torch.optim.AdamW)
+    return isinstance(member.optimizer, torch.optim.AdamW)
 
 
 def _owned(optimizer: ChainedOptimizer) -> Iterator[tuple[Any, torch.nn.Parameter, int, int]]:
-    """Every range of a parameter that this rank updates: (part, parameter, start, end), flattened."""
-    for part in _parts(optimizer):
-        for dtypes in part.gbuf_ranges:
+    """Every range of a parameter that this rank updates: (member of the chain, parameter, start, end), flattened."""
+    for member in _members(optimizer):
+        for dtypes in member.gbuf_ranges:
             for buckets in dtypes.values():
                 for bucket in buckets:
                     for parameter, ranges in bucket["param_map"].items():
-                        yield part, parameter, ranges["param"].start, ranges["param"].end
+                        yield member, parameter, ranges["param"].start, ranges["param"].end
 
 
-def _states(part: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+def _states(member: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
     """The master weight ("param") and the moments of this rank's range, by name.
 
     Moments of lower precision come without their scales, in float32 or bfloat16, as fused AdamW hands them out.
     """
-    states = part._get_main_param_and_optimizer_states(parameter)
-    if _scaled_by_inner(part):
-        inner, main = part.optimizer, states["param"]
+    states = member._get_main_param_and_optimizer_states(parameter)
+    if _scaled_by_inner(member):
+        inner, main = member.optimizer, states["param"]
         states = {
             "param": main,
             **{name: inner.get_unscaled_state(main, name) for name in inner.state[main] if name != "step"},
@@ -116,27 +117,27 @@ def _states(part: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]
 
 
 @torch.no_grad()
-def _set_states(part: Any, parameter: torch.nn.Parameter, states: dict[str, torch.Tensor]) -> None:
-    if not _scaled_by_inner(part):
-        part._set_main_param_and_optimizer_states(parameter, states)
+def _set_states(member: Any, parameter: torch.nn.Parameter, states: dict[str, torch.Tensor]) -> None:
+    if not _scaled_by_inner(member):
+        member._set_main_param_and_optimizer_states(parameter, states)
         return
-    main = part._get_main_param_and_optimizer_states(parameter)["param"]
+    main = member._get_main_param_and_optimizer_states(parameter)["param"]
     main.copy_(states.pop("param"))
     for name, value in states.items():
-        part.optimizer.set_scaled_state(main, name, value)
+        member.optimizer.set_scaled_state(main, name, value)
 
 
-def _scaled_by_inner(part: Any) -> bool:
+def _scaled_by_inner(member: Any) -> bool:
     """Whether Megatron keeps the master weights and fused AdamW moments with scales (FP8 but for delayed scaling).
 
     Megatron then hands the moments out as they lie in memory, which without their scales means nothing.
     """
-    config = part.config
+    config = member.config
     return config.use_precision_aware_optimizer and not config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
 
 
-def _flat_state(part: Any, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
-    return _states(part, parameter)[name].detach().reshape(-1)
+def _flat_state(member: Any, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
+    return _states(member, parameter)[name].detach().reshape(-1)
 
 
 def _places(weights: list[Weight]) -> dict[torch.nn.Parameter, list[Weight]]:
@@ -174,17 +175,17 @@ def _stored_shards(place: Weight, name: str, dtype: torch.dtype, start: int, end
 
 def _allocate(optimizer: ChainedOptimizer) -> None:
     """Give an optimizer that made no update yet its (zero) state; nothing else changes."""
-    for part in _parts(optimizer):
-        if not part.config.use_precision_aware_optimizer:
-            part.init_state_fn(part.optimizer, part.config)
+    for member in _members(optimizer):
+        if not member.config.use_precision_aware_optimizer:
+            member.init_state_fn(member.optimizer, member.config)
             continue
         # As Transformer Engine does at the first update; Megatron-Core 0.16 leaves out the second argument.
-        inner = part.optimizer
+        inner = member.optimizer
         remainders = getattr(inner, "store_param_remainders", False)
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
                     inner.initialize_state(parameter, remainders and parameter.dtype == torch.bfloat16)
-    for part in filter(_is_torch_adamw, _parts(optimizer)):
-        for state in part.optimizer.state.values():
+    for member in filter(_is_torch_adamw, _members(optimizer)):
+        for state in member.optimizer.state.values():
             state.setdefault("step", torch.zeros(()))

@@ -92,7 +92,7 @@ class _Describer(FileSystemWriter):
 class Checkpoint:
     """A checkpoint to read from, whatever layout wrote it.  Only metadata is read until a tensor is asked for.
 
-    `once`: nobody asks for the same part again.
+    `once`: nobody asks for the same shard again.
     """
 
     def __init__(self, directory: Path, *, once: bool = False):

@@ -2,7 +2,7 @@
 
 A checkpoint names tensors by their global shapes (Megatron's ShardedTensor says where a rank's weight lies
 in one), so that ranks of any other layout find their shards.  Weights that several data-parallel ranks hold
-are shared out among them: each writes, and reads, its share of the weights, and reading ends in a broadcast.
+are divided among them: each writes, and reads, its share of the weights, and reading ends in a broadcast.
 """
 
 import io
@@ -105,7 +105,7 @@ def _copy_of(replica_id: int | tuple[int, ...]) -> tuple[int, ...]:
 def stored_weights(weights: list[Weight]) -> list[Shard]:
     """The weights that this rank writes: its share of those that the data-parallel ranks all hold."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    writers = _shared_out([weight.tensor.nbytes for weight in weights], group.size())
+    writers = _divided([weight.tensor.nbytes for weight in weights], group.size())
     return [
         weight.shard()
         for weight, writer in zip(weights, writers, strict=True)
@@ -119,7 +119,7 @@ def read_weights(weights: list[Weight], source: WeightSource) -> None:
     Raises InputError where the files do not hold a tensor.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    readers = _shared_out([weight.tensor.nbytes for weight in weights], group.size())
+    readers = _divided([weight.tensor.nbytes for weight in weights], group.size())
     with raise_on_all_ranks():
         for weight, reader in zip(weights, readers, strict=True):
             if reader == group.rank():
@@ -136,8 +136,8 @@ def read_weights(weights: list[Weight], source: WeightSource) -> None:
             dist.broadcast(weight.tensor, src=ranks[reader], group=group)
 
 
-def _shared_out(sizes: list[int], count: int) -> list[int]:
-    """Which of `count` ranks takes each item: the largest first, each to the one that has least."""
+def _divided(sizes: list[int], count: int) -> list[int]:
+    """Which of `count` ranks takes each item: the largest first, each to the one with the smallest load."""
     loads, owners = [0] * count, [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         owners[index] = min(range(count), key=loads.__getitem__)

@@ -52,7 +52,7 @@ def crc32(path: Path, begin: int = 0, length: int | None = None) -> int:
 
 
 class ChecksummedFile(io.RawIOBase):
-    """A large file, or from `begin` on a part of one that exists, being written: `count` bytes and their `crc32`.
+    """A large file, or from `begin` on a chunk of one that exists, being written: `count` bytes and their `crc32`.
 
     A thread writes one block while the next is filled.  Closed, it is on the disk.  `error` is the operating
     system's last refusal, an OSError.  Memory: two blocks of 8 MiB.

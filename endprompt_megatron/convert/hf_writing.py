@@ -113,7 +113,7 @@ def write_index(directory: Path, files: list[WeightFile], dtype: str) -> None:
 
 def _natural(tensor: tuple) -> list[tuple[int, object]]:
     """The order in which transformers 5 fills files: by name, numbers as numbers."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in tensor[0].split(".")]
+    return [(0, int(word)) if word.isdigit() else (1, word) for word in tensor[0].split(".")]
 
 
 def _in_files(tensors: list[tuple], max_bytes: int) -> list[list[tuple]]:

@@ -2,7 +2,7 @@
 
 `scaled_config` writes the scaling into the Hugging Face config that will be exported; `frequencies` reads
 inverse frequencies and attention factor back out of that very config with transformers' own code, so
-training and inference cannot disagree.  `PositionRotary` turns position ids into phases inside a GPTModel
+training and inference cannot disagree.  `PositionRotary` turns position ids into rotary angles inside a GPTModel
 (GPTModel itself ignores position ids for RoPE and counts 0..s-1).
 """
 
@@ -96,7 +96,7 @@ def frequencies(hf_config: Any, seq_len: int | None = None) -> tuple[Tensor, flo
 
 
 class PositionRotary(RotaryEmbedding):
-    """Rotary module whose phases come from the position ids of the current micro-batch.
+    """Rotary module whose angles come from the position ids of the current micro-batch.
 
     `LlamaModel.forward` sets `position_ids` before each forward pass.  The parent caches its forward by
     sequence length, which would go stale here, so this one has its own, uncached.
@@ -108,8 +108,8 @@ class PositionRotary(RotaryEmbedding):
         self.dynamic_config = hf_config if hf_config.rope_parameters["rope_type"] == "dynamic" else None
         self.position_ids: Tensor | None = None  # [b or 1, s] int64; 1 where all rows share their positions
 
-    def phases(self, position_ids: Tensor) -> Tensor:
-        """Phases [s, b or 1, 1, d] float32 of position ids [b or 1, s] int64.
+    def rotary_angles(self, position_ids: Tensor) -> Tensor:
+        """Rotary angles [s, b or 1, 1, d] float32 of position ids [b or 1, s] int64.
 
         Positions stay integers until they meet the float32 frequencies: 65535 does not fit bfloat16.
         """
@@ -122,5 +122,5 @@ class PositionRotary(RotaryEmbedding):
         return torch.cat((angles, angles), dim=-1)
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
-        """Phases of the current position ids.  They are sliced for context parallelism already."""
-        return self.phases(self.position_ids)
+        """Rotary angles of the current position ids.  They are sliced for context parallelism already."""
+        return self.rotary_angles(self.position_ids)

@@ -1,6 +1,6 @@
 """The shape of a LLaMA-family model, read from a Hugging Face config.json.  No torch, no Megatron.
 
-recipe.py checks a recipe against it, model.py builds from it, convert/ maps names with it.
+constraints/ checks a recipe against it, llama.py builds from it, convert/ maps names with it.
 """
 
 from dataclasses import dataclass
@@ -49,13 +49,13 @@ class ModelShape:
 
     @property
     def split_biases(self) -> int:
-        """Elements of a layer's biases that tensor-parallel ranks share out: those of outputs that they share out."""
+        """Elements of a layer's biases that tensor-parallel ranks split: those of outputs that they split."""
         qkv = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
         return qkv + (2 * self.ffn_size if self.mlp_bias else 0)
 
     @property
     def whole_vectors(self) -> int:
-        """Elements of a layer's norms and biases that every tensor-parallel rank has whole."""
+        """Elements of a layer's norms and biases that every tensor-parallel rank holds complete."""
         return self.hidden_size * (2 + self.proj_bias + self.mlp_bias)
 
     def padded_vocab(self, multiple: int) -> int:

@@ -1,4 +1,4 @@
-"""A sum over what decides the ids that a text gets, and nothing else.
+"""A checksum of what decides the ids that a text gets, and nothing else.
 
 It is taken over `Tokenizer.rules` and BOS and EOS, not over files: a chat template, the length that a model is
 said to have or the names of reserved tokens do not matter, a piece, a merge or a normaliser does.  A LLaMA-3
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from endprompt_megatron.tokenizer.tokenizer import Tokenizer
 
-# Stands before the sum.  Sums without it are `sum_of_files`, which is what there was before.
+# Stands before the checksum: other forms may come.
 FORMAT = "ids1:"
 
 _FILES = (

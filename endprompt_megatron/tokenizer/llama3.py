@@ -107,7 +107,7 @@ def rules_of(ranks: dict[bytes, int]) -> object:
     return {"pattern": LLAMA3_PATTERN, "ranks": digest.hexdigest()}
 
 
-def pieces(text: str) -> Iterator[str]:
+def blocks(text: str) -> Iterator[str]:
     """`text` as LLaMA-3's own tokenizer cuts it: at every 400,000 characters, and in runs of more than 25,000."""
     for start in range(0, len(text), BLOCK):
         block = text[start : start + BLOCK]
@@ -130,7 +130,7 @@ def has_long_run(text: str) -> bool:
 
 
 def _joined(encode, text: str) -> list[int]:
-    return [identifier for piece in pieces(text) for identifier in encode(piece)]
+    return [identifier for block in blocks(text) for identifier in encode(block)]
 
 
 def ranks_of(content: dict) -> dict[bytes, int] | None:
@@ -150,10 +150,10 @@ def ranks_of(content: dict) -> dict[bytes, int] | None:
         ranks = {bytes(byte_of[character] for character in token): rank for token, rank in vocabulary.items()}
     except KeyError:
         return None
-    whole = sorted(ranks.values()) == list(range(len(vocabulary))) and all(
+    complete = sorted(ranks.values()) == list(range(len(vocabulary))) and all(
         bytes([byte]) in ranks for byte in range(256)
     )
-    return ranks if whole and content["model"]["merges"] == _merges(vocabulary) else None
+    return ranks if complete and content["model"]["merges"] == _merges(vocabulary) else None
 
 
 # What tokenizers writes for LLaMA-3's rules, what is false or absent left out.

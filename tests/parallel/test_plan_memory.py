@@ -123,7 +123,7 @@ def test_a_tie_is_counted_where_it_is_held(ranks, tied, layout):
 def saved_by(recipe, modules_of) -> list[int]:
     """On a rank: bytes that each of the modules keeps for its backward pass, weights apart; each storage once.
 
-    The rotary phases, which all layers share, are left out.
+    The rotary angles, which all layers share, are left out.
     """
     import torch
 
@@ -136,8 +136,8 @@ def saved_by(recipe, modules_of) -> list[int]:
 
         def keep(tensor, storages=storages):
             storage = tensor.untyped_storage()
-            phases = tensor.dtype == torch.float32 and not tensor.requires_grad and tensor.shape[-1] == shape.head_dim
-            if storage.data_ptr() not in weights and not (phases and recipe.precision.dtype == "bfloat16"):
+            angles = tensor.dtype == torch.float32 and not tensor.requires_grad and tensor.shape[-1] == shape.head_dim
+            if storage.data_ptr() not in weights and not (angles and recipe.precision.dtype == "bfloat16"):
                 storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
             return tensor
 

@@ -60,7 +60,7 @@ def test_phases_come_from_the_sliced_positions(hf, method, rope, size):
     for rank in range(size):
         rotary.position_ids = zigzag_slice(positions, rank, size, dim=1)
         shares.append(rotary(PHYSICAL))
-    assert torch.equal(gathered(shares, 0), rotary.phases(positions))  # [s, b, 1, d] float32
+    assert torch.equal(gathered(shares, 0), rotary.rotary_angles(positions))  # [s, b, 1, d] float32
 
 
 @pytest.mark.parametrize("size", [2, 4])
