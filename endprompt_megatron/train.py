@@ -41,6 +41,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.checkpoint.save import Saver, require_disk_space
     from endprompt_megatron.convert.direct import weights_to_start_from
     from endprompt_megatron.data.samples.feed import Feed
+    from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.distributed.watchdog import Watch
     from endprompt_megatron.method.rope import scaled_config
     from endprompt_megatron.model.llama import build_model
@@ -62,7 +63,8 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     )
     feed = Feed(recipe, where, shape)
     te.share_buffers(recipe, shape)
-    models = wrap_models(build_model(shape, recipe, export_config), recipe)
+    models = build_model(shape, recipe, export_config, shared_positions=positions_are_shared(recipe))
+    models = wrap_models(models, recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
     state = RunState(models, optimizer, scheduler)
 

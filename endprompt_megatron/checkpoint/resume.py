@@ -18,18 +18,10 @@ from endprompt_megatron.checkpoint.run_state import Progress, RunState
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.checkpoint.weights import WeightSource, read_objects, read_weights, weights_of
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.keys import get, keys_of
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed import runtime
 from endprompt_megatron.model.longlora import ADAPTER
-
-# Keys that decide what a step does.  A run that goes on with others would be neither one nor the other.
-_FIXED = (
-    "context.method context.target context.physical context.prompts context.prompt_loss_weight context.chunks "
-    "context.anchors context.curriculum_samples context.recall context.rope.type context.rope.factor "
-    "context.content_skip data.train data.kind data.long data.packing data.align data.document_ends "
-    "data.min_document_tokens train.global_batch_size train.seed precision.dtype longlora.shifted longlora.groups "
-    "longlora.rank longlora.alpha longlora.train_embeddings longlora.train_norms"
-).split()
 
 
 def resume(root: Path, recipe: Recipe, where: str, state: RunState) -> Progress | None:
@@ -123,20 +115,14 @@ def initialise(source: WeightSource, models: list, optimizer: Any | None) -> Non
 
 def refuse_other_recipe(old: dict, recipe: Recipe, where: str, directory: Path) -> None:
     """Raise InputError if a key that decides steps is another one than in `old`, the checkpoint's recipe."""
-    new = recipe.as_dict()
-    for key in _FIXED:
-        before, now = _get(old, key), _get(new, key)
-        if before is None:  # a checkpoint from before there was such a key was trained as its default has it
-            before = _get(Recipe().as_dict(), key)
+    for declared in keys_of(type(recipe)):
+        if not declared.key.fixed:
+            continue
+        key = declared.dotted
+        # A checkpoint from before there was such a key was trained as its default has it.
+        before, now = get(old, key, declared.default), get(recipe, key)
         if before != now:
             raise InputError(
                 f"{where}: {key}={now} but {directory} was trained with {before}: "
                 "go on with that value, or choose another checkpoint.dir"
             )
-
-
-def _get(tree: dict, dotted: str) -> Any:
-    node: Any = tree
-    for name in dotted.split("."):
-        node = node.get(name) if isinstance(node, dict) else None
-    return node

@@ -8,7 +8,7 @@ from endprompt_megatron.checkpoint import integrity, layout
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
-from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.convert.hf_weights import HfWeights
 from endprompt_megatron.method.rope_parameters import rope_parameters
 from endprompt_megatron.model.shape import shape_of
@@ -48,19 +48,19 @@ class Contents:
         for title, facts in (("model", self.model), ("training", self.training)):
             lines += [f"  {title}"] if facts else []
             lines += [f"    {name:<18}{value}" for name, value in facts.items()]
-        lines.append(f"  {len(self.files)} files, {in_words(sum(self.files.values()))}")
+        lines.append(f"  {len(self.files)} files, {format_bytes(sum(self.files.values()))}")
         if tensors:
             width = max(len(tensor.name) for tensor in self.tensors)
             for each in self.tensors:
                 shards = f"{each.parts} shard{'s' * (each.parts > 1)}"
-                sizes, size = " x ".join(map(str, each.shape)) or "scalar", in_words(each.bytes)
+                sizes, size = " x ".join(map(str, each.shape)) or "scalar", format_bytes(each.bytes)
                 lines.append(f"    {each.name:<{width}}  {each.dtype:<9}{sizes:<24}{size:>10}  {shards}")
             return "\n".join(lines)
         for title, mine in (("weights", False), ("optimizer state", True)):
             some = [tensor for tensor in self.tensors if tensor.name.startswith(_OPTIMIZER) == mine]
             if some:
                 dtypes = ", ".join(sorted({tensor.dtype for tensor in some}))
-                lines.append(f"    {title}: {len(some)} tensors, {in_words(sum(t.bytes for t in some))}, {dtypes}")
+                lines.append(f"    {title}: {len(some)} tensors, {format_bytes(sum(t.bytes for t in some))}, {dtypes}")
         return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.common.units import format_bytes
 
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -37,7 +37,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else held
         if 8 + length > held:
-            raise ValueError(f"cut short at {in_words(held)}")
+            raise ValueError(f"cut short at {format_bytes(held)}")
         try:
             header = json.loads(file.read(length))
             entries = {}

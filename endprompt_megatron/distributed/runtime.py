@@ -32,17 +32,6 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
-def device_options(*, virtual_pipeline: bool) -> dict[str, bool]:
-    """Those arguments of Megatron's TransformerConfig that follow from the device."""
-    cuda = has_cuda()
-    return {
-        "use_cpu_initialization": not cuda,
-        # Between virtual stages sends and receives go on behind the computation; Gloo has no batches of them.
-        "overlap_p2p_comm": cuda and virtual_pipeline,
-        "batch_p2p_comm": cuda and not virtual_pipeline,
-    }
-
-
 def backend() -> str:
     """What this process's collectives run on: NCCL between GPUs, Gloo between CPUs."""
     return "nccl" if has_cuda() else "gloo"
@@ -57,6 +46,17 @@ def synchronize() -> None:
     """Wait until this rank's device has done all that was asked of it; a CPU has at once."""
     if has_cuda():
         torch.cuda.synchronize()
+
+
+def device_options(*, virtual_pipeline: bool) -> dict[str, bool]:
+    """Those arguments of Megatron's TransformerConfig that follow from the device."""
+    cuda = has_cuda()
+    return {
+        "use_cpu_initialization": not cuda,
+        # Between virtual stages sends and receives go on behind the computation; Gloo has no batches of them.
+        "overlap_p2p_comm": cuda and virtual_pipeline,
+        "batch_p2p_comm": cuda and not virtual_pipeline,
+    }
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from endprompt_megatron.config.recipe import (
-    LongLora,
-    Parallel,
-    Precision,
-    Recipe,
-    has_transformer_engine,
-)
+from endprompt_megatron.config.recipe import LongLora, Parallel, Precision, Recipe
+from endprompt_megatron.distributed.hardware import has_transformer_engine
 from endprompt_megatron.distributed.runtime import device_options
-from endprompt_megatron.method.positions import shared_positions
-from endprompt_megatron.method.recipe_prompts import kinds
 from endprompt_megatron.method.rope import PositionRotary, transformers_config
 from endprompt_megatron.model.attention import RMSNorm, SdpaAttention
 from endprompt_megatron.model.cross_entropy import vocab_cross_entropy
@@ -271,8 +264,10 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
             module.weight.partition_dim = 1 if isinstance(module, RowParallelLinear) else 0
 
 
-def build_model(shape: ModelShape, recipe: Recipe, export_config: dict) -> list[LlamaModel]:
-    """`build_chunks` of what a recipe trains."""
+def build_model(
+    shape: ModelShape, recipe: Recipe, export_config: dict, *, shared_positions: bool = False
+) -> list[LlamaModel]:
+    """`build_chunks` of what a recipe trains; `shared_positions`: all its samples have the same position ids."""
     one_sequence = recipe.train.micro_batch_size == 1 or recipe.data.packing == "documents"
     return build_chunks(
         shape,
@@ -280,7 +275,7 @@ def build_model(shape: ModelShape, recipe: Recipe, export_config: dict) -> list[
         recipe.parallel,
         recipe.precision,
         recipe.longlora,
-        shared_positions=one_sequence or shared_positions(recipe.context.method, kinds(recipe)),
+        shared_positions=one_sequence or shared_positions,
         seed=recipe.train.seed,
     )
 

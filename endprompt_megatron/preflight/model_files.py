@@ -9,14 +9,14 @@ from pathlib import Path
 
 from endprompt_megatron.checkpoint import integrity, layout
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.convert.hf_weights import HfWeights, entries_of, weight_files
 from endprompt_megatron.convert.mapping import mapped_tensors, tied_copy
 from endprompt_megatron.data.samples.blend import prompts_used
-from endprompt_megatron.method.positions import WITH_PROMPT, copies, segment_lengths
+from endprompt_megatron.data.samples.terminal_segments import recall_of
+from endprompt_megatron.method.positions import MAPS, copies, segment_lengths
 from endprompt_megatron.method.prompts import tokenise_prompts
-from endprompt_megatron.method.recipe_prompts import recall_of
 from endprompt_megatron.model.shape import ModelShape, read_shape
 from endprompt_megatron.preflight.table import FAIL, OK, WARN, Finding, many, some
 from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
@@ -52,7 +52,9 @@ def _of_files(check: str, directory: Path, shape: ModelShape) -> Finding:
     weights = HfWeights(directory)
     weights.check(list(mapped_tensors(shape)), tied_copy(shape))
     total = sum((directory / name).stat().st_size for name in files)
-    found = f"{directory}: {len(files)} file{'s' * (len(files) > 1)}, {len(weights.tensors)} tensors, {in_words(total)}"
+    found = (
+        f"{directory}: {len(files)} file{'s' * (len(files) > 1)}, {len(weights.tensors)} tensors, {format_bytes(total)}"
+    )
     return Finding(check, f"{found}, {many(shape.parameters)} parameters")
 
 
@@ -82,7 +84,7 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
                 raise
             return Finding(CONVERTED, f"{error}: the run goes back to step {before[0]}", WARN)
         goes_on = f"the run goes on from step {newest} of {recipe.train.steps}"
-        return Finding(CONVERTED, f"{directory}: {in_words(held)}; {goes_on}")
+        return Finding(CONVERTED, f"{directory}: {format_bytes(held)}; {goes_on}")
     if recipe.model.init_from is None:
         raise InputError(
             "model.init_from is missing; give what tools/convert_hf_to_megatron.py wrote, or model.hf's directory"
@@ -105,7 +107,7 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
         held = _bytes_of(directory)
     except InputError as error:
         raise InputError(f"{error}; make it again with tools/convert_hf_to_megatron.py") from None
-    return Finding(CONVERTED, f"{directory}: {in_words(held)}, {shape.num_layers} layers, as model.hf")
+    return Finding(CONVERTED, f"{directory}: {format_bytes(held)}, {shape.num_layers} layers, as model.hf")
 
 
 def _bytes_of(directory: Path) -> int:
@@ -124,7 +126,7 @@ def tokenizer(recipe: Recipe, shape: ModelShape) -> Finding:
     prompts = f", end prompts of {some(recipe.context.physical - a for a in lengths)} tokens"
     return Finding(
         TOKENIZER,
-        f"fits the vocabulary of {shape.vocab_size}" + (prompts if recipe.context.method in WITH_PROMPT else ""),
+        f"fits the vocabulary of {shape.vocab_size}" + (prompts if MAPS[recipe.context.method].has_prompt else ""),
         OK,
     )
 
@@ -133,11 +135,11 @@ def context_lengths(recipe: Recipe, shape: ModelShape) -> list[int]:
     """Context tokens of a sample, for each prompt of the recipe and its sources.  Raises InputError."""
     c = recipe.context
     prompts: list[list[int]] = [[]]
-    if c.method in WITH_PROMPT:
+    if MAPS[c.method].has_prompt:
         recall = recall_of(recipe)
         prompts = [] if recall and recall.share == 1 else tokenise_prompts(recipe.model.hf, prompts_used(recipe))
         prompts += [recall.prompt] if recall else []
-    count = copies(c.method, c.anchors)
+    count = copies(c.method, **c.knobs)
     highest = max((max(prompt) for prompt in prompts if prompt), default=-1)
     if highest >= shape.vocab_size:
         raise InputError(

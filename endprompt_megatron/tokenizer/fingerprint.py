@@ -32,7 +32,7 @@ def fingerprint_of(tokenizer: Tokenizer) -> str:
     return FORMAT + hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def sum_of_files(path: Path) -> str:
+def checksum_of_files(path: Path) -> str:
     """SHA-256 over names and contents of all files of a tokenizer, as datasets' manifests had it at first."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else [path / name for name in _FILES if (path / name).is_file()]:

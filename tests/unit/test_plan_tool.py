@@ -8,7 +8,7 @@ from small import ROOT, assert_one_line_error, run_tool
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.constraints.check import check_for
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.model.published_shapes import shape_for
 from endprompt_megatron.plan.plan import estimate, make_plan, min_gpus

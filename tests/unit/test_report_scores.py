@@ -11,7 +11,7 @@ import yaml
 from unit import reports
 from unit.test_report import checked
 
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.evaluate.intervals import compare_intervals
 from endprompt_megatron.method import positions
