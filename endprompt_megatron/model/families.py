@@ -1,7 +1,7 @@
 """Model families: everything that differs by `model_type`, each declared once.  No torch, no Megatron.
 
 shape.py reads a config as its family says, convert/mapping.py names the weights by it, published_shapes.py knows its
-published models, and messages and docs/conversion.md list FAMILIES.  docs/extending.md adds a family step by step.
+published models, messages and docs/conversion.md (family_table.py) list FAMILIES.  docs/extending.md adds one.
 """
 
 from collections.abc import Mapping
@@ -207,20 +207,3 @@ FAMILIES = {family.model_type: family for family in (_LLAMA, _MISTRAL, _QWEN2)}
 def supported() -> str:
     """All families, for a message."""
     return "; ".join(f"{family.model_type} ({family.models})" for family in FAMILIES.values())
-
-
-def table() -> str:
-    """All families as the table of docs/conversion.md, which a test compares with this."""
-    lines = ["| `model_type` | models | biases |", "| --- | --- | --- |"]
-    for family in FAMILIES.values():
-        places = {"q, k, v": family.qkv_bias, "o": family.proj_bias, "the feed-forward layers": family.mlp_bias}
-        found: dict[bool | str, list[str]] = {}
-        for place, declared in places.items():
-            if declared:
-                found.setdefault(declared, []).append(place)
-        said = [
-            "on " + ", ".join(on) + (f" with `{declared}`" if isinstance(declared, str) else "")
-            for declared, on in found.items()
-        ]
-        lines.append(f"| `{family.model_type}` | {family.models} | {'; '.join(said) or 'none'} |")
-    return "\n".join(lines)

@@ -51,11 +51,9 @@ def _of_files(check: str, directory: Path, shape: ModelShape) -> Finding:
         return Finding(check, f"{directory}: {'; '.join(said)}; download them again", FAIL)
     weights = HfWeights(directory)
     weights.check(list(mapped_tensors(shape)), tied_copy(shape))
-    total = sum((directory / name).stat().st_size for name in files)
-    found = (
-        f"{directory}: {len(files)} file{'s' * (len(files) > 1)}, {len(weights.tensors)} tensors, {format_bytes(total)}"
-    )
-    return Finding(check, f"{found}, {many(shape.parameters)} parameters")
+    total = format_bytes(sum((directory / name).stat().st_size for name in files))
+    found = f"{len(files)} file{'s' * (len(files) > 1)}, {len(weights.tensors)} tensors, {total}"
+    return Finding(check, f"{directory}: {found}, {many(shape.parameters)} parameters")
 
 
 def converted_at(recipe: Recipe) -> Path | None:

@@ -10,13 +10,14 @@ from small import ROOT
 
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.generated_tables import with_table
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.describe_checkpoint import inspect
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.convert.verify import verify
-from endprompt_megatron.model import families
 from endprompt_megatron.model.families import FAMILIES, LLAMA_DEFAULTS, LLAMA_ROWS, Family, Row
+from endprompt_megatron.model.family_table import MODULE, family_table
 from endprompt_megatron.model.published_shapes import published_config
 from endprompt_megatron.model.shape import read_shape, shape_of
 
@@ -65,9 +66,8 @@ def test_a_sliding_window_left_out_of_a_mistral_config_is_the_one_of_its_class()
 
 
 def test_the_documentation_lists_every_family():
-    assert families.table() in (ROOT / "docs/conversion.md").read_text(), (
-        f"docs/conversion.md should hold this table:\n{families.table()}"
-    )
+    page = (ROOT / "docs/conversion.md").read_text()
+    assert with_table(page, MODULE, family_table()) == page, f"write it with python -m {MODULE} docs/conversion.md"
 
 
 # A family from outside of the package: other names of weights, other defaults, biases by a key of its own.
@@ -140,7 +140,7 @@ def test_a_family_from_outside_is_read_by_its_own_defaults(toy):
 def test_messages_and_the_documentations_table_name_a_family_from_outside(toy):
     with pytest.raises(InputError, match=r"model_type=gpt2 is not supported; .*; toy \(Toy-1B\)"):
         shape_of(CONFIG | {"model_type": "gpt2"}, "config.json")
-    assert "| `toy` | Toy-1B | on q, k, v; on o with `use_output_bias` |" in families.table()
+    assert "| `toy` | Toy-1B | on q, k, v; on o with `use_output_bias` |" in family_table()
 
 
 def test_a_missing_weight_of_a_family_from_outside_is_called_by_its_own_name(toy, tmp_path):
