@@ -82,7 +82,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("written_by", ["dp2", "tp2-dp2", "pp2-dp2"])
-def test_state_is_the_same_to_the_last_bit_in_every_other_layout(ranks, model, tmp_path, written_by):
+def test_saved_state_is_the_same_to_the_last_bit_in_every_other_layout(ranks, model, tmp_path, written_by):
     """Trained and saved in one layout, loaded and saved again in the others, one after the other."""
     world, keys = LAYOUTS[written_by]
     recipe = recipe_for(*model, *keys)
@@ -100,7 +100,7 @@ def test_state_is_the_same_to_the_last_bit_in_every_other_layout(ranks, model, t
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
-def test_training_goes_on_to_the_last_bit_with_two_data_parallel_ranks(ranks, model, tmp_path, bf16):
+def test_training_resumes_to_the_last_bit_with_two_data_parallel_ranks(ranks, model, tmp_path, bf16):
     recipe = recipe_for(*model, *(["precision.dtype=bfloat16"] if bf16 else []), "checkpoint.async=true")
     vocab = read_shape(recipe.model.hf).vocab_size
     batches = [make_samples(recipe, vocab, 8, seed=step) for step in range(5)]
@@ -111,7 +111,7 @@ def test_training_goes_on_to_the_last_bit_with_two_data_parallel_ranks(ranks, mo
     assert_same(*(everything(tmp_path / name / "iter_0000005", vocab) for name in ("parts", "whole")))
 
 
-def test_every_data_parallel_rank_writes_its_share(ranks, model, tmp_path):
+def test_every_data_parallel_rank_writes_its_share_of_a_checkpoint(ranks, model, tmp_path):
     recipe = recipe_for(*model)
     ranks.run(4, train_and_save, recipe, [make_samples(recipe, 321, 8)], tmp_path)
     sizes = [(tmp_path / "iter_0000001" / f"__{rank}_0.distcp").stat().st_size for rank in range(4)]
@@ -136,7 +136,7 @@ def load_with_megatron(recipe, directory):
     return all(torch.equal(ours[key], value) for key, value in tensors.items())
 
 
-def test_megatron_core_loads_what_is_saved(ranks, model, tmp_path):
+def test_megatron_core_loads_a_saved_checkpoint(ranks, model, tmp_path):
     recipe = recipe_for(*model)
     ranks.run(2, train_and_save, recipe, [make_samples(recipe, 321, 8)], tmp_path)
     moved = recipe_for(*model, "parallel.tensor=2")

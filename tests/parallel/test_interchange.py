@@ -58,7 +58,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("written_by", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_saved_by_training_is_read_as_the_conversion_is(place, ranks, tmp_path, model, written_by):
+def test_a_checkpoint_of_training_is_read_like_one_of_the_conversion(place, ranks, tmp_path, model, written_by):
     hf, converted, saved = place / model / "hf", place / model / "megatron", tmp_path / "saved"
     count, overrides = keys(written_by)
     ranks.run(count, start_and_save, recipe_for(tmp_path, hf, converted, *overrides), saved)

