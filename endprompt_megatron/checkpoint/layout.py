@@ -5,7 +5,7 @@
     DIR/iter_0000100/endprompt.json    the manifest, written last: without it the checkpoint is incomplete
     DIR/latest_checkpointed_iteration.txt
 
-The converter and the trainer's checkpoint/ use the same functions.
+The converter and the trainer use the same functions.
 """
 
 import json

@@ -27,7 +27,7 @@ from endprompt_megatron.model.longlora import ADAPTER
 def resume(root: Path, recipe: Recipe, where: str, state: RunState) -> Progress | None:
     """Load the newest checkpoint of this run that is complete; None if there is none yet.  All ranks must call.
 
-    A damaged one is renamed and the one before is taken; what that loses is said, and stands in the progress.
+    A damaged one is renamed and the one before it is taken; what that loses is printed, and is in the progress.
     Raises InputError if all are damaged, and if the checkpoint was trained by a recipe that differs in a key
     that decides steps.
     """

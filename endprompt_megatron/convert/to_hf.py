@@ -51,7 +51,7 @@ def convert_megatron_to_hf(
     LoRA's adapters are merged into the matrices, in float32, before they are cast.
     `workers` processes write a file each (None: one a CPU, at most 8); under mpirun or srun every rank is one, and
     all must call: None comes back on those past the first.  Everything is checked before anything is written, and
-    `out` appears when it is complete.  Killed and called again, it goes on.  Raises InputError.
+    `out` appears when it is complete.  After a kill, the same call continues.  Raises InputError.
     """
     started = time.monotonic()
     out, comm = Path(out), mpi()

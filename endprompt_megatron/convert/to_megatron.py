@@ -46,8 +46,8 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
 
     `dtype` ("bfloat16", "float16", "float32") casts; None keeps the weights to the bit.  `workers` processes write
     (None: one a CPU, at most 8); under mpirun or srun every rank is one, and all must call: None comes back on those
-    past the first.  Everything is checked before anything is written, and `out` appears when it is complete.  Killed
-    and called again, it goes on.  Raises InputError.
+    past the first.  Everything is checked before anything is written, and `out` appears when it is complete.  After a
+    kill, the same call continues.  Raises InputError.
     """
     started = time.monotonic()
     hf, out = Path(hf), Path(out)
