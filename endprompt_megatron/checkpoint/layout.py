@@ -71,7 +71,7 @@ def find_checkpoint(directory: Path, iteration: int | None = None, flag: str = "
             )
         if iteration is not None and iteration != int(own.group(1)):
             raise InputError(
-                f"--iteration {iteration}: {flag} {directory} is another iteration; leave out one of the two"
+                f"--iteration {iteration}: {flag} {directory} is another iteration's directory; give only one of them"
             )
         return directory
     complete = complete_iterations(directory)
@@ -114,7 +114,7 @@ def write_manifest(
 
 
 def _own_crc32(manifest: dict) -> int:
-    """CRC-32 of all else that a manifest says."""
+    """CRC-32 of everything else in a manifest."""
     rest = {key: value for key, value in manifest.items() if key != "crc32"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 

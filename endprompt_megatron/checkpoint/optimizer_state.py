@@ -54,8 +54,8 @@ def read_state(optimizer: ChainedOptimizer, weights: list[Weight], checkpoint: C
                     key = _key(name, place)
                     if checkpoint.is_float(key) != current.dtype.is_floating_point:
                         raise InputError(
-                            f"{checkpoint.directory}: the optimizer's state {name} is stored in another form: go on "
-                            "with the optim.moments_dtype that the run began with"
+                            f"{checkpoint.directory}: the optimizer's state {name} is stored in another form: keep "
+                            "the optim.moments_dtype that the run began with"
                         )
                     read = checkpoint.read(key, offset, shape, dtype, zero_outside=place.padded)
                     value[begin : begin + math.prod(shape)] = read.view(-1)

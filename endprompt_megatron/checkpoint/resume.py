@@ -1,4 +1,4 @@
-"""Find the newest checkpoint that is complete and go on from it; or begin from given weights."""
+"""Find the newest complete checkpoint and continue from it; or begin from given weights."""
 
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,10 @@ def refuse_other_recipe(old: dict, recipe: Recipe, where: str, directory: Path) 
         if not declared.key.fixed:
             continue
         key = declared.dotted
-        # A checkpoint from before there was such a key was trained as its default has it.
+        # A checkpoint older than the key was trained with the key's default.
         before, now = get(old, key, declared.default), get(recipe, key)
         if before != now:
             raise InputError(
                 f"{where}: {key}={now} but {directory} was trained with {before}: "
-                "go on with that value, or choose another checkpoint.dir"
+                "keep that value, or choose another checkpoint.dir"
             )

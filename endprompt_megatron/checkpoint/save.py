@@ -1,6 +1,6 @@
 """Save a run: every rank writes what it holds, beside the training if wished, and the first rank joins it.
 
-With `checkpoint.async` the state is copied to host memory and a thread writes it while training goes on.  A
+With `checkpoint.async` the state is copied to host memory and a thread writes it while training continues.  A
 thread, not processes: the writing is done without Python's lock, and when a rank is killed its thread goes with
 it, where forked writers and their managers stay behind.  Megatron-Core's own asynchronous saves differ from
 version to version (0.17 and later want another package); the files here are those of its `torch_dist` format,

@@ -94,7 +94,7 @@ def _data_of(view: io.RawIOBase, entry: zipfile.ZipInfo) -> int:
 
 
 class _View(io.RawIOBase):
-    """A stretch of a file as a file of its own."""
+    """A range of a file, as a file."""
 
     def __init__(self, file: io.RawIOBase, begin: int, length: int):
         self.file, self.begin, self.length, self.at = file, begin, length, 0
@@ -133,7 +133,7 @@ class _OtherWay(Exception):
 
 
 class _Layout(pickle.Unpickler):
-    """What a pickled tensor says of its storage and strides; nothing in the pickle is called but this."""
+    """What a pickled tensor says of its storage and strides; nothing else in the pickle is called."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):

@@ -92,7 +92,7 @@ class _Describer(FileSystemWriter):
 class Checkpoint:
     """A checkpoint to read from, whatever layout wrote it.  Only metadata is read until a tensor is asked for.
 
-    `once`: nobody asks for the same shard again.
+    `once`: no shard will be read twice.
     """
 
     def __init__(self, directory: Path, *, once: bool = False):
@@ -183,7 +183,7 @@ class Checkpoint:
         return sorted(cuts)
 
     def _near(self, key: str, first: int, last: int) -> TensorStorageMetadata:
-        """The tensor's metadata with the chunks alone that reach into first..last-1 of its first axis.
+        """The tensor's metadata with only the chunks that reach into first..last-1 of its first axis.
 
         That axis is the layers of most tensors: to compare a slice with every chunk of every layer and rank would
         take minutes at 405B.

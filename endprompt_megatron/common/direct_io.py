@@ -136,7 +136,7 @@ class ChecksummedFile(io.RawIOBase):
 
 
 class OnceFile(io.RawIOBase):
-    """A file to read from here and there, whose bytes nobody will ask for again."""
+    """A file to read in random places, each byte once."""
 
     descriptor: int | None = None
     _own = threading.local()  # a block a thread

@@ -90,7 +90,7 @@ def for_each(
                 results[futures[future]] = future.result()
                 done(sizes[futures[future]])
         except BaseException as error:
-            # None goes on writing where nobody wants it.  And a pool that broke while it was starting would wait
+            # No process should keep writing what nobody wants.  And a pool that broke while it was starting would wait
             # for ever for the processes that it started last.
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()

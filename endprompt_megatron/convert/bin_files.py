@@ -41,7 +41,7 @@ class BinFile:
         self.tensors: dict[str, torch.Tensor] = values
 
     def entries(self) -> dict[str, Entry]:
-        """Dtypes and shapes by name.  Where the bytes lie is not told."""
+        """Dtypes and shapes by name.  Where the bytes lie is not known."""
         return {
             name: Entry(_code(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
             for name, tensor in self.tensors.items()
@@ -59,7 +59,7 @@ def _code(dtype: torch.dtype) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The sentence that says what was refused; torch puts advice before and after it."""
+    """The sentence that names what was refused; torch puts advice before and after it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0] if lines else "")
-    return told.removeprefix("WeightsUnpickler error: ")[:160] or type(error).__name__
+    refused = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0] if lines else "")
+    return refused.removeprefix("WeightsUnpickler error: ")[:160] or type(error).__name__

@@ -67,7 +67,7 @@ class Contents:
 def inspect(path: Path, iteration: int | None = None) -> Contents:
     """Contents of a Hugging Face directory, a Megatron checkpoint directory (newest or `iteration`) or an iter_ one.
 
-    Reads metadata alone.  Raises InputError if it is neither, or cannot be read.
+    Reads only metadata.  Raises InputError if it is neither, or cannot be read.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; expected a Hugging Face directory or a Megatron checkpoint")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class HfSource:
     """Megatron's tensors of a Hugging Face directory.  Only headers are read until a shard is asked for.
 
-    `once`: nobody asks for the same shard again.
+    `once`: no shard will be read twice.
     """
 
     def __init__(self, directory: Path, *, once: bool = False):

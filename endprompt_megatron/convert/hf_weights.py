@@ -37,7 +37,7 @@ def weight_files(directory: Path) -> list[str]:
 
 
 def _index(directory: Path) -> tuple[Path, dict[str, str]] | None:
-    """The index that says which file each tensor is in; None if there is none, or a single safetensors file."""
+    """The index of which file each tensor is in; None if there is none, or a single safetensors file."""
     for name in (INDEX, SINGLE, OLD_INDEX):
         path = directory / name
         if not path.is_file():
@@ -70,7 +70,7 @@ class _Held:
 class HfWeights:
     """The weights of a directory.  Headers are read at once, tensors when they are asked for.
 
-    Where there are both safetensors and pytorch_model.bin, the first.  `once`: nobody asks for the same shard again.
+    Where there are both safetensors and pytorch_model.bin, the first.  `once`: no shard will be read twice.
     """
 
     def __init__(self, directory: Path, *, once: bool = False):

@@ -72,7 +72,7 @@ class Merge:
 def merge_of(checkpoint: Checkpoint, shape: ModelShape) -> Merge | None:
     """What merges the adapters of a checkpoint of a model of this shape; None where it has none.
 
-    Raises InputError if its recipe and its tensors say different things.
+    Raises InputError if its recipe and its tensors disagree.
     """
     longlora = longlora_of(checkpoint.directory)
     if longlora.get("rank"):

@@ -1,4 +1,4 @@
-"""What a safetensors file says of itself: a length, a JSON header with a place for every tensor, then raw bytes.
+"""The header of a safetensors file: its length, then JSON with the place of every tensor; raw bytes follow.
 
 The one reader and writer of that header.  No torch, no safetensors: the library gives no places in the file.
 """

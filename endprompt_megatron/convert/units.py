@@ -1,8 +1,8 @@
 """The files that a conversion writes: each by one worker, on one host or over many, and each only once.
 
-A unit is a file, or the chunk of one from some byte on.  What is in which depends on the model alone, so the result is
-the same for any number of workers, and a conversion that was killed goes on with another number.  A unit is done when
-its report (`.unit_NUMBER.json`: size and CRC-32) is there, written after its bytes are on the disk.
+A unit is a file, or a chunk of one from some byte on.  What is in which depends only on the model, so the result is
+the same for any number of workers, and a conversion that was killed can continue with another number.  A unit is done
+when its report (`.unit_NUMBER.json`: size and CRC-32) is there, written after its bytes are on the disk.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def _ready(start: Callable[[Path], Callable[[int], dict]], staging: Path, mine: 
 
 
 def _once(staging: Path, number: int, write: Callable[[int], dict]) -> dict:
-    """The report of a unit: the one of an earlier start, if the file still is what it says, or of writing it now."""
+    """The report of a unit: that of an earlier start, if the file still matches it, or of writing the file now."""
     record = staging / f".unit_{number:05d}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         report = json.loads(record.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Model families: everything that differs by `model_type`, each declared once.  No torch, no Megatron.
 
-shape.py reads a config as its family says, convert/mapping.py names the weights by it, published_shapes.py knows its
+shape.py reads a config by its family, convert/mapping.py names the weights by it, published_shapes.py knows its
 published models, messages and docs/conversion.md (family_table.py) list FAMILIES.  docs/extending.md adds one.
 """
 

@@ -62,7 +62,7 @@ def shape_for(hf: str, where: str) -> tuple[ModelShape, bool]:
     try:
         return read_shape(directory), False
     except InputError:
-        if directory.exists():  # it is there and wrong: say that
+        if directory.exists():  # it exists and is broken: report that
             raise
     if config is None:
         known = ", ".join(sorted(published_configs()))

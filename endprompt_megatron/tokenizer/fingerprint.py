@@ -33,7 +33,7 @@ def fingerprint_of(tokenizer: Tokenizer) -> str:
 
 
 def checksum_of_files(path: Path) -> str:
-    """SHA-256 over names and contents of all files of a tokenizer, as datasets' manifests had it at first."""
+    """SHA-256 over names and contents of all files of a tokenizer, for tokenizers that only transformers can read."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else [path / name for name in _FILES if (path / name).is_file()]:
         content = file.read_bytes()
