@@ -190,7 +190,7 @@ class MegatronEngine:
         """
         rows, count = targets.shape
         if bool((position_ids == position_ids[:1]).all()):
-            position_ids = position_ids[:1]  # one row of phases, which fused RoPE takes
+            position_ids = position_ids[:1]  # one row of rotary angles, which fused RoPE takes
         found: list[Tensor] = []
 
         def forward(_: object, model: torch.nn.Module) -> tuple[Tensor, object]:
