@@ -4,7 +4,7 @@ import math
 from html import escape
 
 from endprompt_megatron.evaluate.plots import short
-from endprompt_megatron.evaluate.tables import perplexity_text
+from endprompt_megatron.evaluate.suites.perplexity import perplexity_text
 from endprompt_megatron.report.models import Key, Model
 
 NONE = "–"

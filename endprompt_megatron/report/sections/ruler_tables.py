@@ -3,7 +3,7 @@
 from html import escape
 
 from endprompt_megatron.evaluate.plots import short
-from endprompt_megatron.evaluate.score_tables import published
+from endprompt_megatron.evaluate.published_rows import published
 from endprompt_megatron.model.published_shapes import plain_name
 from endprompt_megatron.report.html import details, missing, note, section, sentence, table
 from endprompt_megatron.report.models import Measured, Model

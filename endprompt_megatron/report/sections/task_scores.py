@@ -2,7 +2,7 @@
 
 from html import escape
 
-from endprompt_megatron.evaluate.score_tables import published
+from endprompt_megatron.evaluate.published_rows import published
 from endprompt_megatron.report.html import details, missing, note, section, table
 from endprompt_megatron.report.models import Measured, Model
 from endprompt_megatron.report.sections import cells
