@@ -12,7 +12,7 @@ from pathlib import Path
 from endprompt_megatron.errors import InputError
 from endprompt_megatron.files import disk_errors, write_text
 from endprompt_megatron.report.distances import distances
-from endprompt_megatron.report.evaluation import passkey, text_quality, virtual
+from endprompt_megatron.report.evaluation import passkey, recall, text_quality, virtual
 from endprompt_megatron.report.header import header
 from endprompt_megatron.report.html import Figures
 from endprompt_megatron.report.limits import not_shown, provenance
@@ -53,6 +53,7 @@ def page(runs: Runs) -> str:
         results(runs, measured),
         text_quality(measured, figures),
         passkey(measured),
+        recall(measured),
         virtual(runs, measured, figures),
         ruler(measured),
         longbench(measured),
