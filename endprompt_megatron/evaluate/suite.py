@@ -134,7 +134,7 @@ class Suite:
     # How it is shown.
     tables: Callable[[dict, list[str]], list[str]] = lambda results, labels: []  # titled, for the terminal
     drawings: Callable[[dict], list[Drawing]] = lambda results: []
-    published: Callable[[dict], Published] | None = None  # of results.json's "settings"
+    published: Callable[[Any], Published | None] = lambda settings: None
     explanation: Callable[[dict], str] = lambda measured: ""  # a paragraph for a reader who does not know the suite
     limits: Callable[[dict, Any], list[str]] = lambda measured, settings: []  # why its scores are no published ones
     unknown_without: str = ""  # what nobody knows of a model that was not asked this

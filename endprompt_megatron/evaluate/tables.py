@@ -85,11 +85,12 @@ def _range(counts: list[int]) -> str:
 def published_table(title: str, published: Published) -> str:
     """Published rows as a table of their own."""
     rows = [
-        [method, *(_number(scores.get(key)) for key in published.columns.values())]
+        [method, *(number_text(scores.get(key)) for key in published.columns.values())]
         for method, scores in published.rows.items()
     ]
     return f"{title}, published\n{table([published.heading, *published.columns], rows)}\n  {published.note}"
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """A published or rounded score."""
     return "-" if value is None else f"{value:.2f}"

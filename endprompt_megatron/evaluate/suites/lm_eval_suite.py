@@ -98,7 +98,7 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
     return [Headline("Short text, mean", key, value, quoted_bounds(scores[key]), complete)]
 
 
-def _published(settings: dict) -> Published:
+def _published(settings: Any) -> Published:
     tasks = published()["short"]["tasks"]
     rows = {method: {(task, 0): value for task, value in of.items()} for method, of in tasks.items()}
     return Published("task", rows, {task: (task, 0) for task in next(iter(tasks.values()))}, note_on("short"))

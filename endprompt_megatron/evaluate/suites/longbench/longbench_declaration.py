@@ -17,10 +17,10 @@ from endprompt_megatron.evaluate.suites.longbench.longbench_suite import (
     sources,
 )
 from endprompt_megatron.evaluate.suites.longbench.longbench_summary import summary
-from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import GROUPS, NOT_CHINESE, TASKS
-from endprompt_megatron.evaluate.tables import quoted_bounds, scores_by_task
+from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import EXTENDED_TASKS, GROUPS, NOT_CHINESE, TASKS
+from endprompt_megatron.evaluate.tables import number_text, quoted_bounds, scores_by_task, table
 
-_MEANS = {"mean_16": "mean of 16 tasks", "mean_21": "mean of 21 tasks"}
+_MEANS = {"mean_13": "mean of 13 tasks", "mean_16": "mean of 16 tasks", "mean_21": "mean of 21 tasks"}
 
 
 def settings_for(subject: Subject) -> LongBenchSettings:
@@ -30,6 +30,7 @@ def settings_for(subject: Subject) -> LongBenchSettings:
         data=Path(s.longbench_data),
         max_length=default_max_length(subject.model.window),
         tasks=tuple(s.longbench_tasks) if s.longbench_tasks else None,
+        extended=s.longbench_e,
         limit=s.limit,
         chat=chat_wrapper(directory) if s.template == "chat" else None,
     )
@@ -44,15 +45,37 @@ def _prepare(subject: Subject) -> Prepared:
         summary=summary,
         sources=functools.partial(sources, settings),
         by_length=False,
-        groups=_groups(),
+        groups=_groups(settings.extended),
     )
     return benchmark.prepare(subject, sum(check(settings).values()), settings.max_length)
 
 
-def _groups() -> dict[str, list[str]]:
-    """The groups and the mean that the paper reports, which leave the Chinese tasks out, and the mean of all."""
+def _groups(extended: bool) -> dict[str, list[str]]:
+    """The groups and the mean that the paper reports, which leave the Chinese tasks out, and the mean of all.
+
+    LongBench-E has its own mean alone.
+    """
+    if extended:
+        return {"mean_13": list(EXTENDED_TASKS)}
     groups = {group: [name for name in NOT_CHINESE if TASKS[name].group == group] for group in GROUPS}
     return {**groups, "mean_16": list(NOT_CHINESE), "mean_21": list(TASKS)}
+
+
+def _title(measured: dict) -> str:
+    return "LongBench-E" if "mean_13" in measured else "LongBench"
+
+
+def _tables(results: dict, labels: list[str]) -> list[str]:
+    parts = []
+    for label in labels:
+        measured = results["measurements"][label]["longbench"]
+        title = _title(measured)
+        parts += scores_by_task(title, "longbench", results, [label])
+        if "by_words" in measured:
+            header = ["task", *measured["by_words"]["mean"]]
+            rows = [[task, *map(number_text, of.values())] for task, of in measured["by_words"].items()]
+            parts.append(f"{title}, {label}: percent by words of the input\n{table(header, rows)}")
+    return parts
 
 
 def _headlines(measured: dict, scores: Scores) -> list[Headline]:
@@ -62,7 +85,7 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
         if key in scores:
             found.append(
                 Headline(
-                    f"LongBench, {task.removeprefix('mean_')} tasks",
+                    f"{_title(measured)}, {task.removeprefix('mean_')} tasks",
                     key,
                     f"{100 * scores[key]['score']:.1f}",
                     quoted_bounds(scores[key]),
@@ -72,7 +95,9 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
     return found
 
 
-def _published(settings: dict) -> Published:
+def _published(settings: Any) -> Published | None:
+    if settings.longbench_e:  # the paper reports LongBench
+        return None
     groups = published()["longbench"]["groups"]
     rows = {method: {(group, 0): value for group, value in of.items()} for method, of in groups.items()}
     columns = {group: (group, 0) for group in next(iter(groups.values()))}
@@ -81,9 +106,10 @@ def _published(settings: dict) -> Published:
 
 def _limits(measured: dict, settings: Any) -> list[str]:
     found, missing = [], measured.get("missing") or []
-    short = (measured.get("mean_21") or {}).get("short") or []
+    every = 13 if "mean_13" in measured else 21
+    short = (measured.get(f"mean_{every}") or {}).get("short") or []
     if missing:
-        found.append(f"without {len(missing)} of 21 tasks ({', '.join(missing)})")
+        found.append(f"without {len(missing)} of {every} tasks ({', '.join(missing)})")
     if short:
         found.append(f"fewer questions than published in {len(short)} of the tasks asked")
     if measured.get("prompts", "published") != "published":
@@ -96,18 +122,25 @@ def _limits(measured: dict, settings: Any) -> list[str]:
 SUITE = Suite(
     name="longbench",
     title="LongBench",
-    about="LongBench's 21 tasks, cut in the middle to the model's window",
+    about="LongBench's 21 tasks, or the 13 of LongBench-E, cut in the middle to the model's window",
     options=(
         TEMPLATE,
         LIMIT,
         Option("longbench_data", "LongBench's data.zip, or the directory with its files", metavar="PATH", is_file=True),
+        Option(
+            "longbench_e",
+            "ask LongBench-E: 13 tasks, scores by length in words",
+            bool,
+            default=False,
+            refused_without_suite=True,
+        ),
         Option("longbench_tasks", "some of the 21 tasks; by default all", parse=parse_names, metavar="NAMES"),
     ),
     prepare=_prepare,
     requires={
         "longbench_data": "--suite longbench needs the benchmark's data.zip, or the directory with its data/*.jsonl"
     },
-    inputs_from=("limit", "template"),
+    inputs_from=("limit", "template", "longbench_e"),
     sources=lambda measured: {"prompts": measured.get("prompts")},
     by_length=False,
     means=tuple(_MEANS),
@@ -119,7 +152,7 @@ SUITE = Suite(
         **_MEANS,
     },
     headlines=_headlines,
-    tables=lambda results, labels: scores_by_task("LongBench", "longbench", results, labels),
+    tables=_tables,
     published=_published,
     explanation=lambda measured: (
         "Questions about, summaries of and additions to real documents. Percent; the groups and the first mean are "
