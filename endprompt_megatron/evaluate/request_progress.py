@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from endprompt_megatron.evaluate.requests import Item
+    from endprompt_megatron.evaluate.requests import Request
 
 LINE_EVERY_S = 30
 
@@ -16,19 +16,19 @@ class Progress:
     """Shows nothing; the others say what has been read and how long the rest will take."""
 
     def begin(self, label: str, expected: tuple[int, int] | None, parts: int) -> None:
-        """A model's items are asked: about so many items and tokens, None if that is not known, over so many parts."""
+        """A model is asked about so many requests and tokens, None if that is not known, over so many parts."""
 
     def say(self, text: str) -> None:
-        """What happens now, beside the items."""
+        """What happens now, beside the requests."""
 
     def note(self, text: str) -> None:
         """What is to be known before anything begins."""
 
-    def known(self, item: "Item") -> None:
-        """The item was answered before."""
+    def known(self, request: "Request") -> None:
+        """The request was answered before."""
 
-    def answered(self, item: "Item") -> None:
-        """The item was answered now."""
+    def answered(self, request: "Request") -> None:
+        """The request was answered now."""
 
 
 class Lines(Progress):
@@ -54,17 +54,17 @@ class Lines(Progress):
         """See Progress."""
         print(text, file=sys.stderr, flush=True)
 
-    def known(self, item: "Item") -> None:
+    def known(self, request: "Request") -> None:
         """See Progress."""
         self.before += 1
         if self.expected is not None:
-            self.expected = self.expected[0], max(0, self.expected[1] - item.tokens)
+            self.expected = self.expected[0], max(0, self.expected[1] - request.tokens)
 
-    def answered(self, item: "Item") -> None:
+    def answered(self, request: "Request") -> None:
         """See Progress."""
         self.items += 1
-        self.tokens += item.tokens
-        self._line(describe(self.label, item))
+        self.tokens += request.tokens
+        self._line(describe(self.label, request))
 
     def rate(self) -> float:
         """Tokens a second."""
@@ -101,18 +101,18 @@ class Bar(Lines):
         self.bar.set_description(text)
         self.bar.reset(self.expected and self.expected[1])
 
-    def known(self, item: "Item") -> None:
+    def known(self, request: "Request") -> None:
         """See Progress."""
-        super().known(item)
+        super().known(request)
         self.bar.total = self.expected and self.expected[1]
 
-    def answered(self, item: "Item") -> None:
+    def answered(self, request: "Request") -> None:
         """See Progress."""
-        super().answered(item)
-        self.bar.set_description(describe(self.label, item), refresh=False)
+        super().answered(request)
+        self.bar.set_description(describe(self.label, request), refresh=False)
         done = f"{self.before + self.items}" + (f"/{self.expected[0]}" if self.expected else "")
         self.bar.set_postfix_str(f"{done} inputs", refresh=False)
-        self.bar.update(item.tokens)
+        self.bar.update(request.tokens)
 
     def _line(self, text: str) -> None:
         pass
@@ -123,10 +123,9 @@ class Bar(Lines):
             self.bar.close()
 
 
-def describe(label: str, item: "Item") -> str:
-    """An item's name in a line."""
-    entry = item.entry
-    return f"{label} {entry.suite} {entry.task}" + (f" {entry.length}" if entry.length else "")
+def describe(label: str, request: "Request") -> str:
+    """A request's name in a line."""
+    return f"{label} {request.suite} {request.task}" + (f" {request.length}" if request.length else "")
 
 
 def duration(seconds: float) -> str:

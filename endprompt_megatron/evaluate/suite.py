@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import Option
-from endprompt_megatron.evaluate.requests import Answered, Item
+from endprompt_megatron.evaluate.requests import Request, Response
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,9 +63,9 @@ class Subject:
 class Prepared:
     """A suite ready to ask one model."""
 
-    requests: Callable[[], Iterator[Item]]  # lazily, in a fixed order
-    result: Callable[[list[Answered]], dict]  # its part of results.json's "measurements"
-    series: Callable[[list[Answered]], list[Series]]  # the values behind its scores
+    requests: Callable[[], Iterator[Request]]  # lazily, in a fixed order
+    result: Callable[[list[Response]], dict]  # its part of results.json's "measurements"
+    series: Callable[[list[Response]], list[Series]]  # the values behind its scores
     expected: tuple[int, int] | None  # about how many requests and tokens; None: not known
     left_out: dict[str, str] = field(default_factory=dict)  # tasks that this machine cannot ask, and why
 

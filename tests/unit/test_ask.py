@@ -18,6 +18,7 @@ from endprompt_megatron.evaluate import registry, store
 from endprompt_megatron.evaluate.evaluation import evaluate
 from endprompt_megatron.evaluate.preparation import Model
 from endprompt_megatron.evaluate.registry import Settings
+from endprompt_megatron.evaluate.requests import Request
 from endprompt_megatron.evaluate.split import Part, parse_part
 from endprompt_megatron.evaluate.terminal import terminal
 
@@ -149,7 +150,7 @@ def test_parts_in_any_order_give_the_table_of_one_process(tmp_path, model_dir, t
         if index != 1:
             assert results is None
             assert not (tmp_path / "out" / "results.json").exists()
-            with pytest.raises(InputError, match=r"of 3 parts of the extended model are not whole; run --part \d/3"):
+            with pytest.raises(InputError, match=r"of 3 parts of extended are not complete; run --part \d/3"):
                 ask(model_dir, tmp_path / "out", None, merge=True)
     assert sorted(engine.asked for engine in engines) == [6, 7, 7]
     assert stable(results) == stable(whole)
@@ -161,12 +162,12 @@ def test_parts_in_any_order_give_the_table_of_one_process(tmp_path, model_dir, t
 def test_two_processes_do_not_do_the_same_part(tmp_path, model_dir, tiny):
     ask(model_dir, tmp_path / "out", knowing(model_dir, tiny(), right))
     first, second = (store.Answers(tmp_path / "out", "extended", Part()) for _ in range(2))
-    entry = store.Entry("ruler", "first", 24, 0)
-    first.add("a", entry, {}, 1.0)
+    request = Request("ruler", "first", 24, 0, b"", 0)
+    first.add("a", request, {}, 1.0)
     with pytest.raises(InputError, match="another process does part 0-of-1"):
-        second.add("b", entry, {}, 1.0)
+        second.add("b", request, {}, 1.0)
     first.close()
-    second.add("b", entry, {}, 1.0)
+    second.add("b", request, {}, 1.0)
     second.close()
 
 

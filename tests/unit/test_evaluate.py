@@ -14,7 +14,7 @@ from endprompt_megatron.evaluate.engines.transformers_engine import Transformers
 from endprompt_megatron.evaluate.evaluation import evaluate
 from endprompt_megatron.evaluate.preparation import Model
 from endprompt_megatron.evaluate.registry import Settings
-from endprompt_megatron.evaluate.requests import answered
+from endprompt_megatron.evaluate.requests import responses
 from endprompt_megatron.evaluate.suites import needle, perplexity, virtual
 from endprompt_megatron.tokenizer import load_tokenizer
 
@@ -94,7 +94,7 @@ class Answering:
 
 
 def ask_needle(engine, tokenizer, lengths, **options):
-    return needle.result(answered(engine, needle.items(tokenizer, lengths, **options)))
+    return needle.result(responses(engine, needle.passkey_requests(tokenizer, lengths, **options)))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from endprompt_megatron.evaluate.suites.longbench import (
     check,
     default_max_length,
     longbench_summary,
-    questions,
+    samples,
     score,
     sources,
 )
@@ -113,7 +113,7 @@ def test_prompts_are_those_of_the_original(which, max_length, wrapper, request):
     settings = LongBenchSettings(data=RECORDS, max_length=max_length, chat=wrapper)
     templates = json.loads((RECORDS / "config" / "dataset2prompt.json").read_text())
     asked = 0
-    for question in questions(settings, load_tokenizer(directory)):
+    for question in samples(settings, load_tokenizer(directory)):
         lines = (RECORDS / "data" / f"{question.task}.jsonl").read_text().splitlines()
         record = json.loads(lines[question.number])
         few_shot_or_code = question.task in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
@@ -155,11 +155,11 @@ def test_directory_and_archive_give_the_same_questions(directory, tmp_path):
             file.write(path, f"data/{path.name}")
     shutil.copy(RECORDS / "config" / "dataset2prompt.json", tmp_path)
     tokenizer = load_tokenizer(directory)
-    expected = list(questions(SETTINGS, tokenizer))
-    assert list(questions(replace(SETTINGS, data=archive), tokenizer)) == expected
+    expected = list(samples(SETTINGS, tokenizer))
+    assert list(samples(replace(SETTINGS, data=archive), tokenizer)) == expected
     prompts = RECORDS / "config" / "dataset2prompt.json"
     plain = replace(SETTINGS, data=RECORDS / "data", prompts=prompts)
-    assert list(questions(plain, tokenizer)) == expected
+    assert list(samples(plain, tokenizer)) == expected
     assert [(q.suite, q.task, q.length, q.number) for q in expected] == [
         ("longbench", name, 100_000, number) for name in TASKS for number in (0, 1)
     ]
@@ -167,14 +167,14 @@ def test_directory_and_archive_give_the_same_questions(directory, tmp_path):
 
 def test_limit_and_tasks_leave_the_rest_out(directory):
     settings = replace(SETTINGS, tasks=("trec", "qasper"), limit=1)
-    asked = list(questions(settings, load_tokenizer(directory)))
+    asked = list(samples(settings, load_tokenizer(directory)))
     assert [(question.task, question.number) for question in asked] == [("qasper", 0), ("trec", 0)]
     assert check(settings) == {"qasper": 1, "trec": 1}
     assert check(SETTINGS) == dict.fromkeys(TASKS, 2)
 
 
 def test_a_perfect_model_scores_100_and_a_silent_one_0_on_every_task(directory):
-    asked = list(questions(SETTINGS, load_tokenizer(directory)))
+    asked = list(samples(SETTINGS, load_tokenizer(directory)))
     perfect = longbench_summary([(question, score(question, question.references[0])) for question in asked])
     assert {name: entry["score"] for name, entry in perfect["tasks"].items()} == dict.fromkeys(TASKS, 100.0)
     assert perfect["mean_16"]["score"] == pytest.approx(100)
@@ -186,7 +186,7 @@ def test_a_perfect_model_scores_100_and_a_silent_one_0_on_every_task(directory):
 
 
 def test_few_shot_answers_end_with_their_line_and_others_do_not(directory):
-    for question in questions(SETTINGS, load_tokenizer(directory)):
+    for question in samples(SETTINGS, load_tokenizer(directory)):
         answer = question.references[0]
         if question.task in ("trec", "triviaqa", "samsum", "lsht"):
             assert score(question, f"\n\n{answer}\nDialogue: {' '.join(map(str, range(50)))}") > 0.99
@@ -195,7 +195,7 @@ def test_few_shot_answers_end_with_their_line_and_others_do_not(directory):
 
 
 def test_means_weigh_tasks_alike_and_say_what_they_lack(directory):
-    asked = [question for question in questions(SETTINGS, load_tokenizer(directory)) if question.task != "trec"]
+    asked = [question for question in samples(SETTINGS, load_tokenizer(directory)) if question.task != "trec"]
     values = {name: index / 40 for index, name in enumerate(TASKS)}
     table = longbench_summary([(question, "an answer", values[question.task]) for question in asked])
     english = [100 * values[name] for name in NOT_CHINESE if name != "trec"]
@@ -210,7 +210,7 @@ def test_means_weigh_tasks_alike_and_say_what_they_lack(directory):
 
 
 def test_a_mean_over_everything_is_complete(directory):
-    one = {question.task: question for question in questions(replace(SETTINGS, limit=1), load_tokenizer(directory))}
+    one = {question.task: question for question in samples(replace(SETTINGS, limit=1), load_tokenizer(directory))}
     scored = [(one[name], 0.5) for name, task in TASKS.items() for _ in range(task.size)]
     table = longbench_summary(scored)
     for mean in (table["mean_16"], table["mean_21"], *table["groups"]["code"].values()):
@@ -223,7 +223,7 @@ def test_nothing_asked_gives_no_mean():
 
 
 def test_own_prompts_are_not_passed_off_as_the_published_ones(directory):
-    asked = list(questions(replace(SETTINGS, tasks=("lcc", "trec")), load_tokenizer(directory)))
+    asked = list(samples(replace(SETTINGS, tasks=("lcc", "trec")), load_tokenizer(directory)))
     assert longbench_summary([(question, 1.0) for question in asked])["prompts"] == "not the published ones: lcc, trec"
     published = [replace(question, extra={**question.extra, "published_prompt": True}) for question in asked]
     assert longbench_summary([(question, 1.0) for question in published])["prompts"] == "published"
@@ -233,7 +233,7 @@ def test_own_prompts_are_not_passed_off_as_the_published_ones(directory):
 
 
 def test_longbench_e_is_scored_by_length(extended, directory):
-    asked = list(questions(extended, load_tokenizer(directory)))
+    asked = list(samples(extended, load_tokenizer(directory)))
     assert len(asked) == 26
     assert {question.suite for question in asked} == {"longbench_e"}
     table = longbench_summary([(question, 0.25 if question.number else 1.0) for question in asked])
@@ -288,7 +288,7 @@ def test_a_damaged_record_is_named_before_the_first_question(what, packed, copy,
             for path in (copy / "data").iterdir():
                 archive.write(path, f"data/{path.name}")
     with pytest.raises(InputError) as caught:
-        questions(replace(SETTINGS, data=data), load_tokenizer(directory))
+        samples(replace(SETTINGS, data=data), load_tokenizer(directory))
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(str(data))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron.evaluate.question import Question
+from endprompt_megatron.evaluate.suites.benchmark import Sample
 from endprompt_megatron.evaluate.suites.longbench import score
 from endprompt_megatron.evaluate.suites.longbench.longbench_metrics import METRICS
 from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import TASKS
@@ -15,8 +15,8 @@ CASES = json.loads((Path(__file__).resolve().parent.parent / "longbench" / "scor
 
 
 def scored(task: str, prediction: str, answers: list[str], classes: list[str] = ()) -> float:
-    question = Question("longbench", task, 0, 0, [], 1, answers, extra={"classes": list(classes)})
-    return score(question, prediction)
+    sample = Sample("longbench", task, 0, 0, [], 1, answers, extra={"classes": list(classes)})
+    return score(sample, prediction)
 
 
 @pytest.mark.parametrize("task", sorted({case["task"] for case in CASES}))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate.requests import answered
+from endprompt_megatron.evaluate.requests import responses
 from endprompt_megatron.evaluate.suites import recall_suite
 from endprompt_megatron.tokenizer import load_tokenizer
 
@@ -51,8 +51,8 @@ def test_the_answer_stands_at_that_distance_from_the_value_and_ends_the_input(to
 
 def test_the_same_seed_asks_the_same_whatever_else_is_asked(tokenizer, text):
     def contents(lengths: list[int], **options) -> dict:
-        found = recall_suite.items(tokenizer, text, lengths, FORM, samples=3, **options)
-        return {(item.entry.length, item.entry.task): item.content for item in found}
+        found = recall_suite.recall_requests(tokenizer, text, lengths, FORM, samples=3, **options)
+        return {(request.length, request.task): request.content for request in found}
 
     few, more = contents([128], distances=[64]), contents([128, 256], distances=[32, 64])
     assert more[128, "64"] == few[128, "64"]
@@ -63,7 +63,7 @@ def test_the_same_seed_asks_the_same_whatever_else_is_asked(tokenizer, text):
 def test_scores_are_those_of_the_model_read_whole(engine, tokenizer, text):
     import torch
 
-    pairs = answered(engine, recall_suite.items(tokenizer, text, [96], FORM, distances=[40], samples=4))
+    given = responses(engine, recall_suite.recall_requests(tokenizer, text, [96], FORM, distances=[40], samples=4))
     expected = {"recalled": [], "loss": []}
     for sample in range(4):
         rng = np.random.default_rng([0, 96, 40, sample])
@@ -74,9 +74,9 @@ def test_scores_are_those_of_the_model_read_whole(engine, tokenizer, text):
         losses = torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")[-count:]
         expected["loss"].append(losses.mean().item())
         expected["recalled"].append(bool((logits[:-1].argmax(-1) == tokens[0, 1:])[-count:].all()))
-    (cell,) = recall_suite.result(pairs)["cells"]
+    (cell,) = recall_suite.result(given)["cells"]
     assert (cell["length"], cell["distance"], cell["samples"]) == (96, 40, 4)
-    series = {each.key: each.strata[0] for each in recall_suite.series(pairs)}
+    series = {each.key: each.strata[0] for each in recall_suite.series(given)}
     for task in ("40", "all distances"):
         np.testing.assert_allclose(series["recall", task, 96, "loss"], expected["loss"], rtol=1e-5)
         assert series["recall", task, 96, "recalled"].tolist() == expected["recalled"]
@@ -84,14 +84,14 @@ def test_scores_are_those_of_the_model_read_whole(engine, tokenizer, text):
 
 def test_inputs_of_a_cell_are_read_several_at_once_and_counted_before(tokenizer, text, monkeypatch):
     monkeypatch.setattr(recall_suite, "AT_ONCE", 256)
-    made = list(recall_suite.items(tokenizer, text, [128, 256], FORM, distances=[40, 200], samples=3))
+    made = list(recall_suite.recall_requests(tokenizer, text, [128, 256], FORM, distances=[40, 200], samples=3))
     assert [item.tokens for item in made] == [256, 128, *[256] * 6]
     assert recall_suite.expected([128, 256], [40, 200], 3) == (len(made), sum(item.tokens for item in made))
 
 
 def test_the_usual_distances_reach_from_near_to_the_whole_length(tokenizer, text):
     assert recall_suite.default_distances(512) == [64, 128, 256, 384, 448]
-    assert len(list(recall_suite.items(tokenizer, text, [512], recall_suite.Form()))) == 5
+    assert len(list(recall_suite.recall_requests(tokenizer, text, [512], recall_suite.Form()))) == 5
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from endprompt_megatron.evaluate.suites.ruler import (
     TASKS,
     RulerSettings,
     check,
-    questions,
+    samples,
     sources,
     summary,
 )
@@ -26,7 +26,7 @@ from endprompt_megatron.evaluate.suites.ruler.niah import DEPTHS
 from endprompt_megatron.evaluate.suites.ruler.ruler_words import Pairs, pairs, wonderwords
 from endprompt_megatron.evaluate.suites.ruler.sources import Sources, sources_of
 from endprompt_megatron.evaluate.suites.ruler.templates import template
-from endprompt_megatron.evaluate.suites.ruler.token_budget import Room, shuffled
+from endprompt_megatron.evaluate.suites.ruler.token_budget import TokenBudget, shuffled
 
 
 def one_line(error: pytest.ExceptionInfo, *needles: str) -> None:
@@ -86,7 +86,9 @@ def test_a_shuffle_is_randoms():
 
 @pytest.mark.parametrize("own", [[], [0], [3, 0, 7], [7, 6, 5, 5], list(range(8))])
 def test_other_documents_are_drawn_as_from_the_list_without_the_own(own, asking, pieces):
-    maker = Documents(TASKS["qa_2"], template("base"), Room("qa_2", 1, 1, pieces.encode), 42, sources_of(asking()))
+    maker = Documents(
+        TASKS["qa_2"], template("base"), TokenBudget("qa_2", 1, 1, pieces.encode), 42, sources_of(asking())
+    )
     maker.documents = list("abcdefgh") * 2
     rest = [place for place in range(16) if place not in own]
     for count in range(len(rest) + 1):
@@ -105,7 +107,7 @@ def test_the_default_sources_are_had_and_named(pieces, tmp_path, monkeypatch):
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
-    asked = list(questions(given, pieces))
+    asked = list(samples(given, pieces))
     assert [question.task for question in asked] == [task for task in TASKS if not task.startswith("qa")]
     table = summary([(question, 1.0) for question in asked])
     assert not table["comparable"]
@@ -134,11 +136,11 @@ def test_a_long_list_of_words_is_taken_beyond_wonderwords_and_named(asking, piec
         def encode(self, text):
             return [0] * (len(text) // 6)
 
-    [question] = questions(given, Sparing())
+    [question] = samples(given, Sparing())
     assert "cwe's long list of words: english_words.json" in question.extra["deviations"][0]
     assert len(question.prompt) + 120 <= 131072
     with pytest.raises(InputError) as error:
-        list(questions(dataclasses.replace(given, lengths=(2**20,)), Sparing()))
+        list(samples(dataclasses.replace(given, lengths=(2**20,)), Sparing()))
     one_line(error, "--english-words", "40000 words", "1048576")
 
 
@@ -236,7 +238,7 @@ def test_more_samples_than_questions_are_refused(asking, pieces):
         check(given)
     one_line(error, "--ruler-samples 41", "40 questions", "--hotpotqa")
     with pytest.raises(InputError) as error:
-        list(questions(given, pieces))
+        list(samples(given, pieces))
     one_line(error, "--hotpotqa", "40 questions")
 
 
@@ -244,7 +246,7 @@ def test_more_samples_than_questions_are_refused(asking, pieces):
 @pytest.mark.parametrize("length", [1, 100, 200])
 def test_a_length_that_nothing_fits_in_is_refused(task, length, asking, pieces):
     with pytest.raises(InputError) as error:
-        list(questions(asking(lengths=(length,), tasks=(task,), samples=1), pieces))
+        list(samples(asking(lengths=(length,), tasks=(task,), samples=1), pieces))
     one_line(error, f"--lengths {length}", task)
 
 

@@ -47,7 +47,7 @@ def questions_of(settings: Settings, model: Path) -> list:
     module, declaration = {"ruler": (ruler, ruler_declaration), "longbench": (longbench, longbench_declaration)}[name]
     tokenizer = load_tokenizer(model)
     subject = Subject(settings, {"extended": Model(model, model)}, "extended", tokenizer, None, 4096)
-    return list(module.questions(declaration.settings_for(subject), tokenizer))
+    return list(module.samples(declaration.settings_for(subject), tokenizer))
 
 
 def answered(settings: Settings, model: Path, out: Path) -> dict:

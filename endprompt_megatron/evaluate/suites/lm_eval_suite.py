@@ -10,7 +10,7 @@ from endprompt_megatron.common.errors import Unavailable
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import LIMIT, TEMPLATE, Option, parse_names
 from endprompt_megatron.evaluate.published_rows import note_on, published
-from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import Headline, Prepared, Published, Scores, Subject, Suite
 from endprompt_megatron.evaluate.suites import lm_eval
 from endprompt_megatron.evaluate.tables import quoted_bounds, scores_by_task
@@ -32,7 +32,7 @@ def _prepare(subject: Subject) -> Prepared:
     asked = [task for task in tasks if task not in reasons]
     return Prepared(
         requests=lambda: _requests(subject, asked),
-        result=lambda pairs: result(pairs, s.limit),
+        result=lambda responses: result(responses, s.limit),
         series=series,
         expected=(len(asked), 0),
         left_out={f"short {task}": reason for task, reason in reasons.items()},
@@ -45,7 +45,7 @@ def _left_out(check: Callable[[tuple[str, ...]], dict[str, str]], tasks: tuple[s
     return check(tasks)
 
 
-def _requests(subject: Subject, tasks: list[str]) -> Iterator[Item]:
+def _requests(subject: Subject, tasks: list[str]) -> Iterator[Request]:
     """A killed evaluation goes on with the next task, at the price of loading the model for each."""
     s = subject.settings
     options = {"backend": "vllm" if s.engine == "vllm" else "hf", "dtype": s.dtype, "chat": s.template == "chat"}
@@ -54,12 +54,12 @@ def _requests(subject: Subject, tasks: list[str]) -> Iterator[Item]:
         def ask(_: object, task: str = task) -> dict:
             return lm_eval.run(subject.model.config, [task], s.limit, **options)
 
-        yield Item(Entry("short", task, 0, 0), content_of(task, s.limit, options), 0, ask, alone=True)
+        yield Request("short", task, 0, 0, content_of(task, s.limit, options), 0, ask=ask, alone=True)
 
 
-def result(pairs: list[Answered], limit: int | None) -> dict:
+def result(responses: list[Response], limit: int | None) -> dict:
     """What lm_eval.run says of all the tasks together, scores in percent."""
-    tasks = {name: row for _, record in pairs for name, row in record["tasks"].items()}
+    tasks = {name: row for response in responses for name, row in response.record["tasks"].items()}
     there = [name for name in lm_eval.TASKS if name in tasks]
     missing = [name for name in lm_eval.TASKS if name not in tasks]
     return {
@@ -70,13 +70,13 @@ def result(pairs: list[Answered], limit: int | None) -> dict:
             "missing": missing,
         },
         "limit": limit,
-        "lm_eval": pairs[0][1]["lm_eval"],
+        "lm_eval": responses[0].record["lm_eval"],
     }
 
 
-def series(pairs: list[Answered]) -> list[Series]:
+def series(responses: list[Response]) -> list[Series]:
     """Right and wrong answers by task, and the tasks' mean.  lm-eval's answers are counted, not told apart."""
-    found = {name: _values(row) for _, record in pairs for name, row in record["tasks"].items()}
+    found = {name: _values(row) for response in responses for name, row in response.record["tasks"].items()}
     of_tasks = [Series("short", task, 0, "score", (values,), paired=False) for task, values in found.items()]
     return [*of_tasks, Series("short", "mean", 0, "score", tuple(found.values()), paired=False)]
 

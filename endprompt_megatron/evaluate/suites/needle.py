@@ -20,7 +20,7 @@ from endprompt_megatron.evaluate import plots
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import SAMPLES, TEXT, Option, parse_lengths, parse_shares
-from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
 from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
 from endprompt_megatron.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ DEPTHS = (0.1, 0.5, 0.9)
 ANSWER_TOKENS = 12  # room for a space, five digits and a few words around them
 
 
-def items(
+def passkey_requests(
     tokenizer: Tokenizer,
     lengths: list[int],
     *,
@@ -44,7 +44,7 @@ def items(
     samples: int = 1,
     seed: int = 0,
     filler: np.ndarray | None = None,
-) -> Iterator[Item]:
+) -> Iterator[Request]:
     """`samples` prompts a cell.  `filler` int64 [n]: held-out text; None: repeated noise.
 
     Prompt and answer together are `length` tokens; the same seed asks the same.  Raises InputError for a length that
@@ -61,18 +61,18 @@ def items(
             return _ask(engine, tokenizer, key, prompt, expected)
 
         notes = {"depth": depth, "filler": "noise" if filler is None else "text"}
-        entry = Entry("needle", f"{depth:g}", length, sample, notes)
-        yield Item(entry, content_of(prompt, expected, ANSWER_TOKENS), length, ask)
+        content = content_of(prompt, expected, ANSWER_TOKENS)
+        yield Request("needle", f"{depth:g}", length, sample, content, length, notes=notes, ask=ask)
 
 
-def result(pairs: list[Answered]) -> dict:
+def result(responses: list[Response]) -> dict:
     """{"filler", "cells": [{length, depth, samples, accuracy, recall, logprob, answers: [{key, answer, correct,
     recalled, logprob, ranks}]}]}."""
     cells: dict[tuple[int, float], list[dict]] = {}
-    for entry, record in pairs:
-        cells.setdefault((entry.length, entry.notes["depth"]), []).append(record)
+    for response in responses:
+        cells.setdefault((response.length, response.notes["depth"]), []).append(response.record)
     return {
-        "filler": pairs[0][0].notes["filler"],
+        "filler": responses[0].notes["filler"],
         "cells": [
             {
                 "length": length,
@@ -88,13 +88,13 @@ def result(pairs: list[Answered]) -> dict:
     }
 
 
-def series(pairs: list[Answered]) -> list[Series]:
+def series(responses: list[Response]) -> list[Series]:
     """Accuracy and recall of every cell, and of every length over its depths."""
     values: dict[tuple[str, int, str], list[float]] = {}
-    for entry, record in pairs:
-        for metric, value in (("accuracy", record["correct"]), ("recall", record["recalled"])):
-            for task in (f"depth {entry.task}", "all depths"):
-                values.setdefault((task, entry.length, metric), []).append(float(value))
+    for response in responses:
+        for metric, value in (("accuracy", response.record["correct"]), ("recall", response.record["recalled"])):
+            for task in (f"depth {response.task}", "all depths"):
+                values.setdefault((task, response.length, metric), []).append(float(value))
     return [
         Series("needle", task, length, metric, (np.asarray(found),)) for (task, length, metric), found in values.items()
     ]
@@ -168,8 +168,8 @@ def _prepare(subject: Subject) -> Prepared:
     for length in _lengths(s):  # whether a prompt fits
         build_prompt(tokenizer, "12345", length - ANSWER_TOKENS, 0.5, filler, np.random.default_rng(0))
 
-    def requests() -> Iterator[Item]:
-        return items(tokenizer, _lengths(s), depths=s.depths, samples=s.samples, seed=s.seed, filler=filler)
+    def requests() -> Iterator[Request]:
+        return passkey_requests(tokenizer, _lengths(s), depths=s.depths, samples=s.samples, seed=s.seed, filler=filler)
 
     cells = len(s.depths) * s.samples
     return Prepared(requests, result, series, (len(_lengths(s)) * cells, sum(_lengths(s)) * cells))

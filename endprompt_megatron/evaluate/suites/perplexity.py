@@ -10,7 +10,7 @@ Sliding: every token of the longest inputs by a model that sees `window` tokens 
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.held_out_text import windows
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import TEXT, Option
-from endprompt_megatron.evaluate.requests import Answered, Entry, Item, answered, content_of
+from endprompt_megatron.evaluate.requests import Request, Response, content_of, responses
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Prepared, Scores, Subject, Suite
 from endprompt_megatron.evaluate.tables import bounds_text, scores_of, table
 
@@ -29,8 +29,8 @@ BLOCK = 64  # tokens of one sample of the statistics: neighbours are too much al
 BY_LENGTH, SLIDING = "by_length", "sliding"
 
 
-def items(inputs: np.ndarray, lengths: list[int], *, scored: int = 512) -> Iterator[Item]:
-    """An item a window and length.  `inputs` int64 [windows, lengths[-1]]; `lengths` ascending, above `scored`.
+def requests_by_length(inputs: np.ndarray, lengths: list[int], *, scored: int = 512) -> Iterator[Request]:
+    """A request for each window and length.  `inputs` int64 [windows, lengths[-1]]; `lengths` ascend, above `scored`.
 
     Raises InputError for lengths that are not.
     """
@@ -53,12 +53,12 @@ def items(inputs: np.ndarray, lengths: list[int], *, scored: int = 512) -> Itera
                     record["buckets"] = [_mean(losses[0, a:b]) for _, _, a, b in _buckets(tokens.shape[1])]
                 return record
 
-            entry = Entry("perplexity", BY_LENGTH, length, number, {"scored": scored})
-            yield Item(entry, content_of(tokens, scored, whole), length, ask)
+            content = content_of(tokens, scored, whole)
+            yield Request("perplexity", BY_LENGTH, length, number, content, length, notes={"scored": scored}, ask=ask)
 
 
-def sliding_items(inputs: np.ndarray, window: int, stride: int) -> Iterator[Item]:
-    """An item a position of the window.  A window as long as the input reads it whole."""
+def sliding_requests(inputs: np.ndarray, window: int, stride: int) -> Iterator[Request]:
+    """A request for each position of the window.  A window as long as the input reads it whole."""
     longest = inputs.shape[1]
     window = min(window, longest)
     ends = [*range(window, longest, stride), longest]
@@ -73,21 +73,21 @@ def sliding_items(inputs: np.ndarray, window: int, stride: int) -> Iterator[Item
                 return {"sum": float(losses.sum(dtype=np.float64)), "blocks": _blocks(losses[0])}
 
             notes = {"window": window, "stride": stride, "tokens": fresh, "input": number}
-            entry = Entry("perplexity", SLIDING, longest, number * len(ends) + place, notes)
-            yield Item(entry, content_of(tokens, fresh), window, ask)
+            name = ("perplexity", SLIDING, longest, number * len(ends) + place)
+            yield Request(*name, content_of(tokens, fresh), window, notes=notes, ask=ask)
 
 
-def result(pairs: list[Answered]) -> dict:
+def result(given: list[Response]) -> dict:
     """Losses in nats: {"scored", "by_length": [{length, loss, stderr, perplexity, windows: [loss of each]}],
     "by_position": [{start, end, loss, stderr, perplexity}]}; the standard errors are over windows, null for one.
 
     Where windows slid, "sliding": {window, stride, tokens, loss, perplexity} too.
     """
     by_length: dict[int, list[dict]] = {}
-    for entry, record in pairs:
-        if entry.task == BY_LENGTH:
-            by_length.setdefault(entry.length, []).append(record)
-    found: dict = {"scored": next(entry.notes["scored"] for entry, _ in pairs if entry.task == BY_LENGTH)}
+    for response in given:
+        if response.task == BY_LENGTH:
+            by_length.setdefault(response.length, []).append(response.record)
+    found: dict = {"scored": next(response.notes["scored"] for response in given if response.task == BY_LENGTH)}
     found["by_length"] = []
     for length, records in by_length.items():
         losses = [record["loss"] for record in records]
@@ -99,7 +99,7 @@ def result(pairs: list[Answered]) -> dict:
         {"start": start, "end": end, **_summary([record["buckets"][place] for record in by_length[longest]])}
         for place, (start, end, _, _) in enumerate(_buckets(longest))
     ]
-    slid = [(entry.notes, record) for entry, record in pairs if entry.task == SLIDING]
+    slid = [(response.notes, response.record) for response in given if response.task == SLIDING]
     if slid:
         tokens = sum(notes["tokens"] for notes, _ in slid)
         loss = sum(record["sum"] for _, record in slid) / tokens
@@ -113,11 +113,11 @@ def result(pairs: list[Answered]) -> dict:
     return found
 
 
-def series(pairs: list[Answered]) -> list[Series]:
+def series(given: list[Response]) -> list[Series]:
     """Losses of blocks of about 64 tokens, by length and sliding."""
     blocks: dict[tuple[str, int], list[float]] = {}
-    for entry, record in pairs:
-        blocks.setdefault((entry.task, entry.length), []).extend(record["blocks"])
+    for response in given:
+        blocks.setdefault((response.task, response.length), []).extend(response.record["blocks"])
     return [
         Series("perplexity", task, length, "loss", (np.asarray(values),)) for (task, length), values in blocks.items()
     ]
@@ -129,10 +129,9 @@ def perplexity(
     lengths: list[int],
     *,
     scored: int = 512,
-    tick: Callable[[str], None] = lambda _: None,
 ) -> dict:
-    """`result` of `items`, with nothing stored."""
-    return result(answered(engine, items(inputs, lengths, scored=scored), tick))
+    """`result` of `requests_by_length`, with nothing stored."""
+    return result(responses(engine, requests_by_length(inputs, lengths, scored=scored)))
 
 
 def _buckets(length: int) -> list[tuple[int, int, int, int]]:
@@ -176,12 +175,12 @@ def _prepare(subject: Subject) -> Prepared:
             f"{s.lengths[-1]}; a half or a quarter of the window is usual"
         )
 
-    def requests() -> Iterator[Item]:
-        yield from items(inputs, s.lengths, scored=s.scored)
+    def requests() -> Iterator[Request]:
+        yield from requests_by_length(inputs, s.lengths, scored=s.scored)
         if s.stride is not None:
-            yield from sliding_items(inputs, window, s.stride)
+            yield from sliding_requests(inputs, window, s.stride)
 
-    slid = [item.tokens for item in sliding_items(inputs, window, s.stride)] if s.stride is not None else []
+    slid = [request.tokens for request in sliding_requests(inputs, window, s.stride)] if s.stride is not None else []
     expected = len(s.lengths) * s.windows + len(slid), sum(s.lengths) * s.windows + sum(slid)
     return Prepared(requests, result, series, expected)
 

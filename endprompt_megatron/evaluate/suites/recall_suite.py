@@ -23,7 +23,7 @@ from endprompt_megatron.evaluate import plots
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import SAMPLES, TEXT, Option, parse_lengths
-from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
 from endprompt_megatron.evaluate.suites.needle import continuation
 from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
@@ -99,13 +99,13 @@ def distances_of(length: int, distances: list[int] | None) -> list[int]:
 
 
 def expected(lengths: list[int], distances: list[int] | None, samples: int) -> tuple[int, int]:
-    """How many items, and how many tokens in all."""
+    """How many requests, and how many tokens in all."""
     cells = {length: len(distances_of(length, distances)) for length in lengths}
-    items = sum(count * -(-samples // max(1, AT_ONCE // length)) for length, count in cells.items())
-    return items, sum(count * samples * length for length, count in cells.items())
+    requests = sum(count * -(-samples // max(1, AT_ONCE // length)) for length, count in cells.items())
+    return requests, sum(count * samples * length for length, count in cells.items())
 
 
-def items(
+def recall_requests(
     tokenizer: Tokenizer,
     text: np.ndarray,
     lengths: list[int],
@@ -114,8 +114,8 @@ def items(
     distances: list[int] | None = None,
     samples: int = 1,
     seed: int = 0,
-) -> Iterator[Item]:
-    """`samples` inputs of every length and distance below it, several to an item.  `text` int64 [n]: held-out text.
+) -> Iterator[Request]:
+    """`samples` inputs of every length and distance below it, several to a request.  `text` int64 [n]: held-out text.
 
     The same seed asks the same.  Raises InputError for a length that is longer than the text, or too short.
     """
@@ -135,8 +135,8 @@ def items(
                 def ask(engine: Engine, tokens: np.ndarray = tokens, answers: list[int] = answers) -> dict:
                     return _ask(engine, tokens, answers)
 
-                entry = Entry("recall", f"{distance}", length, number, {})
-                yield Item(entry, content_of(tokens, answers), tokens.size, ask)
+                name = ("recall", f"{distance}", length, number)
+                yield Request(*name, content_of(tokens, answers), tokens.size, ask=ask)
 
 
 def _ask(engine: Engine, tokens: np.ndarray, answers: list[int]) -> dict:
@@ -183,7 +183,7 @@ def build_row(
     return row, len(answer)
 
 
-def result(pairs: list[Answered]) -> dict:
+def result(responses: list[Response]) -> dict:
     """{"cells": [{length, distance, samples, recalled, loss}]}."""
     return {
         "cells": [
@@ -194,27 +194,27 @@ def result(pairs: list[Answered]) -> dict:
                 "recalled": float(np.mean(values["recalled"])),
                 "loss": float(np.mean(values["loss"])),
             }
-            for (task, length), values in _cells(pairs).items()
+            for (task, length), values in _cells(responses).items()
         ]
     }
 
 
-def series(pairs: list[Answered]) -> list[Series]:
+def series(responses: list[Response]) -> list[Series]:
     """Both scores of every cell, and of every length over its distances."""
     found: dict[tuple[str, int, str], list[float]] = {}
-    for (task, length), values in _cells(pairs).items():
+    for (task, length), values in _cells(responses).items():
         for metric in ("recalled", "loss"):
             for name in (task, "all distances"):
                 found.setdefault((name, length, metric), []).extend(map(float, values[metric]))
     return [Series("recall", task, length, metric, (np.asarray(v),)) for (task, length, metric), v in found.items()]
 
 
-def _cells(pairs: list[Answered]) -> dict[tuple[str, int], dict[str, list]]:
+def _cells(responses: list[Response]) -> dict[tuple[str, int], dict[str, list]]:
     cells: dict[tuple[str, int], dict[str, list]] = {}
-    for entry, record in pairs:
-        cell = cells.setdefault((entry.task, entry.length), {"recalled": [], "loss": []})
+    for response in responses:
+        cell = cells.setdefault((response.task, response.length), {"recalled": [], "loss": []})
         for metric in cell:
-            cell[metric] += record[metric]
+            cell[metric] += response.record[metric]
     return cells
 
 
@@ -230,8 +230,10 @@ def _prepare(subject: Subject) -> Prepared:
         for distance in distances_of(length, s.recall_distances):
             build_row(tokenizer, text, length, distance, form, np.random.default_rng(0))
 
-    def requests() -> Iterator[Item]:
-        return items(tokenizer, text, s.lengths, form, distances=s.recall_distances, samples=s.samples, seed=s.seed)
+    def requests() -> Iterator[Request]:
+        return recall_requests(
+            tokenizer, text, s.lengths, form, distances=s.recall_distances, samples=s.samples, seed=s.seed
+        )
 
     return Prepared(requests, result, series, expected(s.lengths, s.recall_distances, s.samples))
 

@@ -27,7 +27,7 @@ from endprompt_megatron.evaluate import plots
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import TEXT, Option, parse_lengths
-from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
 from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
 
@@ -108,8 +108,8 @@ def summarise(losses: np.ndarray, correct: np.ndarray, scored: np.ndarray) -> di
     }
 
 
-def items(probes: dict[str, list[dict]]) -> Iterator[Item]:
-    """An item a kind and distance.  `probes`: what `probe_inputs` gave, by kind."""
+def probe_requests(probes: dict[str, list[dict]]) -> Iterator[Request]:
+    """A request for each kind and distance.  `probes`: what `probe_inputs` gave, by kind."""
     for kind, of_kind in probes.items():
         for probe in of_kind:
             tokens, positions, scored = probe["tokens"], probe["position_ids"], probe["scored"]
@@ -123,26 +123,26 @@ def items(probes: dict[str, list[dict]]) -> Iterator[Item]:
                 return {key: [row[key] for row in rows] for key in ("loss", "accuracy")}
 
             notes = {"physical": tokens.shape[1], "samples": tokens.shape[0]}
-            entry = Entry("virtual", kind, probe["distance"], 0, notes)
-            yield Item(entry, content_of(tokens, positions, scored), tokens.size, ask)
+            content = content_of(tokens, positions, scored)
+            yield Request("virtual", kind, probe["distance"], 0, content, tokens.size, notes=notes, ask=ask)
 
 
-def result(pairs: list[Answered]) -> dict:
+def result(responses: list[Response]) -> dict:
     """{"physical", "samples", kind: {distance: {loss, accuracy}}}."""
-    first = pairs[0][0].notes
+    first = responses[0].notes
     found: dict = {"physical": first["physical"], "samples": first["samples"]}
-    for entry, record in pairs:
+    for response in responses:
         # Every row has as many scored places, so the mean of the rows' means is that of all places.
-        values = {key: float(np.mean(rows)) for key, rows in record.items()}
-        found.setdefault(entry.task, {})[str(entry.length)] = values
+        values = {key: float(np.mean(rows)) for key, rows in response.record.items()}
+        found.setdefault(response.task, {})[str(response.length)] = values
     return found
 
 
-def series(pairs: list[Answered]) -> list[Series]:
+def series(responses: list[Response]) -> list[Series]:
     """Loss and accuracy of the rows, by kind and distance."""
     return [
-        Series("virtual", entry.task, entry.length, metric, (np.asarray(record[metric]),))
-        for entry, record in pairs
+        Series("virtual", response.task, response.length, metric, (np.asarray(response.record[metric]),))
+        for response in responses
         for metric in ("loss", "accuracy")
     ]
 
@@ -171,7 +171,7 @@ def _prepare(subject: Subject) -> Prepared:
         for kind in KINDS
     }
     sizes = [probe["tokens"].size for of_kind in probes.values() for probe in of_kind]
-    return Prepared(lambda: items(probes), result, series, (len(sizes), sum(sizes)))
+    return Prepared(lambda: probe_requests(probes), result, series, (len(sizes), sum(sizes)))
 
 
 def _tables(results: dict, labels: list[str]) -> list[str]:

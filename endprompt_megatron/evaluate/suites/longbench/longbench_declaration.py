@@ -12,7 +12,7 @@ from endprompt_megatron.evaluate.suites.longbench.longbench_prompts import chat_
 from endprompt_megatron.evaluate.suites.longbench.longbench_suite import (
     LongBenchSettings,
     check,
-    questions,
+    samples,
     score,
     sources,
 )
@@ -40,7 +40,7 @@ def _prepare(subject: Subject) -> Prepared:
     settings = settings_for(subject)
     benchmark = Benchmark(
         name="longbench",
-        questions=functools.partial(questions, settings),
+        samples=functools.partial(samples, settings),
         score=score,
         summary=summary,
         sources=functools.partial(sources, settings),

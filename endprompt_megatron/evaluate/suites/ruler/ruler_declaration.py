@@ -11,7 +11,7 @@ from endprompt_megatron.evaluate.suite import Headline, Prepared, Published, Sco
 from endprompt_megatron.evaluate.suites.benchmark import Benchmark
 from endprompt_megatron.evaluate.suites.ruler.ruler_scores import NOT_COMPARABLE, score, summary
 from endprompt_megatron.evaluate.suites.ruler.ruler_settings import SAMPLES, SEED, RulerSettings
-from endprompt_megatron.evaluate.suites.ruler.ruler_suite import check, questions, sources
+from endprompt_megatron.evaluate.suites.ruler.ruler_suite import check, samples, sources
 from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import TASKS
 from endprompt_megatron.evaluate.suites.ruler.templates import NAMED
 from endprompt_megatron.evaluate.tables import quoted_bounds, scores_by_task
@@ -42,7 +42,7 @@ def _prepare(subject: Subject) -> Prepared:
         raise InputError(f"--suite ruler: needs {error.name}, which is not installed") from None
     benchmark = Benchmark(
         name="ruler",
-        questions=functools.partial(questions, settings),
+        samples=functools.partial(samples, settings),
         score=score,
         summary=summary,
         sources=functools.partial(sources, settings),
