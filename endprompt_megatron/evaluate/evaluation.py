@@ -22,10 +22,11 @@ from endprompt_megatron.common.files import disk_errors, read_json, write_json, 
 from endprompt_megatron.evaluate import store
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series, comparisons
+from endprompt_megatron.evaluate.plots import PAPER
 from endprompt_megatron.evaluate.preparation import Inputs, Model, prepare
+from endprompt_megatron.evaluate.registry import BASELINE, EXTENDED, Drawing, Settings, suites_in
 from endprompt_megatron.evaluate.request_progress import Progress
 from endprompt_megatron.evaluate.requests import Answered, Item, answers
-from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED, Settings
 from endprompt_megatron.evaluate.split import Alone, ModelRanks, Part
 
 OpenEngine = Callable[[Model], Engine]
@@ -168,10 +169,12 @@ def _put_together(inputs: Inputs, out: Path, counts: dict[str, int]) -> dict:
             by_suite[pair[0].suite].append(pair)
             seconds[pair[0].suite] += taken
         results["models"][label] = _described(inputs.models[label], out / "answers" / f"{label}.json")
-        measured = {suite: inputs.result(label, suite, pairs) for suite, pairs in by_suite.items()}
+        measured = {suite: inputs.prepared[label, suite].result(pairs) for suite, pairs in by_suite.items()}
         measured["seconds"] = {suite: round(taken, 2) for suite, taken in seconds.items()}
         results["measurements"][label] = measured
-        series[label] = [each for suite, pairs in by_suite.items() for each in inputs.series(label, suite, pairs)]
+        series[label] = [
+            each for suite, pairs in by_suite.items() for each in inputs.prepared[label, suite].series(pairs)
+        ]
         results["scores"][label] = [each.score() for each in series[label]]
         total += sum(seconds.values())
     if BASELINE in series:
@@ -191,14 +194,29 @@ def _described(model: Model, said: Path) -> dict:
 
 
 def _write(results: dict, values: dict, out: Path) -> None:
-    from endprompt_megatron.evaluate.plots import write_plots
-
     with disk_errors(out, "--out"), tempfile.TemporaryDirectory(prefix=".plots-", dir=out) as staging:
-        write_plots(results, Path(staging))
+        _write_plots(results, Path(staging))
         for plot in Path(staging).iterdir():
             os.replace(plot, out / plot.name)
         write_text(out / "values.json", json.dumps({"format": 1, **values}) + "\n")
         write_json(out / "results.json", results)
+
+
+def _write_plots(results: dict, directory: Path) -> None:
+    """NAME.png for each suite that draws, its pictures side by side."""
+    for suite in suites_in(results):
+        drawings = suite.drawings(results)
+        if drawings:
+            _draw(directory / f"{suite.name}.png", results, drawings)
+
+
+def _draw(path: Path, results: dict, drawings: list[Drawing]) -> None:
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
+
+    figure = Figure(figsize=(5.2 * len(drawings), 3.4), layout="constrained")
+    for axes, drawing in zip(figure.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
+        drawing.draw(axes, results, PAPER)
+    figure.savefig(path, dpi=150)
 
 
 def _versions() -> dict:

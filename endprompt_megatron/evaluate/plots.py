@@ -4,9 +4,7 @@ A palette names what a colour is for, so that the report can hand over colours t
 dark mode.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -207,30 +205,3 @@ def passkey(axes: "Axes", cells: list[dict], title: str, palette: Palette = PAPE
     dress(axes, palette, title, "tokens in the input", "depth of the key")
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
-
-
-def write_plots(results: dict, directory: Path) -> None:
-    """One PNG a measurement: perplexity.png, needle.png, virtual.png."""
-    if of_suite(results, "perplexity"):
-        _save(
-            directory / "perplexity.png",
-            [lambda axes: by_length(axes, results), lambda axes: by_position(axes, results)],
-        )
-    if of_suite(results, "needle"):
-        draws = [
-            lambda axes, label=label, cells=measured["cells"]: passkey(axes, cells, f"Passkey, {label}")
-            for label, measured in of_suite(results, "needle")
-        ]
-        _save(directory / "needle.png", draws)
-    if of_suite(results, "virtual"):
-        draws = [lambda axes, kind=kind: virtual_distance(axes, results, kind) for kind in ("repeat", "continue")]
-        _save(directory / "virtual.png", draws)
-
-
-def _save(path: Path, draws: list[Callable[["Axes"], None]]) -> None:
-    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
-
-    figure = Figure(figsize=(5.2 * len(draws), 3.4), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, len(draws), squeeze=False)[0], draws, strict=True):
-        draw(axes)
-    figure.savefig(path, dpi=150)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from endprompt_megatron.evaluate.intervals import compare_intervals
-from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED
+from endprompt_megatron.evaluate.registry import BASELINE, EXTENDED
 from endprompt_megatron.report.load import Run, Runs
 
 Key = tuple[str, str, int, str]  # suite, task, length (0: all), metric

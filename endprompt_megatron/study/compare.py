@@ -16,7 +16,7 @@ import numpy as np
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
 from endprompt_megatron.evaluate.intervals import bootstrap, interval, mean, t_interval
-from endprompt_megatron.evaluate.settings import EXTENDED
+from endprompt_megatron.evaluate.registry import EXTENDED
 from endprompt_megatron.study.grid import OVER, Study
 from endprompt_megatron.study.trial import Work
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe, load_recipe
-from endprompt_megatron.evaluate.settings import Settings, parse_suites
+from endprompt_megatron.evaluate.registry import option_names, parse_suites
 
 OVER = "seed"  # the axis that is averaged over
 KEEP = ("all", "scores")
@@ -23,7 +23,7 @@ _KEYS = {
     *("keep", "processes", "parallel"),
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
-_OPTIONS = {*(set(Settings.__dataclass_fields__) - {"suites"}), "suite", "threads"}  # of tools/evaluate.py
+_OPTIONS = {*option_names(), "suite", "threads"}  # of tools/evaluate.py
 
 
 @dataclass(frozen=True)

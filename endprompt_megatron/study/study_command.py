@@ -7,7 +7,7 @@ from pathlib import Path
 
 from endprompt_megatron.common.errors import EXIT_DONE, InputError
 from endprompt_megatron.common.files import disk_errors, read_json, write_text
-from endprompt_megatron.evaluate.score_tables import table
+from endprompt_megatron.evaluate.tables import table
 from endprompt_megatron.study.grid import Study, Trial, read_study
 from endprompt_megatron.study.trial import Work
 

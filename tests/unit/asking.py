@@ -6,7 +6,7 @@ from unit import doubles, tiny_suite
 
 from endprompt_megatron.evaluate.evaluation import evaluate
 from endprompt_megatron.evaluate.preparation import Model
-from endprompt_megatron.evaluate.settings import Settings
+from endprompt_megatron.evaluate.registry import Settings
 from endprompt_megatron.evaluate.split import Alone, Part
 from endprompt_megatron.tokenizer import load_tokenizer
 

@@ -14,7 +14,7 @@ from endprompt_megatron.evaluate.engines.base import Answer
 from endprompt_megatron.evaluate.evaluation import evaluate
 from endprompt_megatron.evaluate.intervals import comparisons
 from endprompt_megatron.evaluate.preparation import Model
-from endprompt_megatron.evaluate.settings import SUITES, Settings
+from endprompt_megatron.evaluate.registry import SUITES, Settings, Subject
 from endprompt_megatron.evaluate.suites import lm_eval, lm_eval_suite
 
 LONGBENCH = Path(__file__).resolve().parent.parent / "longbench"
@@ -93,7 +93,9 @@ def sources(directory: Path) -> Path:
     return directory
 
 
-def evaluated(made: Path, out: Path, skill=after, suites=SUITES[:5], **more):
+def evaluated(
+    made: Path, out: Path, skill=after, suites=("perplexity", "needle", "virtual", "ruler", "longbench"), **more
+):
     """results.json in `out` of a model as good as `skill` and its baseline; short text besides, where asked for."""
     native = [suite for suite in suites if suite != "short"]
     files = {key: str(made / "ruler" / name) for key, name in (("squad", "squad.json"), ("hotpotqa", "hotpotqa.json"))}
@@ -128,16 +130,16 @@ def evaluated(made: Path, out: Path, skill=after, suites=SUITES[:5], **more):
 
 def _told(settings, model, models, skill):
     """The double of a model, which knows the references of every question."""
-    from endprompt_megatron.evaluate.registry import KINDS, QuestionSuite
     from endprompt_megatron.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model.config)
     double = Skilled(model.weights, tokenizer, before if model is models["baseline"] else skill)
-    for name in settings.suites:
-        if name in KINDS:
-            suite = QuestionSuite(name, settings, model.config, model.window, tokenizer)
-            for question in suite.module.questions(suite.settings, tokenizer):
-                double.references[key_of(question.prompt)] = question.references
+    for label, asked in models.items():
+        if asked is model:
+            for name in {"ruler", "longbench"} & set(settings.suites):
+                prepared = SUITES[name].prepare(Subject(settings, models, label, tokenizer, None, model.window))
+                for item in prepared.requests():
+                    double.references[key_of(item.prompt.ids)] = item.entry.notes["references"]
     return double
 
 
@@ -145,8 +147,6 @@ def _add_short(results, settings):
     """Short text as lm-eval's worker gives it, put together by the suite itself."""
     series = {}
     for label, shift in (("baseline", 0.0), ("extended", -0.03)):
-        suite = lm_eval_suite.ShortSuite.__new__(lm_eval_suite.ShortSuite)
-        suite.module, suite.settings = lm_eval, settings
         pairs = []
         for task, (share, count) in SHORT.items():
             row = {
@@ -158,8 +158,8 @@ def _add_short(results, settings):
                 "all": {},
             }
             pairs.append((None, {"tasks": {task: row}, "lm_eval": "0.4.9"}))
-        results["measurements"][label]["short"] = suite.result(pairs)
-        series[label] = suite.series(pairs)
+        results["measurements"][label]["short"] = lm_eval_suite.result(pairs, settings.limit)
+        series[label] = lm_eval_suite.series(pairs)
         results["scores"][label] += [each.score() for each in series[label]]
     results["comparisons"] += comparisons(series["baseline"], series["extended"])
 

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import small
@@ -16,17 +17,20 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.evaluate import registry, store
 from endprompt_megatron.evaluate.evaluation import evaluate
 from endprompt_megatron.evaluate.preparation import Model
-from endprompt_megatron.evaluate.settings import Settings
+from endprompt_megatron.evaluate.registry import Settings
 from endprompt_megatron.evaluate.split import Part, parse_part
-from endprompt_megatron.evaluate.tables import terminal
+from endprompt_megatron.evaluate.terminal import terminal
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """The small suite in RULER's place; returns what turns its settings."""
     made = {"settings": tiny_suite.TinySettings()}
-    kind = registry.Kind("unit.tiny_suite", lambda *_: made["settings"], by_length=True)
-    monkeypatch.setitem(registry.KINDS, "ruler", kind)
+    monkeypatch.setitem(
+        registry.SUITES,
+        "ruler",
+        replace(registry.SUITES["ruler"], prepare=lambda s: tiny_suite.prepare(made["settings"], s)),
+    )
 
     def turn(**options):
         made["settings"] = tiny_suite.TinySettings(**options)

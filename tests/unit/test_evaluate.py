@@ -13,8 +13,8 @@ from endprompt_megatron.evaluate import held_out_text
 from endprompt_megatron.evaluate.engines.transformers_engine import TransformersEngine
 from endprompt_megatron.evaluate.evaluation import evaluate
 from endprompt_megatron.evaluate.preparation import Model
+from endprompt_megatron.evaluate.registry import Settings
 from endprompt_megatron.evaluate.requests import answered
-from endprompt_megatron.evaluate.settings import Settings
 from endprompt_megatron.evaluate.suites import needle, perplexity, virtual
 from endprompt_megatron.tokenizer import load_tokenizer
 

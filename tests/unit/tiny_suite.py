@@ -1,10 +1,12 @@
-"""A suite of questions as RULER and LongBench are: a module by the contract, small enough to count by hand."""
+"""A benchmark as RULER and LongBench are, small enough to count by hand."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from endprompt_megatron.evaluate.question import Question
+from endprompt_megatron.evaluate.suites.benchmark import Benchmark
 
 WORDS = "red green blue black white brown pink grey".split()
 
@@ -16,8 +18,9 @@ class TinySettings:
     stop: tuple[str, ...] = ()
 
 
-def check(settings):
-    return {task: settings.samples * len(settings.lengths) for task in ("first", "second")}
+def prepare(settings, subject, name="ruler"):
+    benchmark = Benchmark(name, partial(questions, settings), score, summary, sources, by_length=True)
+    return benchmark.prepare(subject, 2 * settings.samples * len(settings.lengths), 36)
 
 
 def questions(settings, tokenizer):
@@ -45,5 +48,5 @@ def summary(scored):
     return {"tasks": {task: {"score": 100 * np.mean(v), "questions": len(v)} for task, v in by_task.items()}}
 
 
-def sources(settings):
+def sources():
     return {"words": "eight colours"}

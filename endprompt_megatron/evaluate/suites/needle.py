@@ -7,16 +7,22 @@ Each cell of the grid (length x depth) holds several prompts.  Two scores:
 The mean log probability of the key's tokens tells degrees apart where both are 0 or 1.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate import plots
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
+from endprompt_megatron.evaluate.options import SAMPLES, TEXT, Option, parse_lengths, parse_shares
 from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.suite import Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
+from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
 from endprompt_megatron.tokenizer import Tokenizer
 
 TASK = (
@@ -150,3 +156,105 @@ def build_prompt(
     hay = stream[start : start + room].tolist()
     place = min(place, room)
     return task + hay[:place] + hidden + hay[place:] + question
+
+
+def _lengths(settings: Any) -> list[int]:
+    return settings.needle_lengths or settings.lengths
+
+
+def _prepare(subject: Subject) -> Prepared:
+    s, tokenizer = subject.settings, subject.tokenizer
+    filler = subject.tokens if s.filler == "text" else None
+    for length in _lengths(s):  # whether a prompt fits
+        build_prompt(tokenizer, "12345", length - ANSWER_TOKENS, 0.5, filler, np.random.default_rng(0))
+
+    def requests() -> Iterator[Item]:
+        return items(tokenizer, _lengths(s), depths=s.depths, samples=s.samples, seed=s.seed, filler=filler)
+
+    cells = len(s.depths) * s.samples
+    return Prepared(requests, result, series, (len(_lengths(s)) * cells, sum(_lengths(s)) * cells))
+
+
+def _tables(results: dict, labels: list[str]) -> list[str]:
+    measured = [results["measurements"][label]["needle"]["cells"] for label in labels]
+    columns = ("found", "95%", "recall", "logprob")
+    header = ["length", "depth", *(f"{label} {what}" for label in labels for what in columns)]
+    rows = []
+    for cells in zip(*measured, strict=True):
+        row = [str(cells[0]["length"]), f"{cells[0]['depth']:.0%}"]
+        for label, cell in zip(labels, cells, strict=True):
+            key = ("needle", f"depth {cell['depth']:g}", cell["length"], "accuracy")
+            found = f"{round(cell['accuracy'] * cell['samples'])} of {cell['samples']}"
+            bounds = bounds_text(scores_of(results, label).get(key), 100, 0)
+            row += [found, bounds, f"{cell['recall']:.0%}", f"{cell['logprob']:.2f}"]
+        rows.append(row)
+    return ["Passkey retrieval at real input lengths\n" + table(header, rows)]
+
+
+def _headlines(measured: dict, scores: Scores) -> list[Headline]:
+    found = []
+    for length in sorted({cell["length"] for cell in measured["cells"]}):
+        cells = [cell for cell in measured["cells"] if cell["length"] == length]
+        right = sum(round(cell["accuracy"] * cell["samples"]) for cell in cells)
+        key = ("needle", "all depths", length, "accuracy")
+        value = f"{right} of {sum(cell['samples'] for cell in cells)}"
+        found.append(Headline(f"Passkeys found, {length:,} tokens", key, value, quoted_bounds(scores.get(key), 0, "%")))
+    return found
+
+
+def _draw(axes: Any, results: dict, palette: plots.Palette, *, label: str) -> None:
+    cells = results["measurements"][label]["needle"]["cells"]
+    plots.passkey(axes, cells, f"Passkey, {palette.line(label)['label']}", palette)
+
+
+def _explanation(measured: dict) -> str:
+    filler = {"noise": "repeated noise sentences", "text": "held-out text"}[measured["filler"]]
+    samples = measured["cells"][0]["samples"]
+    return (
+        f"Five digits hidden in {filler}, asked for at the end of a real input: {samples} "
+        f"{'prompts' if samples > 1 else 'prompt'} for each length and depth. The accuracy is the share of greedy "
+        "answers with the exact digits."
+    )
+
+
+def _limits(measured: dict, settings: Any) -> list[str]:
+    most = max(cell["samples"] for cell in measured["cells"])
+    if most >= 20:
+        return []
+    return [f"{most} {'prompts' if most > 1 else 'prompt'} for each length and depth give only a rough accuracy"]
+
+
+SUITE = Suite(
+    name="needle",
+    title="Passkey",
+    about="five digits hidden in noise or text, by the length of the input and their depth in it",
+    options=(
+        TEXT,
+        SAMPLES,
+        Option("depths", "where the passkey stands, as shares of the filler", parse=parse_shares, default=DEPTHS),
+        Option(
+            "needle_lengths",
+            "lengths of these inputs, if not --lengths",
+            parse=parse_lengths,
+            metavar="LENGTHS",
+        ),
+        Option("filler", "what the passkey hides in: noise or --text", choices=("noise", "text"), default="noise"),
+    ),
+    prepare=_prepare,
+    reads_text=lambda settings: settings.filler == "text",
+    real_lengths=lambda settings: (
+        {"--needle-lengths": settings.needle_lengths} if settings.needle_lengths else {"--lengths": settings.lengths}
+    ),
+    inputs_from=("samples", "filler", "seed"),
+    metrics=(Metric("accuracy"), Metric("recall")),
+    means=("all depths",),
+    task_names={"all depths": ""},
+    headlines=_headlines,
+    tables=_tables,
+    drawings=lambda results: [
+        Drawing(f"Passkey, {label}", functools.partial(_draw, label=label))
+        for label, _ in plots.of_suite(results, "needle")
+    ],
+    explanation=_explanation,
+    limits=_limits,
+)

@@ -15,9 +15,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate import plots
 from endprompt_megatron.evaluate.engines.base import Engine
+from endprompt_megatron.evaluate.held_out_text import windows
 from endprompt_megatron.evaluate.intervals import Series
+from endprompt_megatron.evaluate.options import TEXT, Option
 from endprompt_megatron.evaluate.requests import Answered, Entry, Item, answered, content_of
+from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Prepared, Scores, Subject, Suite
+from endprompt_megatron.evaluate.tables import bounds_text, scores_of, table
 
 BUCKETS = 24
 BLOCK = 64  # tokens of one sample of the statistics: neighbours are too much alike to count one by one
@@ -155,3 +160,130 @@ def _summary(means: list[float]) -> dict:
 
 def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
+
+
+def _prepare(subject: Subject) -> Prepared:
+    s = subject.settings
+    if s.lengths[0] <= s.scored:
+        raise InputError(
+            f"--lengths {s.lengths[0]}: should be above the {s.scored} scored tokens; "
+            "use longer inputs or a smaller --scored"
+        )
+    inputs, window = windows(subject.tokens, s.lengths[-1], s.windows), subject.model.window
+    if s.stride is not None and s.stride > min(window, s.lengths[-1]) - 1:
+        raise InputError(
+            f"--stride {s.stride}: should be below the window of {window} and --lengths "
+            f"{s.lengths[-1]}; a half or a quarter of the window is usual"
+        )
+
+    def requests() -> Iterator[Item]:
+        yield from items(inputs, s.lengths, scored=s.scored)
+        if s.stride is not None:
+            yield from sliding_items(inputs, window, s.stride)
+
+    slid = [item.tokens for item in sliding_items(inputs, window, s.stride)] if s.stride is not None else []
+    expected = len(s.lengths) * s.windows + len(slid), sum(s.lengths) * s.windows + sum(slid)
+    return Prepared(requests, result, series, expected)
+
+
+def perplexity_text(value: float) -> str:
+    """A collapsed model's thousands stay readable beside the others' tens."""
+    return f"{value:,.{1 if value < 1000 else 0}f}" if value < 1e6 else f"{value:.1e}"
+
+
+def _loss_text(entry: dict) -> str:
+    """Loss with its standard error where there is one."""
+    error = f" ±{entry['stderr']:.3f}" if entry.get("stderr") is not None else ""
+    return f"{entry['loss']:.3f}{error}"
+
+
+def _tables(results: dict, labels: list[str]) -> list[str]:
+    measured = {label: results["measurements"][label]["perplexity"] for label in labels}
+    header = ["length", *(f"{label} {what}" for label in labels for what in ("loss", "95%", "ppl"))]
+    rows = []
+    for entries in zip(*(measured[label]["by_length"] for label in labels), strict=True):
+        row = [str(entries[0]["length"])]
+        for label, entry in zip(labels, entries, strict=True):
+            score = scores_of(results, label).get(_key(entry["length"]))
+            row += [_loss_text(entry), bounds_text(score, 1, 3), perplexity_text(entry["perplexity"])]
+        rows.append(row)
+    title = f"Held-out text, last {measured[labels[0]]['scored']} tokens of real inputs"
+    parts = [f"{title}\n{table(header, rows)}"]
+    slid = {label: of_model.get("sliding") for label, of_model in measured.items()}
+    if all(slid.values()):
+        header = ["model", "window", "stride", "tokens", "loss", "ppl"]
+        rows = [
+            [
+                label,
+                *(str(entry[key]) for key in ("window", "stride", "tokens")),
+                _loss_text(entry),
+                perplexity_text(entry["perplexity"]),
+            ]
+            for label, entry in slid.items()
+        ]
+        parts.append(f"Held-out text, every token of the longest inputs, sliding window\n{table(header, rows)}")
+    return parts
+
+
+def _key(length: int) -> tuple[str, str, int, str]:
+    return "perplexity", BY_LENGTH, length, "loss"
+
+
+def _headlines(measured: dict, scores: Scores) -> list[Headline]:
+    found = []
+    for entry in measured["by_length"]:
+        score = scores.get(_key(entry["length"]))
+        bounds = (score and score["interval"]) or ()
+        found.append(
+            Headline(
+                f"Perplexity, {entry['length']:,} tokens",
+                _key(entry["length"]),
+                perplexity_text(entry["perplexity"]),
+                "–".join(perplexity_text(_perplexity(bound)) for bound in bounds),
+            )
+        )
+    return found
+
+
+def _explanation(measured: dict) -> str:
+    count = len(measured["by_length"][0]["windows"])
+    inputs = f"{count} held-out {'inputs' if count > 1 else 'input'}"
+    return (
+        f"Perplexity of the last {measured['scored']} tokens of {inputs} of each length; "
+        "all lengths score the same tokens. A model that uses its context gets better with the length; "
+        "one past its window collapses."
+    )
+
+
+SUITE = Suite(
+    name="perplexity",
+    title="Perplexity",
+    about="loss of held-out text by the length of the input and by position",
+    options=(
+        TEXT,
+        Option("windows", "inputs of each length", int, default=2, minimum=1),
+        Option("scored", "tokens scored at the end of each input", int, default=512, minimum=1),
+        Option(
+            "stride",
+            "also slide the model's window over the longest inputs, by so many tokens",
+            int,
+            minimum=1,
+            refused_without_suite=True,
+        ),
+    ),
+    prepare=_prepare,
+    reads_text=lambda settings: True,
+    real_lengths=lambda settings: {"--lengths": settings.lengths},
+    inputs_from=("lengths", "windows", "scored", "seed"),
+    metrics=(LOSS,),
+    quoted_tasks=(BY_LENGTH,),
+    task_names={BY_LENGTH: ""},
+    headlines=_headlines,
+    losses_by_position=lambda measured: measured["by_position"],
+    tables=_tables,
+    drawings=lambda results: [
+        Drawing("Perplexity by length", plots.by_length),
+        Drawing("Perplexity by position", plots.by_position),
+    ],
+    explanation=_explanation,
+)

@@ -8,19 +8,25 @@ The distance is that of the value where it is asked from the value where it was 
 like is a form: for a model that knows one kind of text only, a JSON file says it.
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
+from endprompt_megatron.evaluate import plots
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
+from endprompt_megatron.evaluate.options import SAMPLES, TEXT, Option, parse_lengths
 from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
 from endprompt_megatron.evaluate.suites.needle import continuation
+from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
 from endprompt_megatron.tokenizer import Tokenizer
 
 AT_ONCE = 16384  # tokens of one forward pass
@@ -215,3 +221,104 @@ def _cells(pairs: list[Answered]) -> dict[tuple[str, int], dict[str, list]]:
 def form_as_json(form: Form) -> str:
     """What `read_form` reads."""
     return json.dumps(asdict(form), indent=1) + "\n"
+
+
+def _prepare(subject: Subject) -> Prepared:
+    s, tokenizer, text = subject.settings, subject.tokenizer, subject.tokens
+    form = read_form(s.recall_form)
+    for length in s.lengths:  # whether facts and questions fit
+        for distance in distances_of(length, s.recall_distances):
+            build_row(tokenizer, text, length, distance, form, np.random.default_rng(0))
+
+    def requests() -> Iterator[Item]:
+        return items(tokenizer, text, s.lengths, form, distances=s.recall_distances, samples=s.samples, seed=s.seed)
+
+    return Prepared(requests, result, series, expected(s.lengths, s.recall_distances, s.samples))
+
+
+def _tables(results: dict, labels: list[str]) -> list[str]:
+    measured = [results["measurements"][label]["recall"]["cells"] for label in labels]
+    header = ["length", "distance", *(f"{label} {what}" for label in labels for what in ("recalled", "95%", "loss"))]
+    rows = []
+    for cells in zip(*measured, strict=True):
+        row = [str(cells[0]["length"]), str(cells[0]["distance"])]
+        for label, cell in zip(labels, cells, strict=True):
+            key = ("recall", str(cell["distance"]), cell["length"], "recalled")
+            found = f"{round(cell['recalled'] * cell['samples'])} of {cell['samples']}"
+            row += [found, bounds_text(scores_of(results, label).get(key), 100, 0), f"{cell['loss']:.3f}"]
+        rows.append(row)
+    return ["Facts recalled from held-out text, by distance\n" + table(header, rows)]
+
+
+def _headlines(measured: dict, scores: Scores) -> list[Headline]:
+    found = []
+    for length in sorted({cell["length"] for cell in measured["cells"]}):
+        cells = [cell for cell in measured["cells"] if cell["length"] == length]
+        right = sum(round(cell["recalled"] * cell["samples"]) for cell in cells)
+        key = ("recall", "all distances", length, "recalled")
+        value = f"{right} of {sum(cell['samples'] for cell in cells)}"
+        found.append(Headline(f"Facts recalled, {length:,} tokens", key, value, quoted_bounds(scores.get(key), 0, "%")))
+    return found
+
+
+def _drawings(results: dict) -> list[Drawing]:
+    lengths = {cell["length"] for _, measured in plots.of_suite(results, "recall") for cell in measured["cells"]}
+    return [
+        Drawing(f"Facts recalled in inputs of {length:,} tokens", functools.partial(_draw, length=length))
+        for length in sorted(lengths)
+    ]
+
+
+def _draw(axes: Any, results: dict, palette: plots.Palette, *, length: int) -> None:
+    """The share of facts recalled against their distance, in inputs of one length."""
+    every: set[int] = set()
+    for label, measured in plots.of_suite(results, "recall"):
+        cells = [cell for cell in measured["cells"] if cell["length"] == length]
+        distances = [cell["distance"] for cell in cells]
+        axes.plot(distances, [cell["recalled"] for cell in cells], **palette.line(label))
+        every |= set(distances)
+    axes.set_ylim(-0.03, 1.03)
+    plots.length_axis(axes, sorted(every))
+    title = f"Facts recalled in inputs of {plots.short(length)}"
+    plots.dress(axes, palette, title, "distance in tokens", "share of facts")
+    plots.window_mark(axes, results, palette)
+    plots.legend(axes, palette)
+
+
+def _explanation(measured: dict) -> str:
+    samples = measured["cells"][0]["samples"]
+    return (
+        f"A fact stands in held-out text and is asked for at the end of it: {samples} "
+        f"{'inputs' if samples > 1 else 'input'} for each length and distance. It counts as recalled if every token of "
+        "it is the model's first choice, given the true tokens before it."
+    )
+
+
+SUITE = Suite(
+    name="recall",
+    title="Recall",
+    about="a fact in held-out text, asked for at its end, by the length of the input and the distance of the fact",
+    options=(
+        TEXT,
+        SAMPLES,
+        Option(
+            "recall_distances",
+            "how far facts are away, in tokens; by default powers of 2, 3/4 and 7/8 of the length",
+            parse=parse_lengths,
+            metavar="LENGTHS",
+        ),
+        Option("recall_form", "JSON: what facts and questions look like", metavar="FILE", is_file=True),
+    ),
+    prepare=_prepare,
+    reads_text=lambda settings: True,
+    real_lengths=lambda settings: {"--lengths": settings.lengths},
+    inputs_from=("samples", "recall_form", "seed"),
+    metrics=(Metric("recalled"), LOSS),
+    means=("all distances",),
+    task_names={"all distances": ""},
+    tasks_are_distances=True,
+    headlines=_headlines,
+    tables=_tables,
+    drawings=_drawings,
+    explanation=_explanation,
+)

@@ -16,13 +16,20 @@ What it cannot show: D tokens of real text compete for attention in a real input
 training loop runs the same rows through the Megatron model as validation.
 """
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate import plots
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
+from endprompt_megatron.evaluate.options import TEXT, Option, parse_lengths
 from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
+from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
 
 KINDS = ("repeat", "continue")
 
@@ -138,3 +145,93 @@ def series(pairs: list[Answered]) -> list[Series]:
         for entry, record in pairs
         for metric in ("loss", "accuracy")
     ]
+
+
+def _prepare(subject: Subject) -> Prepared:
+    s, text = subject.settings, subject.tokens
+    window = subject.trained_window
+    if s.physical < 16:
+        raise InputError(f"--physical {s.physical}: a probe needs 16 tokens or more")
+    if len(text) < s.physical:
+        raise InputError(f"--physical {s.physical}: the held-out text has {len(text)} tokens only; give a longer one")
+    if s.distances is None and window < s.physical:
+        raise InputError(f"--physical {s.physical}: above the model's window of {window}; use a smaller one")
+    distances = s.distances or default_distances(s.physical, window)
+    if distances[0] < s.physical:
+        raise InputError(f"--distances {distances[0]}: below the probe's {s.physical} tokens; see --physical")
+    probes = {
+        kind: probe_inputs(
+            text,
+            physical_len=s.physical,
+            distances=distances,
+            samples=s.probe_samples,
+            seed=s.seed,
+            kind=kind,
+        )
+        for kind in KINDS
+    }
+    sizes = [probe["tokens"].size for of_kind in probes.values() for probe in of_kind]
+    return Prepared(lambda: items(probes), result, series, (len(sizes), sum(sizes)))
+
+
+def _tables(results: dict, labels: list[str]) -> list[str]:
+    measured = {label: results["measurements"][label]["virtual"] for label in labels}
+    first, parts = measured[labels[0]], []
+    for kind, title in (("repeat", "recalling a passage"), ("continue", "going on with the text")):
+        header = ["virtual length", *(f"{label} {what}" for label in labels for what in ("loss", "right", "95%"))]
+        rows = []
+        for distance in first[kind]:
+            row = [distance]
+            for label in labels:
+                entry = measured[label][kind][distance]
+                score = scores_of(results, label).get(("virtual", kind, int(distance), "accuracy"))
+                row += [f"{entry['loss']:.3f}", f"{entry['accuracy']:.0%}", bounds_text(score, 100, 0)]
+            rows.append(row)
+        parts.append(f"Virtual distance, {title} ({first['physical']} physical tokens)\n" + table(header, rows))
+    return parts
+
+
+def _headlines(measured: dict, scores: Scores) -> list[Headline]:
+    furthest = max(map(int, measured["repeat"]))
+    key = ("virtual", "repeat", furthest, "accuracy")
+    value = f"{measured['repeat'][str(furthest)]['accuracy']:.0%}"
+    return [Headline(f"Recalled at virtual length {furthest:,}", key, value, quoted_bounds(scores.get(key), 0, "%"))]
+
+
+def _draw(axes: Any, results: dict, palette: plots.Palette, *, kind: str) -> None:
+    plots.virtual_distance(axes, results, kind, palette=palette)
+
+
+def _explanation(measured: dict) -> str:
+    return (
+        "A short input whose last tokens carry far position ids: to the rotary embedding a long input, to the hardware "
+        "a short one. Recalling means repeating a passage from before the jump word for word; going on means plain "
+        "text across it. The leftmost point has no jump."
+    )
+
+
+SUITE = Suite(
+    name="virtual",
+    title="Virtual distance",
+    about="a short input whose last tokens carry far position ids, by the virtual length",
+    options=(
+        TEXT,
+        Option("physical", "tokens of an input", int, default=512, minimum=1),
+        Option("distances", "virtual lengths; by default powers of 2 up to the model's window", parse=parse_lengths),
+        Option("probe_samples", "inputs for each virtual length", int, default=8, minimum=1),
+    ),
+    prepare=_prepare,
+    reads_text=lambda settings: True,
+    refused_engines={"vllm": "vLLM takes no position ids; use --engine transformers or megatron for it"},
+    inputs_from=("physical", "probe_samples", "seed"),
+    metrics=(Metric("accuracy"), LOSS),
+    by_length=False,
+    quoted_tasks=("repeat",),
+    task_names={"repeat": "recalling", "continue": "going on"},
+    headlines=_headlines,
+    tables=_tables,
+    drawings=lambda results: [
+        Drawing(f"Virtual distance, {kind}", functools.partial(_draw, kind=kind)) for kind in KINDS
+    ],
+    explanation=_explanation,
+)

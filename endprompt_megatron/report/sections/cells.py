@@ -4,7 +4,7 @@ import math
 
 from endprompt_megatron.common.html_page import Cell, enumerate_words
 from endprompt_megatron.evaluate.plots import short
-from endprompt_megatron.evaluate.tables import perplexity_text
+from endprompt_megatron.evaluate.suites.perplexity import perplexity_text
 from endprompt_megatron.report.models import Key, Model
 
 NONE = "–"

@@ -12,7 +12,7 @@ from endprompt_megatron.common.html_page import (
     note,
 )
 from endprompt_megatron.evaluate.plots import short
-from endprompt_megatron.evaluate.score_tables import published
+from endprompt_megatron.evaluate.published_rows import published
 from endprompt_megatron.model.published_shapes import plain_name
 from endprompt_megatron.report.models import Measured, Model
 from endprompt_megatron.report.sections import cells

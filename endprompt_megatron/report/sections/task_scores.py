@@ -1,7 +1,7 @@
 """LongBench by group and short text by task, before and after, with the paper's rows beside."""
 
 from endprompt_megatron.common.html_page import Cell, Details, Row, Section, Table, missing, note
-from endprompt_megatron.evaluate.score_tables import published
+from endprompt_megatron.evaluate.published_rows import published
 from endprompt_megatron.report.models import Measured, Model
 from endprompt_megatron.report.sections import cells
 from endprompt_megatron.report.sections.cells import NONE

@@ -7,6 +7,7 @@ from endprompt_megatron.evaluate.question import Question
 from endprompt_megatron.evaluate.suites.ruler.ruler_settings import QA_FILES, SAMPLES
 from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import PART, TASKS
 
+NOT_COMPARABLE = "not comparable to published RULER: "  # how each note begins
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
@@ -54,7 +55,7 @@ def summary(scored: Iterable[tuple[Question, ...]]) -> dict:
         "haystack": haystack,
         "left_out": left_out,
         "comparable": not notes,
-        "notes": [f"not comparable to published RULER: {note}" for note in notes],
+        "notes": [NOT_COMPARABLE + note for note in notes],
     }
 
 

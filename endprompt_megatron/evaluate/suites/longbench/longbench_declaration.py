@@ -1,0 +1,130 @@
+"""LongBench in the table of suites (evaluate/registry.py)."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from endprompt_megatron.evaluate.options import LIMIT, TEMPLATE, Option, parse_names
+from endprompt_megatron.evaluate.published_rows import note_on, published
+from endprompt_megatron.evaluate.suite import Headline, Prepared, Published, Scores, Subject, Suite
+from endprompt_megatron.evaluate.suites.benchmark import Benchmark
+from endprompt_megatron.evaluate.suites.longbench.longbench_prompts import chat_wrapper, default_max_length
+from endprompt_megatron.evaluate.suites.longbench.longbench_suite import (
+    LongBenchSettings,
+    check,
+    questions,
+    score,
+    sources,
+)
+from endprompt_megatron.evaluate.suites.longbench.longbench_summary import summary
+from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import GROUPS, NOT_CHINESE, TASKS
+from endprompt_megatron.evaluate.tables import quoted_bounds, scores_by_task
+
+_MEANS = {"mean_16": "mean of 16 tasks", "mean_21": "mean of 21 tasks"}
+
+
+def settings_for(subject: Subject) -> LongBenchSettings:
+    """LongBench's own settings from those of the evaluation."""
+    s, directory = subject.settings, subject.model.config
+    return LongBenchSettings(
+        data=Path(s.longbench_data),
+        max_length=default_max_length(subject.model.window),
+        tasks=tuple(s.longbench_tasks) if s.longbench_tasks else None,
+        limit=s.limit,
+        chat=chat_wrapper(directory) if s.template == "chat" else None,
+    )
+
+
+def _prepare(subject: Subject) -> Prepared:
+    settings = settings_for(subject)
+    benchmark = Benchmark(
+        name="longbench",
+        questions=functools.partial(questions, settings),
+        score=score,
+        summary=summary,
+        sources=functools.partial(sources, settings),
+        by_length=False,
+        groups=_groups(),
+    )
+    return benchmark.prepare(subject, sum(check(settings).values()), settings.max_length)
+
+
+def _groups() -> dict[str, list[str]]:
+    """The groups and the mean that the paper reports, which leave the Chinese tasks out, and the mean of all."""
+    groups = {group: [name for name in NOT_CHINESE if TASKS[name].group == group] for group in GROUPS}
+    return {**groups, "mean_16": list(NOT_CHINESE), "mean_21": list(TASKS)}
+
+
+def _headlines(measured: dict, scores: Scores) -> list[Headline]:
+    found = []
+    for task in _MEANS:
+        key = ("longbench", task, 0, "score")
+        if key in scores:
+            found.append(
+                Headline(
+                    f"LongBench, {task.removeprefix('mean_')} tasks",
+                    key,
+                    f"{100 * scores[key]['score']:.1f}",
+                    quoted_bounds(scores[key]),
+                    complete=bool((measured.get(task) or {}).get("complete")),
+                )
+            )
+    return found
+
+
+def _published(settings: dict) -> Published:
+    groups = published()["longbench"]["groups"]
+    rows = {method: {(group, 0): value for group, value in of.items()} for method, of in groups.items()}
+    columns = {group: (group, 0) for group in next(iter(groups.values()))}
+    return Published("group", rows, columns, note_on("longbench"))
+
+
+def _limits(measured: dict, settings: Any) -> list[str]:
+    found, missing = [], measured.get("missing") or []
+    short = (measured.get("mean_21") or {}).get("short") or []
+    if missing:
+        found.append(f"without {len(missing)} of 21 tasks ({', '.join(missing)})")
+    if short:
+        found.append(f"fewer questions than published in {len(short)} of the tasks asked")
+    if measured.get("prompts", "published") != "published":
+        found.append(f"prompts: {measured['prompts']}")
+    if settings.template != "base":
+        found.append("questions in the model's chat template")
+    return found
+
+
+SUITE = Suite(
+    name="longbench",
+    title="LongBench",
+    about="LongBench's 21 tasks, cut in the middle to the model's window",
+    options=(
+        TEMPLATE,
+        LIMIT,
+        Option("longbench_data", "LongBench's data.zip, or the directory with its files", metavar="PATH", is_file=True),
+        Option("longbench_tasks", "some of the 21 tasks; by default all", parse=parse_names, metavar="NAMES"),
+    ),
+    prepare=_prepare,
+    requires={
+        "longbench_data": "--suite longbench needs the benchmark's data.zip, or the directory with its data/*.jsonl"
+    },
+    inputs_from=("limit", "template"),
+    sources=lambda measured: {"prompts": measured.get("prompts")},
+    by_length=False,
+    means=tuple(_MEANS),
+    task_names={
+        "single_doc_qa": "one document",
+        "multi_doc_qa": "several documents",
+        "summarization": "summaries",
+        "few_shot": "few-shot",
+        **_MEANS,
+    },
+    headlines=_headlines,
+    tables=lambda results, labels: scores_by_task("LongBench", "longbench", results, labels),
+    published=_published,
+    explanation=lambda measured: (
+        "Questions about, summaries of and additions to real documents. Percent; the groups and the first mean are "
+        "without the Chinese tasks."
+    ),
+    limits=_limits,
+    unknown_without="questions about and summaries of real documents (LongBench)",
+)
