@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.html_page import Row
+from endprompt_megatron.common.units import format_duration, format_number
 from endprompt_megatron.report.load import Run
 
 if TYPE_CHECKING:
@@ -80,14 +81,14 @@ def spent_rows(every: Sequence[Spent]) -> list[Row]:
         row("steps", lambda s: f"{s.steps:,}"),
         row("tokens", lambda s: f"{s.tokens:,}" if s.tokens else None),
         row("GPUs" if unit == "GPU" else "processes", lambda s: f"{s.processes:,}" if s.processes else None),
-        row("time in steps", lambda s: duration(s.seconds)),
-        row(f"{unit}-hours", lambda s: _number(s.process_seconds / 3600) if s.process_seconds else None),
+        row("time in steps", lambda s: format_duration(s.seconds) if s.seconds else None),
+        row(f"{unit}-hours", lambda s: format_number(s.process_seconds / 3600) if s.process_seconds else None),
         row("tokens a second", lambda s: f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else None),
         row(
             f"tokens a second and {unit}",
             lambda s: f"{s.tokens_per_s / s.processes:,.0f}" if s.tokens_per_s and s.processes else None,
         ),
-        row(f"TFLOP/s a {unit}", lambda s: _number(s.tflops) if s.tflops else None),
+        row(f"TFLOP/s a {unit}", lambda s: format_number(s.tflops) if s.tflops else None),
         row("MFU", lambda s: f"{s.mfu:.1%}" if s.mfu is not None else None),
         row("memory, first process", lambda s: f"{s.memory_gib:.1f} GiB" if s.memory_gib else None),
     ]
@@ -132,8 +133,8 @@ def plan_rows(plans: Sequence[Planned]) -> list[Row]:
 
     return [
         row("on", lambda e: f"{e.gpus} {e.gpu.name}"),
-        row("time in steps", lambda e: duration(e.hours * 3600) or NONE),
-        row("GPU-hours", lambda e: _number(e.gpu_hours)),
+        row("time in steps", lambda e: format_duration(3600 * e.hours)),
+        row("GPU-hours", lambda e: format_number(e.gpu_hours)),
         row("tokens a second and GPU", lambda e: f"{e.tokens_per_gpu_second:,.0f}"),
         row("MFU", lambda e: f"{e.tflops * 1e12 / e.gpu.bf16:.1%}"),
         row("memory, fullest GPU", lambda e: f"{e.fullest.total / 2**30:.1f} GiB"),
@@ -153,17 +154,3 @@ def notes(every: Sequence[Spent], plans: Sequence[Planned]) -> list[str]:
     reasons = {plan.reason for plan in plans if plan.reason and plan.reason != "no recipe"}
     words += [f"No plan: {reason}." for reason in sorted(reasons)]
     return words
-
-
-def duration(seconds: float | None) -> str | None:
-    """42.0 s, 12.3 min, 5.1 h, 3.2 days; None for nothing."""
-    if not seconds:
-        return None
-    for size, unit, least in ((86400, "days", 72 * 3600), (3600, "h", 3600), (60, "min", 120)):
-        if seconds >= least:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
