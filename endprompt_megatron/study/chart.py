@@ -3,17 +3,12 @@
 from typing import TYPE_CHECKING
 
 from endprompt_megatron.common.html_page import Figure
-from endprompt_megatron.common.inline_svg import STAND_INS
-from endprompt_megatron.evaluate.plots import dress, length_axis
-from endprompt_megatron.report.figures import PAGE
+from endprompt_megatron.common.plotting import CYCLE, CYCLE_DASHES, PAGE, dress, length_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Points = list[tuple[float, float]]
-# A variant keeps its colour in all pictures of a page, and after the last colour the first comes again, dashed.
-COLOURS = ("extended", "control", "run3", "untrained", "run2", "run6", "run4", "run5", "muted")
-DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)))
 _LINES_BESIDE = 14  # of a legend, beside a picture of usual height
 
 
@@ -32,8 +27,9 @@ def curves(title: str, x_name: str, y_name: str, lines: dict[str, Points], order
             axes.plot(
                 [x for x, _ in points],
                 [y for _, y in points],
-                color=STAND_INS[COLOURS[number % len(COLOURS)]],
-                linestyle=DASHES[number // len(COLOURS) % len(DASHES)],
+                # After the last colour the first comes again, with other dashes.
+                color=CYCLE[number % len(CYCLE)],
+                linestyle=CYCLE_DASHES[number // len(CYCLE) % len(CYCLE_DASHES)],
                 linewidth=1.5,
                 # A leading underscore would hide a line from the legend, a dollar sign would begin mathematics.
                 label=name.lstrip("_").replace("$", "\\$") or str(number),

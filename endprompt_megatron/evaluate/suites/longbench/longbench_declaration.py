@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.evaluate.options import LIMIT, TEMPLATE, Option, parse_names
-from endprompt_megatron.evaluate.published_rows import note_on, published
+from endprompt_megatron.evaluate.published_rows import model, note_on, published
 from endprompt_megatron.evaluate.suite import Headline, Prepared, Published, Scores, Subject, Suite
 from endprompt_megatron.evaluate.suites.benchmark import Benchmark
 from endprompt_megatron.evaluate.suites.longbench.longbench_prompts import chat_wrapper, default_max_length
@@ -76,7 +76,18 @@ def _published(settings: dict) -> Published:
     groups = published()["longbench"]["groups"]
     rows = {method: {(group, 0): value for group, value in of.items()} for method, of in groups.items()}
     columns = {group: (group, 0) for group in next(iter(groups.values()))}
-    return Published("group", rows, columns, note_on("longbench"))
+    return Published("group", rows, columns, note_on("longbench"), model())
+
+
+def _incomplete(measured: dict) -> set[str]:
+    means = {name: measured.get(name) or {} for name in _MEANS}
+    groups = {name: of.get("not_chinese") or {} for name, of in measured.get("groups", {}).items()}
+    return {name for name, of in (means | groups).items() if not of.get("complete")}
+
+
+def _task_note(measured: dict, task: str) -> str:
+    row = measured.get("tasks", {}).get(task)
+    return f"{row['questions']} of {row['published_questions']} questions" if row else ""
 
 
 def _limits(measured: dict, settings: Any) -> list[str]:
@@ -121,6 +132,8 @@ SUITE = Suite(
     headlines=_headlines,
     tables=lambda results, labels: scores_by_task("LongBench", "longbench", results, labels),
     published=_published,
+    task_note=_task_note,
+    incomplete_tasks=_incomplete,
     explanation=lambda measured: (
         "Questions about, summaries of and additions to real documents. Percent; the groups and the first mean are "
         "without the Chinese tasks."
