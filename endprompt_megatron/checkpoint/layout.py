@@ -16,7 +16,7 @@ from pathlib import Path
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json, write_json, write_text
-from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.model.shape import ModelShape
 from endprompt_megatron.tokenizer.tokenizer_files import size_of_model
 
@@ -211,8 +211,8 @@ def require_space(out: Path, count: int, flag: str = "--out") -> None:
     free = shutil.disk_usage(place).free
     if free < count:
         raise InputError(
-            f"{flag} {out}: no space left on the disk: {in_words(count)} needed, {in_words(free)} free; free some or "
-            "choose another place"
+            f"{flag} {out}: no space left on the disk: {format_bytes(count)} needed, {format_bytes(free)} free; "
+            "free some or choose another place"
         )
 
 

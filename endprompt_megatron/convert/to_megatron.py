@@ -14,7 +14,7 @@ from endprompt_megatron.checkpoint import data_files, layout
 from endprompt_megatron.checkpoint.tensor_reader import Scratch
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import refuse_existing, sums_of
-from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.common.workers import mpi, ranks_agree
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource
@@ -36,7 +36,8 @@ class Written:
     seconds: float
 
     def __str__(self) -> str:
-        return f"wrote {self.path}: {self.tensors} tensors, {in_words(self.bytes)}, {self.dtype}, {self.seconds:.1f} s"
+        size = format_bytes(self.bytes)
+        return f"wrote {self.path}: {self.tensors} tensors, {size}, {self.dtype}, {self.seconds:.1f} s"
 
 
 def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, workers: int | None = 1) -> Written | None:

@@ -11,6 +11,11 @@ def published() -> dict:
     return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 
+def model() -> str:
+    """The name of the model that the rows are of."""
+    return published()["model"].split(",")[0]
+
+
 def note_on(suite: str) -> str:
     """Which model, what, and the source, for below a table."""
     rows = published()

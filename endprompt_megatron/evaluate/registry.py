@@ -34,7 +34,10 @@ That is all that it takes to be asked, stored, split over processes, compared an
     metrics      how numbers read: unit, digits, whether lower is better.  The first is that of the headlines.
     means        tasks that average the suite's others: a table of many scores shows them first.
     quoted_tasks the tasks of the differences that a report shows first, `means` unless given.
+    grid         measured -> Grid: a heat map for each model, which a report shows in the place of the drawings.
     task_names   names of tasks for a reader; "" where the suite's title says it all.
+    task_note, incomplete_tasks
+                 small print beside a task's name; tasks that are over less than their names say, marked with a star.
     published    settings -> Published: published scores by method and (task, length), beside ours.
     explanation, limits, unknown_without
                  plain text for a reader: what was asked; why the scores are no published benchmark's; what stays
@@ -55,6 +58,7 @@ from endprompt_megatron.evaluate.engines.base import checked_dtype, checked_engi
 from endprompt_megatron.evaluate.options import Option, parse_names
 from endprompt_megatron.evaluate.suite import (
     Drawing,
+    Grid,
     Headline,
     Key,
     Metric,
@@ -75,6 +79,7 @@ __all__ = [
     "GENERAL",
     "SUITES",
     "Drawing",
+    "Grid",
     "Headline",
     "Key",
     "Metric",

@@ -87,6 +87,27 @@ class Drawing:
 
     title: str
     draw: Callable[["Axes", dict, Any], None]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Shade:
+    """A cell of a Grid: its level, 0 to 1, what is written in it, and what is said where there is room."""
+
+    level: float
+    text: str
+    second: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One model's scores over two quantities, to be shown as a heat map; None where nothing was measured."""
+
+    corner: str  # names the rows' quantity
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Shade | None, ...]], ...]
+    scale: str  # what a shade says: "found"
 
 
 @dataclass(frozen=True)
@@ -97,6 +118,9 @@ class Published:
     rows: dict[str, dict[tuple[str, int], float]]
     columns: dict[str, tuple[str, int]]  # of the terminal's table: header -> (task, length)
     note: str  # which model, what, and the source
+    model: str = ""  # the name of the model
+    derived: dict[str, dict[tuple[str, int], float]] = field(default_factory=dict)  # not printed, but follows
+    derivation: str = ""  # from what it follows
 
 
 def _no_lengths(settings: Any) -> dict[str, list[int]]:
@@ -134,7 +158,11 @@ class Suite:
     # How it is shown.
     tables: Callable[[dict, list[str]], list[str]] = lambda results, labels: []  # titled, for the terminal
     drawings: Callable[[dict], list[Drawing]] = lambda results: []
+    grid: Callable[[dict], Grid | None] = lambda measured: None  # in a report in the place of the drawings
+    task_note: Callable[[dict, str], str] = lambda measured, task: ""  # small print beside a task's name
+    incomplete_tasks: Callable[[dict], set[str]] = lambda measured: set()  # over less than their names say
     published: Callable[[Any], Published | None] = lambda settings: None
+    variant: Callable[[dict], str] = lambda measured: ""  # another title, where a variant of the suite was asked
     explanation: Callable[[dict], str] = lambda measured: ""  # a paragraph for a reader who does not know the suite
     limits: Callable[[dict, Any], list[str]] = lambda measured, settings: []  # why its scores are no published ones
     unknown_without: str = ""  # what nobody knows of a model that was not asked this

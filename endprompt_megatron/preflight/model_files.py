@@ -14,7 +14,7 @@ from pathlib import Path
 from endprompt_megatron.checkpoint import layout
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
-from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.hf_weights import INDEX, OLD_INDEX, OLD_SINGLE, SINGLE
@@ -59,7 +59,7 @@ def _of_files(check: str, directory: Path, files: list[str], shape: ModelShape) 
         return Finding(check, f"{directory}: {'; '.join(said)}; download them again", FAIL)
     _compare(directory, tensors, files, shape)
     total = sum((directory / name).stat().st_size for name in files)
-    found = f"{directory}: {len(files)} file{'s' * (len(files) > 1)}, {len(tensors)} tensors, {in_words(total)}"
+    found = f"{directory}: {len(files)} file{'s' * (len(files) > 1)}, {len(tensors)} tensors, {format_bytes(total)}"
     return Finding(check, f"{found}, {many(shape.parameters)} parameters")
 
 
@@ -90,7 +90,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else held
         if 8 + length > held:
-            raise ValueError(f"cut short at {in_words(held)}")
+            raise ValueError(f"cut short at {format_bytes(held)}")
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -155,7 +155,7 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
                 raise
             return Finding(CONVERTED, f"{error}: the run goes back to step {before[0]}", WARN)
         goes_on = f"the run goes on from step {newest} of {recipe.train.steps}"
-        return Finding(CONVERTED, f"{directory}: {in_words(held)}; {goes_on}")
+        return Finding(CONVERTED, f"{directory}: {format_bytes(held)}; {goes_on}")
     if recipe.model.init_from is None:
         raise InputError(
             "model.init_from is missing; give what tools/convert_hf_to_megatron.py wrote, or model.hf's directory"
@@ -178,7 +178,7 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
         held = _whole(directory)
     except InputError as error:
         raise InputError(f"{error}; make it again with tools/convert_hf_to_megatron.py") from None
-    return Finding(CONVERTED, f"{directory}: {in_words(held)}, {shape.num_layers} layers, as model.hf")
+    return Finding(CONVERTED, f"{directory}: {format_bytes(held)}, {shape.num_layers} layers, as model.hf")
 
 
 def _whole(directory: Path) -> int:

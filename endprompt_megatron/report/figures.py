@@ -1,87 +1,14 @@
-"""The report's pictures: inline SVG whose colours are CSS variables, so that they follow light and dark mode.
+"""The report's pictures of a training run; the suites themselves draw what an evaluation measured."""
 
-Evaluation pictures are those of evaluate/plots.py; this module adds the ones of a training run.
-"""
-
-import io
 import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from endprompt_megatron.evaluate.plots import DASHES, MARKERS, Palette, dress, legend, length_axis, level_axis, short
-from endprompt_megatron.report.load import MOST
+from endprompt_megatron.common.plotting import PAGE, Palette, dress, legend, length_axis, level_axis, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# matplotlib wants real colours; these are unlikely ones, each replaced by a variable of the page's style sheet.
-_RUNS = tuple(f"run{number}" for number in range(2, MOST + 1))
-_PURPOSES = ("ink", "muted", "grid", "baseline", "extended", "control", "untrained", *_RUNS)
-_STAND_INS = {name: f"#0102{index:02x}" for index, name in enumerate(_PURPOSES)}
-# Told apart without colour too, on paper and by those who do not see it.
-_RUN_MARKERS = dict(zip(_RUNS, "vPX*h", strict=True))
-_RUN_DASHES = dict(
-    zip(_RUNS, [(0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (2, 1)), (0, (8, 2, 1, 2)), (0, (5, 3))], strict=True)
-)
-
-
-@dataclass(frozen=True)
-class PagePalette(Palette):
-    """Colours of the page, and the names of its models by their keys."""
-
-    names: dict[str, str] = field(default_factory=dict)
-
-    def of(self, label: str) -> str:
-        return _STAND_INS.get(label, self.baseline if label.startswith("baseline") else self.ink)
-
-    def line(self, label: str) -> dict:
-        return super().line(label) | {
-            "label": self.names.get(label, label),
-            "marker": {**MARKERS, **_RUN_MARKERS}.get(label, "s"),
-            "linestyle": {**DASHES, **_RUN_DASHES}.get(label, ":"),
-        }
-
-
-_COLOURS = {name: colour for name, colour in _STAND_INS.items() if name not in _RUNS}
-PAGE = PagePalette(**_COLOURS)
-
-
-def page_palette(names: dict[str, str]) -> PagePalette:
-    """PAGE with names for its legends, by key."""
-    # A leading underscore would hide a line from matplotlib's legend, a dollar sign would begin mathematics.
-    names = {key: name.lstrip("_").replace("$", "\\$") or key for key, name in names.items()}
-    return PagePalette(**_COLOURS, names=names)
-
-
-def svg(draw: Callable[["Axes"], None], title: str, number: int, size: tuple[float, float]) -> str:
-    """An <svg> element that scales with its column.  `number` keeps its ids apart from other pictures'."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": str(number)}):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure.subplots())
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    head, rest = text.split(">", 1)
-    head = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", head)
-    text = f"{head}>{rest}"
-    text = text.replace("xlink:href", "href")
-    text = re.sub(r'\bid="([^"]+)"', rf'id="f{number}-\1"', text)
-    text = re.sub(r"url\(#", f"url(#f{number}-", text)
-    text = re.sub(r'href="#', f'href="#f{number}-', text)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    text = re.sub(r"font: (\w+) ([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", text)
-    for name, colour in _STAND_INS.items():
-        text = text.replace(colour, f"var(--{name})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
 def smooth(values: list[float], weight: float = 0.85) -> list[float]:
@@ -100,7 +27,7 @@ def series(steps: list[dict], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def losses(axes: "Axes", steps: list[dict], validations: list[dict], palette: PagePalette = PAGE) -> None:
+def losses(axes: "Axes", steps: list[dict], validations: list[dict], palette: Palette = PAGE) -> None:
     """Context and prompt loss over the steps: faint as measured, strong smoothed; validation as dots."""
     for key, name, colour, line in (
         ("loss_context", "context", palette.extended, "-"),
@@ -124,7 +51,7 @@ def over_steps(
     lines: dict[str, tuple[list[int], list[float]]],
     title: str,
     unit: str,
-    palette: PagePalette = PAGE,
+    palette: Palette = PAGE,
     weight: float = 0.85,
 ) -> None:
     """A quantity over the steps, a line a run, smoothed by `weight` (0: as measured); `lines` by the runs' keys."""
@@ -138,7 +65,7 @@ def over_steps(
     legend(axes, palette)
 
 
-def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, palette: PagePalette = PAGE) -> None:
+def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, palette: Palette = PAGE) -> None:
     """One quantity over the steps, small."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -157,7 +84,7 @@ def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, pale
     dress(axes, palette, title, "step", unit)
 
 
-def virtual_over_training(axes: "Axes", validations: list[dict], palette: PagePalette = PAGE) -> None:
+def virtual_over_training(axes: "Axes", validations: list[dict], palette: Palette = PAGE) -> None:
     """Probe loss against virtual length, one line a validation: faint at the start, full at the end."""
     probed = [line for line in validations if line.get("virtual")]
     distances: list[int] = []
@@ -181,7 +108,7 @@ def virtual_over_training(axes: "Axes", validations: list[dict], palette: PagePa
     legend(axes, palette)
 
 
-def coverage(axes: "Axes", counts: np.ndarray, gaps: list[tuple[int, int]], palette: PagePalette = PAGE) -> None:
+def coverage(axes: "Axes", counts: np.ndarray, gaps: list[tuple[int, int]], palette: Palette = PAGE) -> None:
     """How often each relative distance is supervised; what is never seen is hatched."""
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
@@ -208,7 +135,7 @@ def coverage(axes: "Axes", counts: np.ndarray, gaps: list[tuple[int, int]], pale
 
 
 def wavelengths(
-    axes: "Axes", before: np.ndarray, after: np.ndarray, gap: tuple[int, int] | None, palette: PagePalette = PAGE
+    axes: "Axes", before: np.ndarray, after: np.ndarray, gap: tuple[int, int] | None, palette: Palette = PAGE
 ) -> None:
     """Tokens of a full turn of each pair of rotary dimensions, before and after scaling, and the gap's width."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator

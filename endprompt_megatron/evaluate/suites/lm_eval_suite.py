@@ -9,7 +9,7 @@ import numpy as np
 from endprompt_megatron.common.errors import Unavailable
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import LIMIT, TEMPLATE, Option, parse_names
-from endprompt_megatron.evaluate.published_rows import note_on, published
+from endprompt_megatron.evaluate.published_rows import model, note_on, published
 from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import Headline, Prepared, Published, Scores, Subject, Suite
 from endprompt_megatron.evaluate.suites import lm_eval
@@ -101,7 +101,16 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
 def _published(settings: Any) -> Published:
     tasks = published()["short"]["tasks"]
     rows = {method: {(task, 0): value for task, value in of.items()} for method, of in tasks.items()}
-    return Published("task", rows, {task: (task, 0) for task in next(iter(tasks.values()))}, note_on("short"))
+    columns = {task: (task, 0) for task in next(iter(tasks.values()))}
+    return Published("task", rows, columns, note_on("short"), model())
+
+
+def _task_note(measured: dict, task: str) -> str:
+    row = measured["tasks"].get(task)
+    if row is None:
+        return ""
+    shots = "" if row.get("shots") is None else f"{row['shots']} shots, "
+    return f"{shots}{row['questions']:,} questions"
 
 
 def _limits(measured: dict, settings: Any) -> list[str]:
@@ -135,6 +144,8 @@ SUITE = Suite(
     headlines=_headlines,
     tables=lambda results, labels: scores_by_task("Short text", "short", results, labels),
     published=_published,
+    task_note=_task_note,
+    incomplete_tasks=lambda measured: set() if measured["mean"]["complete"] else {"mean"},
     explanation=lambda measured: "What the extension costs within short inputs. Percent.",
     limits=_limits,
     unknown_without="what the extension costs within short inputs (short text)",

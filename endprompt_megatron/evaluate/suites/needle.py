@@ -21,7 +21,7 @@ from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import SAMPLES, TEXT, Option, parse_lengths, parse_shares
 from endprompt_megatron.evaluate.requests import Request, Response, content_of
-from endprompt_megatron.evaluate.suite import Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
+from endprompt_megatron.evaluate.suite import Drawing, Grid, Headline, Metric, Prepared, Scores, Shade, Subject, Suite
 from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
 from endprompt_megatron.tokenizer import Tokenizer
 
@@ -207,13 +207,32 @@ def _draw(axes: Any, results: dict, palette: plots.Palette, *, label: str) -> No
     plots.passkey(axes, cells, f"Passkey, {palette.line(label)['label']}", palette)
 
 
+def _grid(measured: dict) -> Grid:
+    """Lengths across, depths down; small, the mean log probability of the passkey's tokens."""
+    cells = measured["cells"]
+    lengths = sorted({cell["length"] for cell in cells})
+    at = {(cell["length"], cell["depth"]): cell for cell in cells}
+    rows = tuple(
+        (f"{depth:.0%}", tuple(_shade(at.get((length, depth))) for length in lengths))
+        for depth in sorted({cell["depth"] for cell in cells})
+    )
+    return Grid("depth", tuple(map(plots.short, lengths)), rows, "found")
+
+
+def _shade(cell: dict | None) -> Shade | None:
+    if cell is None:
+        return None
+    hint = f"{round(cell['accuracy'] * cell['samples'])} of {cell['samples']}, log probability {cell['logprob']:.2f}"
+    return Shade(cell["accuracy"], f"{cell['accuracy']:.0%}", f"{cell['logprob']:.2f}", hint)
+
+
 def _explanation(measured: dict) -> str:
     filler = {"noise": "repeated noise sentences", "text": "held-out text"}[measured["filler"]]
     samples = measured["cells"][0]["samples"]
     return (
         f"Five digits hidden in {filler}, asked for at the end of a real input: {samples} "
         f"{'prompts' if samples > 1 else 'prompt'} for each length and depth. The accuracy is the share of greedy "
-        "answers with the exact digits."
+        "answers with the exact digits; in small print stands the mean log probability of the passkey's tokens."
     )
 
 
@@ -255,6 +274,7 @@ SUITE = Suite(
         Drawing(f"Passkey, {label}", functools.partial(_draw, label=label))
         for label, _ in plots.of_suite(results, "needle")
     ],
+    grid=_grid,
     explanation=_explanation,
     limits=_limits,
 )

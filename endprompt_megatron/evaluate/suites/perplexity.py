@@ -241,6 +241,11 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
                 "–".join(perplexity_text(_perplexity(bound)) for bound in bounds),
             )
         )
+    slid = measured.get("sliding")
+    if slid:
+        label = f"Perplexity of every token of the longest inputs, sliding window of {slid['window']:,} tokens"
+        key = ("perplexity", "sliding", slid["window"], "loss")
+        found.append(Headline(label, key, perplexity_text(slid["perplexity"])))
     return found
 
 
@@ -252,6 +257,22 @@ def _explanation(measured: dict) -> str:
         "all lengths score the same tokens. A model that uses its context gets better with the length; "
         "one past its window collapses."
     )
+
+
+def _spread(results: dict) -> str:
+    windows = [len(measured["by_length"][0]["windows"]) for _, measured in plots.of_suite(results, "perplexity")]
+    if max(windows, default=1) < 2:
+        return "One input: no standard error."
+    return f"Bars are standard errors over {max(windows)} inputs, bands 95% of them."
+
+
+def _limits(measured: dict, settings: object) -> list[str]:
+    if len(measured["by_length"][0]["windows"]) >= 5:
+        return []
+    return [
+        "a few stretches of one held-out text say little about other texts, and differences of a few hundredths in the "
+        "loss may be chance"
+    ]
 
 
 SUITE = Suite(
@@ -281,8 +302,9 @@ SUITE = Suite(
     losses_by_position=lambda measured: measured["by_position"],
     tables=_tables,
     drawings=lambda results: [
-        Drawing("Perplexity by length", plots.by_length),
+        Drawing("Perplexity by length", plots.by_length, _spread(results)),
         Drawing("Perplexity by position", plots.by_position),
     ],
     explanation=_explanation,
+    limits=_limits,
 )

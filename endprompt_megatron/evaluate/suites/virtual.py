@@ -234,4 +234,7 @@ SUITE = Suite(
         Drawing(f"Virtual distance, {kind}", functools.partial(_draw, kind=kind)) for kind in KINDS
     ],
     explanation=_explanation,
+    limits=lambda measured, settings: [
+        "virtual lengths reach further than real ones, but only a short input's tokens compete for attention there"
+    ],
 )

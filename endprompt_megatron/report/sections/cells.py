@@ -1,88 +1,63 @@
 """Scores as table cells: the number, its interval of 95%, and whether it differs from before by more than the noise."""
 
-import math
-from html import escape
-
-from endprompt_megatron.evaluate.plots import short
-from endprompt_megatron.evaluate.suites.perplexity import perplexity_text
-from endprompt_megatron.report.models import Key, Model
+from endprompt_megatron.common.html_page import Cell
+from endprompt_megatron.evaluate.registry import SUITES, Headline, Key
+from endprompt_megatron.report.models import Model
 
 NONE = "–"
 AS_ABOVE = "Intervals and signs as under Results."
 LEGEND = (
-    "Small: 95% interval. ▲ better and ▼ worse than before by more than the noise, ≈ not distinguishable from it; "
-    "each comparison stands alone, so of twenty that differ by chance one is marked."
+    "Small print: 95% interval. ▲ better and ▼ worse than before by more than the noise, ≈ not distinguishable from "
+    "it. Each comparison stands alone: of twenty that differ by chance alone, about one is marked."
 )
+INCOMPLETE = "* Over fewer tasks or questions than its name says."
 
 
-def percent(model: Model, key: Key, digits: int = 1, *, whole: bool = True) -> str:
-    """A score in percent; one over less than its name says (not `whole`) has a star."""
-    score = model.scores.get(key)
-    if score is None:
-        return NONE
-    value = f"{100 * score['score']:.{digits}f}"
-    return f"{value}{'' if whole else '*'}{mark(model, key)}{bounds(score, 100, digits)}"
+def score(model: Model, key: Key) -> Cell:
+    """A score in its metric's unit; one over less than its name says has a star."""
+    suite, task, _, metric_name = key
+    found = model.scores.get(key)
+    if found is None:
+        return Cell(NONE)
+    metric = SUITES[suite].metric(metric_name)
+    value = f"{metric.scale * found['score']:.{metric.digits}f}"
+    if task in SUITES[suite].incomplete_tasks(model.measured[suite]):
+        value += "*"
+    between = "–".join(f"{metric.scale * bound:.{metric.digits}f}" for bound in found.get("interval") or [])
+    return Cell(value, sign(model, key), between)
 
 
-def perplexity(model: Model, entry: dict) -> str:
-    """Perplexity of an entry of `by_length`, its interval made from the loss's."""
-    key = ("perplexity", "by_length", entry["length"], "loss")
-    score = model.scores.get(key)
-    between = ""
-    if score and score["interval"]:
-        low, high = (perplexity_text(math.exp(min(bound, 700))) for bound in score["interval"])
-        between = f"<small>{low}–{high}</small>"
-    value = f'<span title="loss {entry["loss"]:.3f}">{perplexity_text(entry["perplexity"])}</span>'
-    return f"{value}{mark(model, key)}{between}"
+def headline(model: Model, quoted: Headline) -> Cell:
+    """A number that a suite quotes, as it words it."""
+    value = quoted.value if quoted.complete else f"{quoted.value}*"
+    found = model.scores.get(quoted.key)
+    title = f"loss {found['score']:.3f}" if found and quoted.key[3] == "loss" else ""
+    return Cell(value, sign(model, quoted.key), quoted.interval, title)
 
 
-def bounds(score: dict, scale: float, digits: int) -> str:
-    """The interval, small."""
-    if not score.get("interval"):
-        return ""
-    low, high = (f"{scale * bound:.{digits}f}" for bound in score["interval"])
-    return f"<small>{low}–{high}</small>"
-
-
-def mark(model: Model, key: Key) -> str:
-    """Better, worse or neither than the baseline; nothing where they were not compared."""
+def sign(model: Model, key: Key) -> str:
+    """The verdict against the baseline; empty where they were not compared."""
     compared = model.against.get(key)
-    return "" if compared is None else f" {verdict(compared)}"
+    return "" if compared is None else verdict(compared)
 
 
 def verdict(compared: dict) -> str:
-    """The sign of a comparison, with words for those who cannot see it."""
+    """better, worse or same."""
     if not compared["beyond_noise"]:
-        return '<span class="mark" title="not distinguishable from noise">≈</span>'
-    better = (compared["difference"] < 0) == (compared["metric"] == "loss")
-    sign, word = ("▲", "better") if better else ("▼", "worse")
-    return f'<span class="mark {word}" title="{word} by more than the noise">{sign}</span>'
+        return "same"
+    lower_is_better = SUITES[compared["suite"]].metric(compared["metric"]).lower_is_better
+    return "better" if (compared["difference"] < 0) == lower_is_better else "worse"
 
 
-def change(compared: dict) -> str:
-    """A difference with its interval: percentage points, or nats."""
-    scale, digits = (1, 3) if compared["metric"] == "loss" else (100, 1)
-    value = f"{scale * compared['difference']:+.{digits}f} {verdict(compared)}"
-    if compared["interval"]:
-        low, high = (f"{scale * bound:+.{digits}f}" for bound in compared["interval"])
-        value += f"<small>{low} to {high}</small>"
-    return value
+def change(compared: dict) -> Cell:
+    """A difference with its interval: percentage points, or the unit of the metric."""
+    metric = SUITES[compared["suite"]].metric(compared["metric"])
+    between = " to ".join(f"{metric.scale * bound:+.{metric.digits}f}" for bound in compared["interval"] or [])
+    return Cell(f"{metric.scale * compared['difference']:+.{metric.digits}f}", verdict(compared), between)
 
 
 def counts(values: list[int]) -> str:
-    """How many samples: one number, or the least and the most."""
+    """How many samples: one number, or the fewest and the most."""
     if not values:
         return NONE
     return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,}–{max(values):,}"
-
-
-def head(model: Model) -> str:
-    """A model's name at the top of its column."""
-    return escape(model.name)
-
-
-def lengths_text(lengths: list[int]) -> str:
-    """4K, 8K and 16K."""
-    from endprompt_megatron.report.html import sentence
-
-    return sentence([short(length) for length in lengths])

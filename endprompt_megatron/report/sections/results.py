@@ -1,214 +1,90 @@
 """What one would quote: the table of everything measured, and what differs by more than the noise."""
 
-from collections.abc import Callable
-from html import escape
-
-from endprompt_megatron.report.html import details, missing, note, section, table
-from endprompt_megatron.report.load import Runs
-from endprompt_megatron.report.models import Key, Measured, Model, against_control
+from endprompt_megatron.common.html_page import Block, Cell, Details, Row, Section, Table, missing, note
+from endprompt_megatron.evaluate.registry import SUITES, Headline, Key, Suite
+from endprompt_megatron.report.models import Measured, Model, against_control
 from endprompt_megatron.report.sections import cells
-from endprompt_megatron.report.sections.cells import NONE
 
 EVALUATE = "python tools/evaluate.py --hf RUN/hf --baseline DIR --lengths 4096,8192 --text FILE --out RUN/evaluation"
-SUITES = {
-    "perplexity": "perplexity",
-    "needle": "passkey",
-    "recall": "recall",
-    "virtual": "virtual distance",
-    "ruler": "RULER",
-    "longbench": "LongBench",
-    "short": "short text",
-}
-_MEANS = ("mean", "mean_13", "mean_16", "mean_21", "all depths", "all distances", "by_length", "repeat")
-_METRICS = dict.fromkeys(SUITES, "score") | {
-    "perplexity": "loss",
-    "needle": "accuracy",
-    "recall": "recalled",
-    "virtual": "accuracy",
-}
-Row = tuple[str, Callable[[Model], str]]
 
 
-def results(runs: Runs, measured: Measured) -> str:
+def results(measured: Measured) -> Section:
     """The table one would quote: a column a model, a row a number."""
     if not measured.models:
-        words = f"No evaluation yet. Run <code>{escape(EVALUATE)}</code>, then this report again."
-        return section("results", "Results", missing(words))
-    suites = (_perplexity, _needle, _recall, _virtual, _ruler, _longbench, _short)
-    rows = [row for of_suite in suites for row in of_suite(measured)]
-    models = measured.models
-    body = [(name, [cell(model) for model in models]) for name, cell in rows]
-    notes = [_scored(measured)]
-    if any("<small>" in cell for _, line in body for cell in line):
+        words = f"No evaluation yet. Run `{EVALUATE}`, then this report again."
+        return Section("results", "Results", [missing(words)])
+    rows = [row for suite in SUITES.values() for row in _rows(suite, measured)]
+    shown = [cell for row in rows for cell in row.cells]
+    notes = []
+    if any(cell.small for cell in shown):
         notes.append(cells.LEGEND)
-    if any("*" in cell for _, line in body for cell in line):
-        notes.append("* Not over all tasks and questions: see below.")
-    notes += [escape(line) for suite in SUITES for line in measured.left_out(suite)]
-    shown = table([cells.head(model) for model in models], body, columns=[model.key for model in models])
-    return section("results", "Results", shown, note(filter(None, notes)), _differences(measured))
+    if any("*" in cell.text for cell in shown):
+        notes.append(cells.INCOMPLETE)
+    notes += [line for suite in SUITES.values() for line in measured.left_out(suite)]
+    table = Table([model.name for model in measured.models], rows, columns=[model.key for model in measured.models])
+    return Section("results", "Results", [table, *note(notes), *_differences(measured)])
 
 
-def _scored(measured: Measured) -> str:
-    models = measured.of("perplexity")
-    if not models:
-        return ""
-    first = models[-1].measured["perplexity"]
-    windows = len(first["by_length"][0]["windows"])
-    return (
-        f"Perplexity of the last {first['scored']} tokens of {windows} held-out "
-        f"{'inputs' if windows > 1 else 'input'} of that real length; all lengths score the same tokens."
-    )
+def quoted(suite: Suite, model: Model) -> list[Headline]:
+    """The numbers that a suite quotes of a model."""
+    own = {key: score for key, score in model.scores.items() if key[0] == suite.name}
+    return suite.headlines(model.measured[suite.name], own)
 
 
-def _only(models: list[Model], cell: Callable[[Model], str]) -> Callable[[Model], str]:
-    """`cell` for `models`; the others have none."""
-    return lambda model: cell(model) if any(model is other for other in models) else NONE
+def _rows(suite: Suite, measured: Measured) -> list[Row]:
+    """A row for each number that the suite quotes of any model, by task and length."""
+    by_model = {model.key: {each.label: each for each in quoted(suite, model)} for model in measured.of(suite)}
+    every = {label: each for of_model in by_model.values() for label, each in of_model.items()}
+    tasks = list(dict.fromkeys(each.key[1] for each in every.values()))
+    labels = sorted(every, key=lambda label: (tasks.index(every[label].key[1]), every[label].key[2]))
+
+    def cell(model: Model, label: str) -> Cell:
+        found = by_model.get(model.key, {}).get(label)
+        return cells.headline(model, found) if found else Cell(cells.NONE)
+
+    return [Row(label, [cell(model, label) for model in measured.models]) for label in labels]
 
 
-def _perplexity(measured: Measured) -> list[Row]:
-    models = measured.of("perplexity")
-
-    def at(length: int) -> Callable[[Model], str]:
-        def cell(model: Model) -> str:
-            entries = {entry["length"]: entry for entry in model.measured["perplexity"]["by_length"]}
-            return cells.perplexity(model, entries[length]) if length in entries else NONE
-
-        return _only(models, cell)
-
-    lengths = sorted({entry["length"] for m in models for entry in m.measured["perplexity"]["by_length"]})
-    return [(f"Perplexity, {length:,} tokens", at(length)) for length in lengths]
-
-
-def _needle(measured: Measured) -> list[Row]:
-    models = measured.of("needle")
-
-    def at(length: int) -> Callable[[Model], str]:
-        def cell(model: Model) -> str:
-            there = [each for each in model.measured["needle"]["cells"] if each["length"] == length]
-            if not there:
-                return NONE
-            found = sum(round(each["accuracy"] * each["samples"]) for each in there)
-            key = ("needle", "all depths", length, "accuracy")
-            score = model.scores.get(key)
-            between = cells.bounds(score, 100, 0).replace("</small>", "%</small>") if score else ""
-            return f"{found} of {sum(each['samples'] for each in there)}{cells.mark(model, key)}{between}"
-
-        return _only(models, cell)
-
-    lengths = sorted({each["length"] for model in models for each in model.measured["needle"]["cells"]})
-    return [(f"Passkeys found, {length:,} tokens", at(length)) for length in lengths]
-
-
-def _recall(measured: Measured) -> list[Row]:
-    models = measured.of("recall")
-
-    def at(length: int) -> Callable[[Model], str]:
-        def cell(model: Model) -> str:
-            there = [each for each in model.measured["recall"]["cells"] if each["length"] == length]
-            if not there:
-                return NONE
-            found = sum(round(each["recalled"] * each["samples"]) for each in there)
-            key = ("recall", "all distances", length, "recalled")
-            score = model.scores.get(key)
-            between = cells.bounds(score, 100, 0).replace("</small>", "%</small>") if score else ""
-            return f"{found} of {sum(each['samples'] for each in there)}{cells.mark(model, key)}{between}"
-
-        return _only(models, cell)
-
-    lengths = sorted({each["length"] for model in models for each in model.measured["recall"]["cells"]})
-    return [(f"Facts recalled, {length:,} tokens", at(length)) for length in lengths]
-
-
-def _virtual(measured: Measured) -> list[Row]:
-    models = measured.of("virtual")
-    if not models:
-        return []
-    furthest = max(int(distance) for model in models for distance in model.measured["virtual"]["repeat"])
-
-    def cell(model: Model) -> str:
-        entry = model.measured["virtual"]["repeat"].get(str(furthest))
-        key = ("virtual", "repeat", furthest, "accuracy")
-        score = model.scores.get(key)
-        between = cells.bounds(score, 100, 0).replace("</small>", "%</small>") if score else ""
-        return f"{entry['accuracy']:.0%}{cells.mark(model, key)}{between}" if entry else NONE
-
-    return [(f"Recalled at virtual length {furthest:,}", _only(models, cell))]
-
-
-def _ruler(measured: Measured) -> list[Row]:
-    models = measured.of("ruler")
-    lengths = {
-        length for model in models for suite, task, length, _ in model.scores if (suite, task) == ("ruler", "mean")
-    }
-
-    def at(length: int) -> Callable[[Model], str]:
-        return _only(models, lambda model: cells.percent(model, ("ruler", "mean", length, "score")))
-
-    return [(f"RULER, {length:,} tokens", at(length)) for length in sorted(lengths - {0})]
-
-
-def _longbench(measured: Measured) -> list[Row]:
-    models = measured.of("longbench")
-    names = {"mean_16": "LongBench, 16 tasks", "mean_21": "LongBench, 21 tasks"}
-    if any("mean_13" in model.measured["longbench"] for model in models):
-        names = {"mean_13": "LongBench-E, 13 tasks"}
-
-    def of(task: str) -> Callable[[Model], str]:
-        def cell(model: Model) -> str:
-            mean = model.measured["longbench"].get(task) or {}
-            return cells.percent(model, ("longbench", task, 0, "score"), whole=bool(mean.get("complete")))
-
-        return _only(models, cell)
-
-    return [(name, of(task)) for task, name in names.items() if models]
-
-
-def _short(measured: Measured) -> list[Row]:
-    models = measured.of("short")
-
-    def of(model: Model) -> str:
-        whole = model.measured["short"]["mean"]["complete"]
-        return cells.percent(model, ("short", "mean", 0, "score"), whole=whole)
-
-    cell = _only(models, of)
-    return [("Short text, mean", cell)] if models else []
-
-
-def _differences(measured: Measured) -> str:
+def _differences(measured: Measured) -> list[Details]:
     """Each run minus what was there before, and minus the control: the means open, everything folded."""
     parts = []
     for model in measured.models:
         if model.against and model is not measured.control:
-            words = "question by question" if any(each["p"] is not None for each in model.against.values()) else ""
-            parts += _of_pair(f"{escape(model.name)} minus before", model.against, words)
+            words = "request by request" if any(each["p"] is not None for each in model.against.values()) else ""
+            parts += _of_pair(f"{model.name} minus before", model.against, words)
         if measured.control is not None and model.label == "extended" and model.key not in ("untrained", "control"):
             found = against_control(model, measured.control)
-            words = "from the two intervals, as if the questions were others: harder to tell apart than they are"
-            parts += _of_pair(f"{escape(model.name)} minus control", found, words)
-    return "".join(parts)
+            words = "from the two intervals, as if their requests were not the same, which hides small differences"
+            parts += _of_pair(f"{model.name} minus control", found, words)
+    return parts
 
 
-def _of_pair(title: str, compared: dict[Key, dict], words: str) -> list[str]:
+def _of_pair(title: str, compared: dict[Key, dict], words: str) -> list[Details]:
     if not compared:
         return []
     beyond = sum(each["beyond_noise"] for each in compared.values())
-    means = {key: each for key, each in compared.items() if key[1] in _MEANS and key[3] == _METRICS[key[0]]}
+    means = {key: each for key, each in compared.items() if _is_quoted(key)}
     aside = f", {words}" if words else ""
     caption = f"{title}: {beyond} of {len(compared)} differences are larger than the noise (95%{aside})."
-    rows = [_row(key, each) for key, each in (means or compared).items()]
-    shown = details(caption, table(["change, in points", "samples"], rows))
+    blocks: list[Block] = [_changes(means or compared)]
     if len(compared) > len(means) > 0:
-        every = table(["change, in points", "samples"], [_row(key, each) for key, each in compared.items()])
-        shown = details(
-            caption, table(["change, in points", "samples"], rows), details("all of them", every, printed=False)
-        )
-    return [shown]
+        blocks.append(Details("all of them", [_changes(compared)], printed=False))
+    return [Details(caption, blocks)]
 
 
-def _row(key: Key, compared: dict) -> tuple[str, list[str]]:
-    suite, task, length, metric = key
-    names = {"by_length": "", "all depths": "", "all distances": "", "repeat": "recalling", "continue": "going on"}
-    what = " ".join(filter(None, [SUITES.get(suite, suite), names.get(task, task.replace("_", " "))]))
-    unit = {"loss": ", nats", "score": ""}.get(metric, f", {metric}")
+def _is_quoted(key: Key) -> bool:
+    suite = SUITES[key[0]]
+    return key[1] in (suite.quoted_tasks or suite.means) and key[3] == suite.metrics[0].name
+
+
+def _changes(compared: dict[Key, dict]) -> Table:
+    return Table(["change, in points", "samples"], [_row(key, each) for key, each in compared.items()])
+
+
+def _row(key: Key, compared: dict) -> Row:
+    suite, task, length, metric_name = SUITES[key[0]], *key[1:]
+    metric = suite.metric(metric_name)
+    what = " ".join(filter(None, [suite.title, suite.task_name(task)]))
     where = f", {length:,} tokens" if length else ""
-    return escape(f"{what}{where}{unit}"), [cells.change(compared), f"{compared['samples']:,}"]
+    named = metric.unit if metric.unit != "percent" else metric.name if len(suite.metrics) > 1 else ""
+    return Row(", ".join(filter(None, [f"{what}{where}", named])), [cells.change(compared), f"{compared['samples']:,}"])

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.evaluate.options import LIMIT, TEMPLATE, Option, parse_names
-from endprompt_megatron.evaluate.published_rows import note_on, published
-from endprompt_megatron.evaluate.suite import Headline, Prepared, Published, Scores, Subject, Suite
+from endprompt_megatron.evaluate.published_rows import model, note_on, published
+from endprompt_megatron.evaluate.suite import Grid, Headline, Prepared, Published, Scores, Shade, Subject, Suite
 from endprompt_megatron.evaluate.suites.benchmark import Benchmark
 from endprompt_megatron.evaluate.suites.longbench.longbench_prompts import chat_wrapper, default_max_length
 from endprompt_megatron.evaluate.suites.longbench.longbench_suite import (
@@ -62,7 +62,7 @@ def _groups(extended: bool) -> dict[str, list[str]]:
 
 
 def _title(measured: dict) -> str:
-    return "LongBench-E" if "mean_13" in measured else "LongBench"
+    return SUITE.variant(measured) or SUITE.title
 
 
 def _tables(results: dict, labels: list[str]) -> list[str]:
@@ -76,6 +76,18 @@ def _tables(results: dict, labels: list[str]) -> list[str]:
             rows = [[task, *map(number_text, of.values())] for task, of in measured["by_words"].items()]
             parts.append(f"{title}, {label}: percent by words of the input\n{table(header, rows)}")
     return parts
+
+
+def _grid(measured: dict) -> Grid | None:
+    """LongBench-E's scores by words of the input."""
+    by_words = measured.get("by_words")
+    if by_words is None:
+        return None
+    rows = tuple(
+        (task, tuple(None if score is None else Shade(score / 100, f"{score:.1f}") for score in of.values()))
+        for task, of in by_words.items()
+    )
+    return Grid("task", tuple(f"{words} words" for words in by_words["mean"]), rows, "percent")
 
 
 def _headlines(measured: dict, scores: Scores) -> list[Headline]:
@@ -101,7 +113,18 @@ def _published(settings: Any) -> Published | None:
     groups = published()["longbench"]["groups"]
     rows = {method: {(group, 0): value for group, value in of.items()} for method, of in groups.items()}
     columns = {group: (group, 0) for group in next(iter(groups.values()))}
-    return Published("group", rows, columns, note_on("longbench"))
+    return Published("group", rows, columns, note_on("longbench"), model())
+
+
+def _incomplete(measured: dict) -> set[str]:
+    means = {name: measured.get(name) or {} for name in _MEANS}
+    groups = {name: of.get("not_chinese") or {} for name, of in measured.get("groups", {}).items()}
+    return {name for name, of in (means | groups).items() if not of.get("complete")}
+
+
+def _task_note(measured: dict, task: str) -> str:
+    row = measured.get("tasks", {}).get(task)
+    return f"{row['questions']} of {row['published_questions']} questions" if row else ""
 
 
 def _limits(measured: dict, settings: Any) -> list[str]:
@@ -153,7 +176,11 @@ SUITE = Suite(
     },
     headlines=_headlines,
     tables=_tables,
+    grid=_grid,
+    variant=lambda measured: "LongBench-E" if "mean_13" in measured else "",
     published=_published,
+    task_note=_task_note,
+    incomplete_tasks=_incomplete,
     explanation=lambda measured: (
         "Questions about, summaries of and additions to real documents. Percent; the groups and the first mean are "
         "without the Chinese tasks."
