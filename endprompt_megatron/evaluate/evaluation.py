@@ -20,10 +20,10 @@ import numpy as np
 from endprompt_megatron import __version__
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import disk_errors, read_json, write_json, write_text
+from endprompt_megatron.common.plotting import PAPER
 from endprompt_megatron.evaluate import store
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series, comparisons
-from endprompt_megatron.evaluate.plots import PAPER
 from endprompt_megatron.evaluate.preparation import Inputs, Model, prepare
 from endprompt_megatron.evaluate.registry import BASELINE, EXTENDED, Drawing, Settings, suites_in
 from endprompt_megatron.evaluate.request_progress import Progress

@@ -15,10 +15,10 @@ from endprompt_megatron.evaluate.suites.longbench import (
     chat_wrapper,
     check,
     default_max_length,
-    longbench_summary,
     samples,
     score,
     sources,
+    summary,
 )
 from endprompt_megatron.evaluate.suites.longbench.longbench_prompts import cut_middle, is_published
 from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import (
@@ -175,11 +175,11 @@ def test_limit_and_tasks_leave_the_rest_out(directory):
 
 def test_a_perfect_model_scores_100_and_a_silent_one_0_on_every_task(directory):
     asked = list(samples(SETTINGS, load_tokenizer(directory)))
-    perfect = longbench_summary([(question, score(question, question.references[0])) for question in asked])
+    perfect = summary([(question, score(question, question.references[0])) for question in asked])
     assert {name: entry["score"] for name, entry in perfect["tasks"].items()} == dict.fromkeys(TASKS, 100.0)
     assert perfect["mean_16"]["score"] == pytest.approx(100)
     assert perfect["mean_21"]["score"] == pytest.approx(100)
-    silent = longbench_summary([(question, score(question, "")) for question in asked])
+    silent = summary([(question, score(question, "")) for question in asked])
     assert {name: entry["score"] for name, entry in silent["tasks"].items()} == dict.fromkeys(TASKS, 0.0)
     assert silent["mean_16"]["score"] == silent["mean_21"]["score"] == 0
     assert all(group["all"]["score"] == 0 for group in silent["groups"].values())
@@ -197,7 +197,7 @@ def test_few_shot_answers_end_with_their_line_and_others_do_not(directory):
 def test_means_weigh_tasks_alike_and_say_what_they_lack(directory):
     asked = [question for question in samples(SETTINGS, load_tokenizer(directory)) if question.task != "trec"]
     values = {name: index / 40 for index, name in enumerate(TASKS)}
-    table = longbench_summary([(question, "an answer", values[question.task]) for question in asked])
+    table = summary([(question, "an answer", values[question.task]) for question in asked])
     english = [100 * values[name] for name in NOT_CHINESE if name != "trec"]
     assert table["mean_16"]["score"] == pytest.approx(sum(english) / 15)
     assert table["mean_16"]["missing"] == table["mean_21"]["missing"] == table["missing"] == ["trec"]
@@ -212,21 +212,21 @@ def test_means_weigh_tasks_alike_and_say_what_they_lack(directory):
 def test_a_mean_over_everything_is_complete(directory):
     one = {question.task: question for question in samples(replace(SETTINGS, limit=1), load_tokenizer(directory))}
     scored = [(one[name], 0.5) for name, task in TASKS.items() for _ in range(task.size)]
-    table = longbench_summary(scored)
+    table = summary(scored)
     for mean in (table["mean_16"], table["mean_21"], *table["groups"]["code"].values()):
         assert mean == {"score": 50.0, "complete": True, "missing": [], "short": []}
 
 
 def test_nothing_asked_gives_no_mean():
-    assert longbench_summary([])["mean_16"]["score"] is None
-    assert longbench_summary([])["missing"] == list(TASKS)
+    assert summary([])["mean_16"]["score"] is None
+    assert summary([])["missing"] == list(TASKS)
 
 
 def test_own_prompts_are_not_passed_off_as_the_published_ones(directory):
     asked = list(samples(replace(SETTINGS, tasks=("lcc", "trec")), load_tokenizer(directory)))
-    assert longbench_summary([(question, 1.0) for question in asked])["prompts"] == "not the published ones: lcc, trec"
+    assert summary([(question, 1.0) for question in asked])["prompts"] == "not the published ones: lcc, trec"
     published = [replace(question, extra={**question.extra, "published_prompt": True}) for question in asked]
-    assert longbench_summary([(question, 1.0) for question in published])["prompts"] == "published"
+    assert summary([(question, 1.0) for question in published])["prompts"] == "published"
     assert not is_published(TASKS["lcc"], "{context}")
     prompts = RECORDS / "config" / "dataset2prompt.json"
     assert sources(SETTINGS) == {"data": RECORDS, "prompts": prompts, "published_prompts": False}
@@ -236,7 +236,7 @@ def test_longbench_e_is_scored_by_length(extended, directory):
     asked = list(samples(extended, load_tokenizer(directory)))
     assert len(asked) == 26
     assert {question.suite for question in asked} == {"longbench_e"}
-    table = longbench_summary([(question, 0.25 if question.number else 1.0) for question in asked])
+    table = summary([(question, 0.25 if question.number else 1.0) for question in asked])
     assert table["by_words"]["qasper"] == {"0-4k": 100.0, "4-8k": None, "8k+": 25.0}
     assert table["by_words"]["mean"] == {"0-4k": 100.0, "4-8k": None, "8k+": 25.0}
     assert table["tasks"]["qasper"]["score"] == 62.5

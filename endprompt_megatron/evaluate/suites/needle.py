@@ -11,19 +11,23 @@ import functools
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate import plots
+from endprompt_megatron.common.plotting import Palette, dress, short
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import SAMPLES, TEXT, Option, parse_lengths, parse_shares
+from endprompt_megatron.evaluate.plots import of_suite
 from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import Drawing, Grid, Headline, Metric, Prepared, Scores, Shade, Subject, Suite
 from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
 from endprompt_megatron.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -202,9 +206,27 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
     return found
 
 
-def _draw(axes: Any, results: dict, palette: plots.Palette, *, label: str) -> None:
+def draw_heat_map(axes: "Axes", cells: list[dict], title: str, palette: Palette) -> None:
+    """Heat map of passkey accuracy: lengths across, depths down."""
+    lengths = sorted({cell["length"] for cell in cells})
+    depths = sorted({cell["depth"] for cell in cells})
+    grid = np.full((len(depths), len(lengths)), np.nan)
+    for cell in cells:
+        grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["accuracy"]
+    axes.imshow(grid, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
+    for (row, column), value in np.ndenumerate(grid):
+        colour = "white" if value > 0.6 else palette.ink
+        axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set_xticks(range(len(lengths)), [short(length) for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    dress(axes, palette, title, "tokens in the input", "depth of the key")
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+
+
+def _draw(axes: "Axes", results: dict, palette: Palette, *, label: str) -> None:
     cells = results["measurements"][label]["needle"]["cells"]
-    plots.passkey(axes, cells, f"Passkey, {palette.line(label)['label']}", palette)
+    draw_heat_map(axes, cells, f"Passkey, {palette.line(label)['label']}", palette)
 
 
 def _grid(measured: dict) -> Grid:
@@ -216,7 +238,7 @@ def _grid(measured: dict) -> Grid:
         (f"{depth:.0%}", tuple(_shade(at.get((length, depth))) for length in lengths))
         for depth in sorted({cell["depth"] for cell in cells})
     )
-    return Grid("depth", tuple(map(plots.short, lengths)), rows, "found")
+    return Grid("depth", tuple(map(short, lengths)), rows, "found")
 
 
 def _shade(cell: dict | None) -> Shade | None:
@@ -271,8 +293,7 @@ SUITE = Suite(
     headlines=_headlines,
     tables=_tables,
     drawings=lambda results: [
-        Drawing(f"Passkey, {label}", functools.partial(_draw, label=label))
-        for label, _ in plots.of_suite(results, "needle")
+        Drawing(f"Passkey, {label}", functools.partial(_draw, label=label)) for label, _ in of_suite(results, "needle")
     ],
     grid=_grid,
     explanation=_explanation,

@@ -11,18 +11,23 @@ Sliding: every token of the longest inputs by a model that sees `window` tokens 
 import itertools
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate import plots
+from endprompt_megatron.common.plotting import Palette, dress, legend, length_axis, level_axis, short
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.held_out_text import windows
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import TEXT, Option
+from endprompt_megatron.evaluate.plots import of_suite, window_mark
 from endprompt_megatron.evaluate.requests import Request, Response, content_of, responses
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Prepared, Scores, Subject, Suite
 from endprompt_megatron.evaluate.tables import bounds_text, scores_of, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BUCKETS = 24
 BLOCK = 64  # tokens of one sample of the statistics: neighbours are too much alike to count one by one
@@ -249,6 +254,54 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
     return found
 
 
+def draw_by_length(axes: "Axes", results: dict, palette: Palette) -> None:
+    """Perplexity of the last tokens against the length of the input, with standard errors."""
+    values, lengths, scored = [], [], 0
+    for label, measured in of_suite(results, "perplexity"):
+        entries, scored = measured["by_length"], measured["scored"]
+        lengths = [entry["length"] for entry in entries]
+        middle = [entry["perplexity"] for entry in entries]
+        # The error is of the loss, so its bounds are not symmetric once exponentiated.
+        low = [p * (1 - math.exp(-(e["stderr"] or 0))) for p, e in zip(middle, entries, strict=True)]
+        high = [p * (math.exp(e["stderr"] or 0) - 1) for p, e in zip(middle, entries, strict=True)]
+        axes.errorbar(lengths, middle, [low, high], capsize=2, **palette.line(label))
+        values += middle
+    level_axis(axes, values)
+    length_axis(axes, lengths)
+    dress(axes, palette, "Perplexity by length", "tokens in the input", f"last {scored} tokens")
+    window_mark(axes, results, palette)
+    legend(axes, palette)
+
+
+def draw_by_position(axes: "Axes", results: dict, palette: Palette) -> None:
+    """Perplexity along the longest input, with bands of 95% where there are several inputs."""
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
+
+    values, end = [], 1
+    for label, measured in of_suite(results, "perplexity"):
+        buckets = measured["by_position"]
+        end = buckets[-1]["end"]
+        middle = [bucket["perplexity"] for bucket in buckets]
+        style = palette.line(label) | {"marker": None}
+        places = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
+        axes.plot(places, middle, **style)
+        if all(bucket["stderr"] is not None for bucket in buckets):
+            bounds = [
+                [math.exp(min(bucket["loss"] + sign * 1.96 * bucket["stderr"], 700)) for bucket in buckets]
+                for sign in (-1, 1)
+            ]
+            axes.fill_between(places, *bounds, color=style["color"], alpha=0.15, linewidth=0)
+        values += middle
+    level_axis(axes, values)
+    axes.set_xlim(0, end)
+    step = 2 ** max(0, (end // 5).bit_length())
+    axes.xaxis.set_major_locator(MultipleLocator(step))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    dress(axes, palette, "Perplexity by position", "position in the input", f"inputs of {end:,} tokens")
+    window_mark(axes, results, palette)
+    legend(axes, palette)
+
+
 def _explanation(measured: dict) -> str:
     count = len(measured["by_length"][0]["windows"])
     inputs = f"{count} held-out {'inputs' if count > 1 else 'input'}"
@@ -260,7 +313,7 @@ def _explanation(measured: dict) -> str:
 
 
 def _spread(results: dict) -> str:
-    windows = [len(measured["by_length"][0]["windows"]) for _, measured in plots.of_suite(results, "perplexity")]
+    windows = [len(measured["by_length"][0]["windows"]) for _, measured in of_suite(results, "perplexity")]
     if max(windows, default=1) < 2:
         return "One input: no standard error."
     return f"Bars are standard errors over {max(windows)} inputs, bands 95% of them."
@@ -302,8 +355,8 @@ SUITE = Suite(
     losses_by_position=lambda measured: measured["by_position"],
     tables=_tables,
     drawings=lambda results: [
-        Drawing("Perplexity by length", plots.by_length, _spread(results)),
-        Drawing("Perplexity by position", plots.by_position),
+        Drawing("Perplexity by length", draw_by_length, _spread(results)),
+        Drawing("Perplexity by position", draw_by_position),
     ],
     explanation=_explanation,
     limits=_limits,

@@ -13,21 +13,25 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
-from endprompt_megatron.evaluate import plots
+from endprompt_megatron.common.plotting import Palette, dress, legend, length_axis, short
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import SAMPLES, TEXT, Option, parse_lengths
+from endprompt_megatron.evaluate.plots import of_suite, window_mark
 from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
 from endprompt_megatron.evaluate.suites.needle import continuation
 from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
 from endprompt_megatron.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 AT_ONCE = 16384  # tokens of one forward pass
 _TRIES = 1000  # keys drawn until one is not in the text
@@ -264,27 +268,27 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
 
 
 def _drawings(results: dict) -> list[Drawing]:
-    lengths = {cell["length"] for _, measured in plots.of_suite(results, "recall") for cell in measured["cells"]}
+    lengths = {cell["length"] for _, measured in of_suite(results, "recall") for cell in measured["cells"]}
     return [
         Drawing(f"Facts recalled in inputs of {length:,} tokens", functools.partial(_draw, length=length))
         for length in sorted(lengths)
     ]
 
 
-def _draw(axes: Any, results: dict, palette: plots.Palette, *, length: int) -> None:
+def _draw(axes: "Axes", results: dict, palette: Palette, *, length: int) -> None:
     """The share of facts recalled against their distance, in inputs of one length."""
     every: set[int] = set()
-    for label, measured in plots.of_suite(results, "recall"):
+    for label, measured in of_suite(results, "recall"):
         cells = [cell for cell in measured["cells"] if cell["length"] == length]
         distances = [cell["distance"] for cell in cells]
         axes.plot(distances, [cell["recalled"] for cell in cells], **palette.line(label))
         every |= set(distances)
     axes.set_ylim(-0.03, 1.03)
-    plots.length_axis(axes, sorted(every))
-    title = f"Facts recalled in inputs of {plots.short(length)}"
-    plots.dress(axes, palette, title, "distance in tokens", "share of facts")
-    plots.window_mark(axes, results, palette)
-    plots.legend(axes, palette)
+    length_axis(axes, sorted(every))
+    title = f"Facts recalled in inputs of {short(length)}"
+    dress(axes, palette, title, "distance in tokens", "share of facts")
+    window_mark(axes, results, palette)
+    legend(axes, palette)
 
 
 def _explanation(measured: dict) -> str:

@@ -18,18 +18,22 @@ training loop runs the same rows through the Megatron model as validation.
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate import plots
+from endprompt_megatron.common.plotting import Palette, dress, legend, length_axis
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import TEXT, Option, parse_lengths
+from endprompt_megatron.evaluate.plots import of_suite, window_mark
 from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
 from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KINDS = ("repeat", "continue")
 
@@ -198,8 +202,20 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
     return [Headline(f"Recalled at virtual length {furthest:,}", key, value, quoted_bounds(scores.get(key), 0, "%"))]
 
 
-def _draw(axes: Any, results: dict, palette: plots.Palette, *, kind: str) -> None:
-    plots.virtual_distance(axes, results, kind, palette=palette)
+def draw(axes: "Axes", results: dict, palette: Palette, *, kind: str = "repeat", quantity: str = "loss") -> None:
+    """Loss or accuracy of the virtual-distance probe against the virtual length."""
+    every, physical = set(), 0
+    for label, measured in of_suite(results, "virtual"):
+        probe, physical = measured[kind], measured["physical"]
+        distances = [int(distance) for distance in probe]
+        axes.plot(distances, [entry[quantity] for entry in probe.values()], **palette.line(label))
+        every |= set(distances)
+    length_axis(axes, sorted(every))
+    what = {"repeat": "Recalling a passage", "continue": "Going on with the text"}[kind]
+    unit = {"loss": "loss, nats a token", "accuracy": "share of tokens right"}[quantity]
+    dress(axes, palette, f"{what} at a virtual distance", f"virtual length, {physical} physical tokens", unit)
+    window_mark(axes, results, palette)
+    legend(axes, palette)
 
 
 def _explanation(measured: dict) -> str:
@@ -231,7 +247,7 @@ SUITE = Suite(
     headlines=_headlines,
     tables=_tables,
     drawings=lambda results: [
-        Drawing(f"Virtual distance, {kind}", functools.partial(_draw, kind=kind)) for kind in KINDS
+        Drawing(f"Virtual distance, {kind}", functools.partial(draw, kind=kind)) for kind in KINDS
     ],
     explanation=_explanation,
     limits=lambda measured, settings: [
