@@ -17,13 +17,14 @@ import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.plotting import Palette, dress, short
+from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import SAMPLES, TEXT, Option, parse_lengths, parse_shares
 from endprompt_megatron.evaluate.plots import of_suite
 from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import Drawing, Grid, Headline, Metric, Prepared, Scores, Shade, Subject, Suite
-from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
+from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of
 from endprompt_megatron.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def _tables(results: dict, labels: list[str]) -> list[str]:
             bounds = bounds_text(scores_of(results, label).get(key), 100, 0)
             row += [found, bounds, f"{cell['recall']:.0%}", f"{cell['logprob']:.2f}"]
         rows.append(row)
-    return ["Passkey retrieval at real input lengths\n" + table(header, rows)]
+    return ["Passkey retrieval at real input lengths\n" + text_table(header, rows)]
 
 
 def _headlines(measured: dict, scores: Scores) -> list[Headline]:

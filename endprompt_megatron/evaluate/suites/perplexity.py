@@ -17,6 +17,7 @@ import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.plotting import Palette, dress, legend, length_axis, level_axis, short
+from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.held_out_text import windows
 from endprompt_megatron.evaluate.intervals import Series
@@ -24,7 +25,7 @@ from endprompt_megatron.evaluate.options import TEXT, Option
 from endprompt_megatron.evaluate.plots import of_suite, window_mark
 from endprompt_megatron.evaluate.requests import Request, Response, content_of, responses
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Prepared, Scores, Subject, Suite
-from endprompt_megatron.evaluate.tables import bounds_text, scores_of, table
+from endprompt_megatron.evaluate.tables import bounds_text, scores_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -212,7 +213,7 @@ def _tables(results: dict, labels: list[str]) -> list[str]:
             row += [_loss_text(entry), bounds_text(score, 1, 3), perplexity_text(entry["perplexity"])]
         rows.append(row)
     title = f"Held-out text, last {measured[labels[0]]['scored']} tokens of real inputs"
-    parts = [f"{title}\n{table(header, rows)}"]
+    parts = [f"{title}\n{text_table(header, rows)}"]
     slid = {label: of_model.get("sliding") for label, of_model in measured.items()}
     if all(slid.values()):
         header = ["model", "window", "stride", "tokens", "loss", "ppl"]
@@ -225,7 +226,7 @@ def _tables(results: dict, labels: list[str]) -> list[str]:
             ]
             for label, entry in slid.items()
         ]
-        parts.append(f"Held-out text, every token of the longest inputs, sliding window\n{table(header, rows)}")
+        parts.append(f"Held-out text, every token of the longest inputs, sliding window\n{text_table(header, rows)}")
     return parts
 
 

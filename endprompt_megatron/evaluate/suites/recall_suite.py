@@ -20,6 +20,7 @@ import numpy as np
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
 from endprompt_megatron.common.plotting import Palette, dress, legend, length_axis, short
+from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import SAMPLES, TEXT, Option, parse_lengths
@@ -27,7 +28,7 @@ from endprompt_megatron.evaluate.plots import of_suite, window_mark
 from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
 from endprompt_megatron.evaluate.suites.needle import continuation
-from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
+from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of
 from endprompt_megatron.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def _tables(results: dict, labels: list[str]) -> list[str]:
             found = f"{round(cell['recalled'] * cell['samples'])} of {cell['samples']}"
             row += [found, bounds_text(scores_of(results, label).get(key), 100, 0), f"{cell['loss']:.3f}"]
         rows.append(row)
-    return ["Facts recalled from held-out text, by distance\n" + table(header, rows)]
+    return ["Facts recalled from held-out text, by distance\n" + text_table(header, rows)]
 
 
 def _headlines(measured: dict, scores: Scores) -> list[Headline]:

@@ -8,13 +8,14 @@ import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.plotting import Palette, dress, legend, length_axis
+from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import TEXT, Option, parse_lengths
 from endprompt_megatron.evaluate.plots import of_suite, window_mark
 from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
-from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
+from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of
 from endprompt_megatron.method.virtual_probe import KINDS, default_distances, probe_inputs, summarise
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _tables(results: dict, labels: list[str]) -> list[str]:
                 score = scores_of(results, label).get(("virtual", kind, int(distance), "accuracy"))
                 row += [f"{entry['loss']:.3f}", f"{entry['accuracy']:.0%}", bounds_text(score, 100, 0)]
             rows.append(row)
-        parts.append(f"Virtual distance, {title} ({first['physical']} physical tokens)\n" + table(header, rows))
+        parts.append(f"Virtual distance, {title} ({first['physical']} physical tokens)\n" + text_table(header, rows))
     return parts
 
 

@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.evaluate.options import LIMIT, TEMPLATE, Option, parse_names
 from endprompt_megatron.evaluate.published_rows import model, note_on, published
 from endprompt_megatron.evaluate.suite import Grid, Headline, Prepared, Published, Scores, Shade, Subject, Suite
@@ -18,7 +19,7 @@ from endprompt_megatron.evaluate.suites.longbench.longbench_suite import (
 )
 from endprompt_megatron.evaluate.suites.longbench.longbench_summary import summary
 from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import EXTENDED_TASKS, GROUPS, NOT_CHINESE, TASKS
-from endprompt_megatron.evaluate.tables import number_text, quoted_bounds, scores_by_task, table
+from endprompt_megatron.evaluate.tables import number_text, quoted_bounds, scores_by_task
 
 _MEANS = {"mean_13": "mean of 13 tasks", "mean_16": "mean of 16 tasks", "mean_21": "mean of 21 tasks"}
 
@@ -74,7 +75,7 @@ def _tables(results: dict, labels: list[str]) -> list[str]:
         if "by_words" in measured:
             header = ["task", *measured["by_words"]["mean"]]
             rows = [[task, *map(number_text, of.values())] for task, of in measured["by_words"].items()]
-            parts.append(f"{title}, {label}: percent by words of the input\n{table(header, rows)}")
+            parts.append(f"{title}, {label}: percent by words of the input\n{text_table(header, rows)}")
     return parts
 
 
