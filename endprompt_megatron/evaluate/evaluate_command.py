@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
     from endprompt_megatron.distributed import runtime
     from endprompt_megatron.evaluate.evaluation import evaluate
-    from endprompt_megatron.evaluate.request_progress import bar
+    from endprompt_megatron.evaluate.request_progress import RequestProgress
     from endprompt_megatron.evaluate.terminal import terminal
 
     runtime.quiet_libraries()
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         runtime.take_device(launch)
         ranks = Alone(part.split(launch.rank, launch.world_size))
     try:
-        with bar(shown=launch.rank == 0) as progress:
+        with RequestProgress(shown=launch.rank == 0) as progress:
             results = evaluate(
                 settings,
                 models,

@@ -26,7 +26,7 @@ from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series, comparisons
 from endprompt_megatron.evaluate.preparation import Inputs, Model, prepare
 from endprompt_megatron.evaluate.registry import BASELINE, EXTENDED, Drawing, Settings, suites_in
-from endprompt_megatron.evaluate.request_progress import Progress
+from endprompt_megatron.evaluate.request_progress import RequestProgress
 from endprompt_megatron.evaluate.requests import Request, Response, ask
 from endprompt_megatron.evaluate.split import Alone, ModelRanks, Part
 
@@ -40,7 +40,7 @@ def evaluate(
     open_engine: OpenEngine,
     *,
     ranks: Alone | ModelRanks | None = None,
-    progress: Progress | None = None,
+    progress: RequestProgress | None = None,
     merge: bool = False,
 ) -> dict | None:
     """Ask this process's part, and write `out`/results.json and the plots if nothing is left to ask by anyone.
@@ -49,7 +49,7 @@ def evaluate(
     results, None where other parts are not complete yet or another rank writes.  Killed and called again, it goes on.
     Raises InputError.
     """
-    ranks, progress = ranks or Alone(Part()), progress or Progress()
+    ranks, progress = ranks or Alone(Part()), progress or RequestProgress(shown=False)
     with ranks.same_errors():
         store.refuse_foreign(out)
         inputs = prepare(settings, models)
@@ -77,7 +77,7 @@ def _ask(
     identity: dict,
     open_engine: OpenEngine,
     ranks: Alone | ModelRanks,
-    progress: Progress,
+    progress: RequestProgress,
 ) -> None:
     """Have the model answer what it has not answered yet of this process's part, and store that."""
     job, print_of_model = inputs.job(label), inputs.fingerprints[label]

@@ -33,7 +33,9 @@ class CountingEngine:
 
 def test_perplexity_scores_the_same_tokens_at_every_length_and_every_token_once_by_position():
     rows = np.stack([np.arange(100), np.arange(100) + 2])
-    result = perplexity.perplexity(CountingEngine(), rows, [20, 50, 100], scored=10)
+    result = perplexity.result(
+        responses(CountingEngine(), perplexity.requests_by_length(rows, [20, 50, 100], scored=10))
+    )
     for entry in result["by_length"]:
         assert entry["windows"] == [94.5, 96.5]  # mean of 90..99, and 2 more
         assert entry["loss"] == 95.5

@@ -23,7 +23,7 @@ from endprompt_megatron.evaluate.held_out_text import windows
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import TEXT, Option
 from endprompt_megatron.evaluate.plots import of_suite, window_mark
-from endprompt_megatron.evaluate.requests import Request, Response, content_of, responses
+from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Prepared, Scores, Subject, Suite
 from endprompt_megatron.evaluate.tables import bounds_text, scores_of
 
@@ -83,17 +83,17 @@ def sliding_requests(inputs: np.ndarray, window: int, stride: int) -> Iterator[R
             yield Request(*name, content_of(tokens, fresh), window, notes=notes, ask=ask)
 
 
-def result(given: list[Response]) -> dict:
+def result(responses: list[Response]) -> dict:
     """Losses in nats: {"scored", "by_length": [{length, loss, stderr, perplexity, windows: [loss of each]}],
     "by_position": [{start, end, loss, stderr, perplexity}]}; the standard errors are over windows, null for one.
 
     Where windows slid, "sliding": {window, stride, tokens, loss, perplexity} too.
     """
     by_length: dict[int, list[dict]] = {}
-    for response in given:
+    for response in responses:
         if response.task == BY_LENGTH:
             by_length.setdefault(response.length, []).append(response.record)
-    found: dict = {"scored": next(response.notes["scored"] for response in given if response.task == BY_LENGTH)}
+    found: dict = {"scored": next(response.notes["scored"] for response in responses if response.task == BY_LENGTH)}
     found["by_length"] = []
     for length, records in by_length.items():
         losses = [record["loss"] for record in records]
@@ -105,7 +105,7 @@ def result(given: list[Response]) -> dict:
         {"start": start, "end": end, **_summary([record["buckets"][place] for record in by_length[longest]])}
         for place, (start, end, _, _) in enumerate(_buckets(longest))
     ]
-    slid = [(response.notes, response.record) for response in given if response.task == SLIDING]
+    slid = [(response.notes, response.record) for response in responses if response.task == SLIDING]
     if slid:
         tokens = sum(notes["tokens"] for notes, _ in slid)
         loss = sum(record["sum"] for _, record in slid) / tokens
@@ -119,25 +119,14 @@ def result(given: list[Response]) -> dict:
     return found
 
 
-def series(given: list[Response]) -> list[Series]:
+def series(responses: list[Response]) -> list[Series]:
     """Losses of blocks of about 64 tokens, by length and sliding."""
     blocks: dict[tuple[str, int], list[float]] = {}
-    for response in given:
+    for response in responses:
         blocks.setdefault((response.task, response.length), []).extend(response.record["blocks"])
     return [
         Series("perplexity", task, length, "loss", (np.asarray(values),)) for (task, length), values in blocks.items()
     ]
-
-
-def perplexity(
-    engine: Engine,
-    inputs: np.ndarray,
-    lengths: list[int],
-    *,
-    scored: int = 512,
-) -> dict:
-    """`result` of `requests_by_length`, with nothing stored."""
-    return result(responses(engine, requests_by_length(inputs, lengths, scored=scored)))
 
 
 def _buckets(length: int) -> list[tuple[int, int, int, int]]:

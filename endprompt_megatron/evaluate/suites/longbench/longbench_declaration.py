@@ -33,6 +33,7 @@ def settings_for(subject: Subject) -> LongBenchSettings:
         tasks=tuple(s.longbench_tasks) if s.longbench_tasks else None,
         extended=s.longbench_e,
         limit=s.limit,
+        prompts=Path(s.longbench_prompts) if s.longbench_prompts else None,
         chat=chat_wrapper(directory) if s.template == "chat" else None,
     )
 
@@ -151,6 +152,12 @@ SUITE = Suite(
         TEMPLATE,
         LIMIT,
         Option("longbench_data", "LongBench's data.zip, or the directory with its files", metavar="PATH", is_file=True),
+        Option(
+            "longbench_prompts",
+            "the benchmark's dataset2prompt.json, if it is not beside the data",
+            metavar="FILE",
+            is_file=True,
+        ),
         Option(
             "longbench_e",
             "ask LongBench-E: 13 tasks, scores by length in words",
