@@ -30,11 +30,11 @@ def models_of(options: argparse.Namespace) -> dict[str, Any]:
     from endprompt_megatron.evaluate.preparation import Model, model_at
 
     if (options.hf is None) == (options.megatron is None):
-        raise InputError("--hf: give it, or --megatron RUN/checkpoints with --engine megatron; one of the two")
+        raise InputError("--hf: give either it, or --megatron RUN/checkpoints with --engine megatron")
     if options.megatron is not None and options.engine != "megatron":
-        raise InputError(f"--megatron {options.megatron}: is read by --engine megatron; {options.engine} takes --hf")
+        raise InputError(f"--megatron {options.megatron}: needs --engine megatron; {options.engine} takes --hf")
     if options.megatron is None and options.iteration is not None:
-        raise InputError(f"--iteration {options.iteration}: is of --megatron, which is not given")
+        raise InputError(f"--iteration {options.iteration}: applies only to --megatron, which is not given")
     extended = model_at(options.megatron, options.iteration) if options.megatron else Model(options.hf, options.hf)
     if options.baseline is None:
         return {EXTENDED: extended}
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         print(terminal(results))
         print(f"\n{results['seconds']:.0f} s; {options.out / 'results.json'} and the plots beside it")
     elif ranks.first and part.count > 1:
-        print(f"part {part.index}/{part.count} is whole; {options.out} waits for the others")
+        print(f"part {part.index}/{part.count} is complete; {options.out} waits for the others")
     return EXIT_DONE
 
 

@@ -27,7 +27,7 @@ def subject(model_dir, tokenizer, options):
     return Subject(Settings(**options), models, "extended", tokenizer, None, models["extended"].window)
 
 
-def test_doubles_score_100_and_0_on_rulers_own_questions(tmp_path):
+def test_ruler_scores_perfect_answers_100_and_empty_ones_0(tmp_path):
     model = small.small_llama(tmp_path / "model", max_position_embeddings=8192, vocab_size=2000, tokenizer=False)
     # Its worked examples are made for tokenizers that know words.
     texts = [path.read_text() for path in Path(ruler.__file__).parent.glob("*.py")]
@@ -44,7 +44,7 @@ def test_doubles_score_100_and_0_on_rulers_own_questions(tmp_path):
         assert "RULER, extended" in terminal(results)
 
 
-def test_doubles_score_100_and_0_on_longbenchs_own_layout(tmp_path):
+def test_longbench_scores_perfect_answers_100_and_empty_ones_0(tmp_path):
     data = Path(__file__).resolve().parent.parent / "longbench"
     model = small.small_llama(tmp_path / "model", max_position_embeddings=4096)
     options = {"lengths": [64], "longbench_data": str(data), "suites": ["longbench"], "dtype": "float32"}
@@ -94,7 +94,7 @@ def test_sliding_perplexity_scores_every_token_once_from_a_window_that_moves(tmp
     assert read["loss"] == pytest.approx(np.mean([reference_losses(engine.model, rows, natural(rows))[0]]), rel=1e-5)
 
 
-def test_short_text_is_measured_task_by_task_without_an_engine(tmp_path, model_dir, monkeypatch):
+def test_lm_eval_tasks_are_asked_one_by_one_without_an_engine(tmp_path, model_dir, monkeypatch):
     measured = []
 
     def run(directory, tasks, limit, *, backend, dtype, chat):

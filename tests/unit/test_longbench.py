@@ -98,14 +98,14 @@ def test_the_paper_mean_follows_from_its_groups():
 
 
 @pytest.mark.parametrize(("window", "length"), [(4096, 3500), (8192, 7500), (16384, 15500), (32768, 31500)])
-def test_prompts_leave_the_room_that_the_original_leaves(window, length):
+def test_longbench_prompts_leave_as_many_tokens_as_the_original(window, length):
     assert default_max_length(window) == length
 
 
 @pytest.mark.parametrize("which", ["directory", "bos_directory"])
 @pytest.mark.parametrize("max_length", [100_000, 301, 120])
 @pytest.mark.parametrize("wrapper", [None, "[INST]{prompt}[/INST]"])
-def test_prompts_are_those_of_the_original(which, max_length, wrapper, request):
+def test_longbench_prompts_equal_the_originals(which, max_length, wrapper, request):
     from transformers import AutoTokenizer
 
     directory = request.getfixturevalue(which)
@@ -126,7 +126,7 @@ def test_prompts_are_those_of_the_original(which, max_length, wrapper, request):
     assert asked == 42
 
 
-def test_both_ends_of_a_cut_prompt_stay(directory):
+def test_a_longbench_prompt_cut_in_the_middle_keeps_both_ends(directory):
     tokenizer = load_tokenizer(directory)
     text = "The beginning stays. " + "the middle goes " * 200 + "and so does the end."
     short, cut = cut_middle(tokenizer, text, 60)
@@ -165,7 +165,7 @@ def test_directory_and_archive_give_the_same_questions(directory, tmp_path):
     ]
 
 
-def test_limit_and_tasks_leave_the_rest_out(directory):
+def test_longbench_limit_and_tasks_select_questions(directory):
     settings = replace(SETTINGS, tasks=("trec", "qasper"), limit=1)
     asked = list(samples(settings, load_tokenizer(directory)))
     assert [(question.task, question.number) for question in asked] == [("qasper", 0), ("trec", 0)]
@@ -209,7 +209,7 @@ def test_means_weigh_tasks_alike_and_say_what_they_lack(directory):
     assert few_shot["not_chinese"]["missing"] == ["trec"]
 
 
-def test_a_mean_over_everything_is_complete(directory):
+def test_a_longbench_mean_over_all_tasks_is_complete(directory):
     one = {question.task: question for question in samples(replace(SETTINGS, limit=1), load_tokenizer(directory))}
     scored = [(one[name], 0.5) for name, task in TASKS.items() for _ in range(task.size)]
     table = summary(scored)
@@ -217,7 +217,7 @@ def test_a_mean_over_everything_is_complete(directory):
         assert mean == {"score": 50.0, "complete": True, "missing": [], "short": []}
 
 
-def test_nothing_asked_gives_no_mean():
+def test_longbench_has_no_mean_of_no_scores():
     assert summary([])["mean_16"]["score"] is None
     assert summary([])["missing"] == list(TASKS)
 
@@ -311,7 +311,7 @@ def test_missing_tasks_are_named_together(copy):
     assert check(replace(SETTINGS, data=copy, tasks=("qasper",))) == {"qasper": 2}
 
 
-def test_what_is_no_benchmark_is_refused(copy, tmp_path):
+def test_a_path_without_longbench_data_is_refused(copy, tmp_path):
     assert "no such file or directory" in refused(replace(SETTINGS, data=tmp_path / "nowhere"))
     (tmp_path / "data.zip").write_text("not a zip")
     assert "cannot be read as a zip archive" in refused(replace(SETTINGS, data=tmp_path / "data.zip"))
@@ -333,7 +333,7 @@ def test_an_archive_that_was_cut_or_damaged_is_refused(tmp_path):
     assert "cannot be read as a zip archive" in refused(settings)
 
 
-def test_prompt_texts_are_wanted_and_checked(copy):
+def test_longbench_prompt_texts_are_required_and_checked(copy):
     file = copy / "config" / "dataset2prompt.json"
     texts = json.loads(file.read_text())
     settings = replace(SETTINGS, data=copy)
@@ -358,7 +358,7 @@ def test_prompt_texts_are_wanted_and_checked(copy):
         ({"chat": "[INST]"}, "should hold {prompt} once"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(change, needle):
+def test_longbench_settings_that_cannot_be_used_are_refused(change, needle):
     assert needle in refused(replace(SETTINGS, **change))
 
 

@@ -82,7 +82,7 @@ def test_mcnemar_counts_the_tails_of_a_fair_coin(first, second, p):
     assert mcnemar(first, second) == pytest.approx(p, rel=1e-12)
 
 
-def test_a_comparison_is_paired():
+def test_a_comparison_of_two_models_is_paired_by_question():
     """The same shift on every question is beyond the noise, although the two intervals overlap widely."""
     shifted = compare([GRADED], [GRADED + 0.02])
     assert shifted["difference"] == pytest.approx(0.02)
@@ -104,14 +104,14 @@ def test_right_or_wrong_answers_are_compared_by_mcnemar():
     assert compare([before], [after])["beyond_noise"]
 
 
-def test_one_question_is_never_beyond_the_noise():
+def test_a_comparison_on_one_question_is_never_beyond_the_noise():
     for value in (1.0, 0.7):
         found = compare([np.array([0.0])], [np.array([value])])
         assert not found["beyond_noise"]
         assert found["interval"] is None
 
 
-def test_without_pairs_the_difference_is_as_wide_as_that_of_two_samples():
+def test_an_unpaired_difference_is_as_wide_as_that_of_two_samples():
     first, second = np.repeat([0.0, 1.0], [60, 40]), np.repeat([0.0, 1.0], [40, 60])
     found = compare_unpaired([first], [second])
     assert found["difference"] == pytest.approx(0.2)

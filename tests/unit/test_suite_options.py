@@ -14,8 +14,8 @@ from unit.asking import ask
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.evaluate.evaluate_command import settings_of
 from endprompt_megatron.evaluate.preparation import Model
-from endprompt_megatron.evaluate.registry import Settings, Subject
-from endprompt_megatron.evaluate.suites import longbench, ruler
+from endprompt_megatron.evaluate.registry import SUITES, Settings, Subject
+from endprompt_megatron.evaluate.suites import lm_eval, longbench, ruler
 from endprompt_megatron.evaluate.suites.longbench import longbench_declaration
 from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import EXTENDED_TASKS
 from endprompt_megatron.evaluate.suites.ruler import ruler_declaration
@@ -157,3 +157,42 @@ def test_longbench_e_is_of_longbench_alone_and_not_longbench(settings, model, ex
     (tmp_path / "plain" / "results.json").write_text(json.dumps(stored))
     page = write_report([tmp_path / "plain", tmp_path / "e"], out=tmp_path / "page.html").read_text()
     assert "Left out: e measured other inputs than plain (longbench_e)" in page
+
+
+def test_longbench_prompts_are_read_from_the_given_file(settings, model, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(small.ROOT / "tests" / "longbench" / "data", data)
+    asked = ["--suite", "longbench", "--longbench-data", data, "--longbench-tasks", "qasper"]
+    with pytest.raises(InputError, match=r"no dataset2prompt\.json beside it"):
+        questions_of(settings(*asked), model)
+    prompts = small.ROOT / "tests" / "longbench" / "config" / "dataset2prompt.json"
+    assert questions_of(settings(*asked, "--longbench-prompts", prompts), model)
+
+
+def test_short_shots_are_numbers_of_examples_by_task(settings):
+    assert settings("--suite", "short", "--short-shots", "mmlu=0,gsm8k=8").short_shots == {"mmlu": 0, "gsm8k": 8}
+    for wrong in ("mmlu", "mmlu=few", "=5"):
+        with pytest.raises(InputError, match=rf"--short-shots {wrong}: should be TASK=NUMBER"):
+            settings("--suite", "short", "--short-shots", wrong)
+
+
+def test_short_shots_and_include_reach_lm_eval_with_the_task_they_are_for(settings, model, monkeypatch):
+    calls = []
+    monkeypatch.setattr(lm_eval, "left_out", lambda tasks, include: {})
+    monkeypatch.setattr(lm_eval, "run", lambda directory, tasks, limit, **more: calls.append((tasks, more)) or {})
+
+    def asked(*more):
+        given = settings("--suite", "short", "--short-tasks", "mmlu,own", "--short-include", "tasks", *more)
+        subject = Subject(given, {"extended": Model(model, model)}, "extended", load_tokenizer(model), None, 4096)
+        return list(SUITES["short"].prepare(subject).requests())
+
+    requests = asked("--short-shots", "own=2")
+    for request in requests:
+        request.ask(None)
+    plain = {"backend": "hf", "dtype": "float32", "chat": False, "include": "tasks"}
+    assert calls == [(["mmlu"], plain), (["own"], plain | {"shots": {"own": 2}})]
+    keys = [[request.key("model") for request in each] for each in (asked(), requests)]
+    assert keys[0][0] == keys[1][0]
+    assert keys[0][1] != keys[1][1]
+    with pytest.raises(InputError, match="--short-shots gsm8k: not among the tasks asked, mmlu, own"):
+        asked("--short-shots", "gsm8k=2")

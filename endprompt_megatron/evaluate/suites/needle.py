@@ -1,6 +1,6 @@
 """Passkey retrieval at real input lengths: five digits hidden in long filler, asked for at the end.
 
-Each cell of the grid (length x depth) holds several prompts.  Two scores:
+Two scores for each length and depth, over several prompts:
   accuracy  the first run of digits in the greedy answer is the key, to the last digit;
   recall    every token of the key is the most likely one given the true tokens before it.  A small model that
             answers in a roundabout way ("is the pass key ...") still shows here whether it reads the key.
@@ -109,7 +109,7 @@ def _ask(engine: Engine, tokenizer: Tokenizer, key: str, prompt: list[int], expe
     answer = engine.answer(prompt, expected, ANSWER_TOKENS)
     text = tokenizer.decode(answer.generated)
     found = re.search(r"\d+", text)
-    # A separate token for the space before the key is manners, not memory.
+    # A separate token for the space before the key says nothing about memory.
     of_key = [place for place, token in enumerate(expected) if any(c.isdigit() for c in tokenizer.decode([token]))]
     return {
         "key": key,
@@ -147,15 +147,17 @@ def build_prompt(
     question = tokenizer.encode(QUESTION)
     room = length - len(task) - len(hidden) - len(question)
     if room < 1:
-        least = length - room + ANSWER_TOKENS + 1
-        raise InputError(f"--lengths {length + ANSWER_TOKENS}: too short for a passkey prompt; use {least} or more")
+        min_length = length - room + ANSWER_TOKENS + 1
+        raise InputError(
+            f"--lengths {length + ANSWER_TOKENS}: too short for a passkey prompt; use {min_length} or more"
+        )
     if filler is None:
         unit = np.asarray(tokenizer.encode(NOISE), dtype=np.int64)
         start, stream = 0, np.tile(unit, room // len(unit) + 1)
         place = round(room * depth / len(unit)) * len(unit)  # between two rounds of the noise, not inside a word
     else:
         if len(filler) < room:
-            raise InputError(f"--lengths {length + ANSWER_TOKENS}: the held-out text has {len(filler)} tokens only")
+            raise InputError(f"--lengths {length + ANSWER_TOKENS}: the held-out text has only {len(filler)} tokens")
         start, stream = int(rng.integers(0, len(filler) - room + 1)), filler
         place = round(room * depth)
     hay = stream[start : start + room].tolist()

@@ -1,11 +1,11 @@
-"""Recall at real input lengths, by distance: a fact told in held-out text and asked for at the end of it.
+"""Recall at real input lengths, by distance: a fact stated in held-out text and asked for at its end.
 
-The right answer is read along with the input (teacher forcing), so that a model need not know how to answer, only to
-go on: two scores,
+The right answer is read along with the input (teacher forcing), so that a model need not know how to answer, only how
+to continue.  Two scores:
   recalled  every token of the value is the most likely one given the true tokens before it;
   loss      nats a token of the value.
-The distance is that of the value where it is asked from the value where it was told.  What facts and questions look
-like is a form: for a model that knows one kind of text only, a JSON file says it.
+The distance is from the value in the fact to the value in the answer.  A form says what facts and questions look like;
+a JSON file replaces it for a model that knows only one kind of text.
 """
 
 import functools
@@ -160,7 +160,7 @@ def build_row(
     The answer's first token stands `distance` behind the value's first token in the fact.  Raises InputError.
     """
     if len(text) < length:
-        raise InputError(f"--lengths {length}: the held-out text has {len(text)} tokens only; give a longer --text")
+        raise InputError(f"--lengths {length}: the held-out text has only {len(text)} tokens; give a longer --text")
     start = int(rng.integers(0, len(text) - length + 1))
     around = tokenizer.decode(text[start : start + length].tolist())
     value = " ".join(rng.choice(form.values, form.value_words))
@@ -174,14 +174,14 @@ def build_row(
     fact = tokenizer.encode(form.fact.format(key=key, value=value))
     question = tokenizer.encode(form.question.format(key=key))
     answer = continuation(tokenizer, form.question.format(key=key), form.answer.format(key=key, value=value))
-    told = len(tokenizer.encode(before))  # tokens of the fact before the answer in it
+    lead = len(tokenizer.encode(before))  # tokens of the fact before the answer in it
     room = length - len(fact) - len(question) - len(answer)
-    place = length - len(answer) - distance - told
+    place = length - len(answer) - distance - lead
     if room < 0 or not 0 <= place <= room:
-        nearest, farthest = len(fact) - told + len(question), length - len(answer) - told
+        nearest, farthest = len(fact) - lead + len(question), length - len(answer) - lead
         raise InputError(
-            f"--recall-distances {distance}: in {length} tokens a fact stands {nearest} to {farthest} away from its "
-            "question; use a distance between them"
+            f"--recall-distances {distance}: in {length} tokens a fact stands {nearest} to {farthest} tokens before "
+            "its answer; use a distance between them"
         )
     hay = text[start : start + room]
     row = np.concatenate([hay[:place], fact, hay[place:], question, answer]).astype(np.int64)

@@ -67,7 +67,7 @@ def _prepare(subject: Subject) -> Prepared:
     if s.physical < 16:
         raise InputError(f"--physical {s.physical}: a probe needs 16 tokens or more")
     if len(text) < s.physical:
-        raise InputError(f"--physical {s.physical}: the held-out text has {len(text)} tokens only; give a longer one")
+        raise InputError(f"--physical {s.physical}: the held-out text has only {len(text)} tokens; give a longer one")
     if s.distances is None and window < s.physical:
         raise InputError(f"--physical {s.physical}: above the model's window of {window}; use a smaller one")
     distances = s.distances or default_distances(s.physical, window)
