@@ -6,7 +6,7 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.indexed import path_of, read_manifest
 from endprompt_megatron.tokenizer import load_tokenizer
 from endprompt_megatron.tokenizer.fingerprint import FORMAT, fingerprint_of, sum_of_files
-from endprompt_megatron.tokenizer.tokenizer_files import TOKENIZER_MODEL
+from endprompt_megatron.tokenizer.tokenizer import TOKENIZER_MODEL
 
 _KEY = "tokenizer_sha256"
 _SHOWN = len(FORMAT) + 8

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from endprompt_megatron import __version__
 from endprompt_megatron.common.html_page import Bullets, Code, Details, Section
 from endprompt_megatron.evaluate.registry import SUITES, Suite
+from endprompt_megatron.method.positions import MAPS, PositionMap
 from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.models import Measured, Model
 
@@ -57,12 +58,13 @@ def _real_lengths(suite: Suite, model: Model) -> list[int]:
 
 def _of_all(runs: Runs, measured: Measured) -> list[str]:
     points = []
-    prompted = [run for run in runs.runs if str(run.value("context.method")).startswith("end_prompt")]
-    shorts = [run for run in runs.runs if run.value("context.method") == "short"]
+    prompted = [run for run in runs.runs if _map(run) is not None and _map(run).has_prompt]
+    shorts = [run for run in runs.runs if _map(run) is not None and _map(run).plain]
     if runs.control is None and prompted and not shorts:
+        plain = " or ".join(name for name, position_map in MAPS.items() if position_map.plain)
         points.append(
             "What the terminal prompt contributes: no control was given. The same training without it (method "
-            "`short`) has to stand beside this run before anything is credited to the prompt."
+            f"`{plain}`) has to stand beside this run before anything is credited to the prompt."
         )
     if runs.control is not None:
         method = runs.control.value("context.method", "unknown")
@@ -76,6 +78,11 @@ def _of_all(runs: Runs, measured: Measured) -> list[str]:
     if any(model.measured for model in measured.models):
         points.append("How another seed of the training would come out: the intervals are over the requests alone.")
     return points
+
+
+def _map(run: Run) -> PositionMap | None:
+    """The position map of a run's recipe; None where it says none that is known."""
+    return MAPS.get(str(run.value("context.method")))
 
 
 def provenance(runs: Runs) -> Section:

@@ -105,7 +105,7 @@ class Planned:
 def planned(run: Run, each: Spent, gpu: str = "h100") -> Planned:
     """The recipe as resolved on as many GPUs as the run had processes (its layout's least where that is not known)."""
     from endprompt_megatron.config.constraints import check as rules
-    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.config.load import load_recipe
     from endprompt_megatron.distributed.hardware import of_kind
     from endprompt_megatron.model.published_shapes import shape_for
     from endprompt_megatron.plan.plan import estimate, min_gpus
@@ -115,7 +115,7 @@ def planned(run: Run, each: Spent, gpu: str = "h100") -> Planned:
         return Planned(None, "no recipe")
     try:
         recipe = load_recipe(path)
-        shape, _ = shape_for(recipe, str(path))
+        shape, _ = shape_for(recipe.model.hf, str(path))
         count = each.processes or min_gpus(recipe)
         hardware = of_kind(gpu)
         rules.check_for(recipe, str(path), shape, world_size=count, hardware=hardware)

@@ -55,12 +55,12 @@ class Distances:
 
 def distance_coverage(run: Run) -> Distances | None:
     """What the recipe supervises, sources with prompts of their own by their weights.  None where it does not say."""
-    from endprompt_megatron.config.recipe import recipe_of
-    from endprompt_megatron.method import positions
-    from endprompt_megatron.method.coverage import coverage_of
+    from endprompt_megatron.config.load import recipe_of
+    from endprompt_megatron.data.samples.terminal_segments import coverage_of
+    from endprompt_megatron.method.positions import MAPS
 
     method, physical, target = (run.value(f"context.{key}") for key in ("method", "physical", "target"))
-    if method not in positions.METHODS or not isinstance(physical, int) or not isinstance(target, int):
+    if method not in MAPS or not isinstance(physical, int) or not isinstance(target, int):
         return None
     try:
         recipe = recipe_of(run.recipe)
@@ -77,7 +77,7 @@ def distance_coverage(run: Run) -> Distances | None:
             return None
     lengths = sorted({b for _, b in found.segments if b})
     context = max(a for a, _ in found.segments)
-    drawn = method in positions.VARYING
+    drawn = MAPS[method].varies
     return Distances(found.counts, found.gaps, lengths, context, guessed and bool(lengths), drawn)
 
 
