@@ -16,6 +16,7 @@ Key = tuple[str, str, int, str]  # suite, task, length (0: all), metric
 _ASKED = {
     "perplexity": ("lengths", "windows", "scored", "seed"),
     "needle": ("samples", "filler", "seed"),
+    "recall": ("samples", "recall_form", "seed"),
     "virtual": ("physical", "probe_samples", "seed"),
     "ruler": ("ruler_seed", "template"),
     "longbench": ("limit", "template"),
@@ -148,7 +149,9 @@ def _differing(suite: str, model: Model, reference: Model | None) -> list[str]:
     if reference is None or model is reference:
         return []
     differing = [name for name in _ASKED[suite] if model.settings.get(name) != reference.settings.get(name)]
-    reads_text = suite in ("perplexity", "virtual") or (suite == "needle" and model.settings.get("filler") == "text")
+    reads_text = suite in ("perplexity", "recall", "virtual") or (
+        suite == "needle" and model.settings.get("filler") == "text"
+    )
     if reads_text and _text(model) != _text(reference):
         differing.append("text")
     mine, theirs = (each.measured[suite] for each in (model, reference))

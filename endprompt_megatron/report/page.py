@@ -17,7 +17,7 @@ from endprompt_megatron.report.limits import not_shown, provenance
 from endprompt_megatron.report.load import Runs, read_runs
 from endprompt_megatron.report.models import measured_models
 from endprompt_megatron.report.sections.distances import distances
-from endprompt_megatron.report.sections.long_inputs import passkey, text_quality, virtual
+from endprompt_megatron.report.sections.long_inputs import passkey, recall, text_quality, virtual
 from endprompt_megatron.report.sections.results import results
 from endprompt_megatron.report.sections.ruler_tables import ruler
 from endprompt_megatron.report.sections.task_scores import longbench, short_text
@@ -53,6 +53,7 @@ def page(runs: Runs) -> str:
         results(runs, measured),
         text_quality(measured, figures),
         passkey(measured),
+        recall(measured),
         virtual(runs, measured, figures),
         ruler(measured),
         longbench(measured),

@@ -1,9 +1,9 @@
-"""The report's sections on held-out text, the passkey and the virtual distance."""
+"""The report's sections on held-out text, the passkey, recall and the virtual distance."""
 
 from html import escape
 
 from endprompt_megatron.evaluate import plots
-from endprompt_megatron.report.html import Figures, group, missing, note, section
+from endprompt_megatron.report.html import Figures, details, group, missing, note, section, table
 from endprompt_megatron.report.load import Runs
 from endprompt_megatron.report.models import Measured, Model
 from endprompt_megatron.report.sections import cells
@@ -105,6 +105,36 @@ def heat(model: Model) -> str:
         f'<div class="scroll" tabindex="0"><table class="heat"><thead><tr><th>depth</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def recall(measured: Measured) -> str:
+    """Facts recalled by the length of the input and the distance of the fact; the losses folded."""
+    title, models = "Recall", measured.of("recall")
+    if not models:
+        return section("recall", title, missing("Recall was not measured (<code>--suite recall</code>)."))
+    at = [{(cell["length"], cell["distance"]): cell for cell in model.measured["recall"]["cells"]} for model in models]
+    shares, losses = [], []
+    for length, distance in sorted({place for of_model in at for place in of_model}):
+        name, key = f"{length:,} tokens, {distance:,} away", ("recall", str(distance), length)
+        shares.append((name, [cells.percent(model, (*key, "recalled"), 0) for model in models]))
+        losses.append((name, [_loss(of_model.get((length, distance))) for of_model in at]))
+    words = (
+        "<p>A fact stated in held-out text and queried at the end of a real input. The answer is read along with the "
+        "input, so a model only has to continue: it counts as recalled if every token of it is the most likely one.</p>"
+    )
+    head, columns = [*map(cells.head, models)], [model.key for model in models]
+    return section(
+        "recall",
+        title,
+        words,
+        table(head, shares, caption="Percent of facts recalled.", columns=columns),
+        note([cells.AS_ABOVE, *map(escape, measured.left_out("recall"))]),
+        details("Loss of the answer, nats a token", table(head, losses, columns=columns)),
+    )
+
+
+def _loss(cell: dict | None) -> str:
+    return cells.NONE if cell is None else f"{cell['loss']:.3f}"
 
 
 def virtual(runs: Runs, measured: Measured, figures: Figures) -> str:

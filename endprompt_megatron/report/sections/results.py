@@ -13,13 +13,19 @@ EVALUATE = "python tools/evaluate.py --hf RUN/hf --baseline DIR --lengths 4096,8
 SUITES = {
     "perplexity": "perplexity",
     "needle": "passkey",
+    "recall": "recall",
     "virtual": "virtual distance",
     "ruler": "RULER",
     "longbench": "LongBench",
     "short": "short text",
 }
-_MEANS = ("mean", "mean_16", "mean_21", "all depths", "by_length", "repeat")
-_METRICS = dict.fromkeys(SUITES, "score") | {"perplexity": "loss", "needle": "accuracy", "virtual": "accuracy"}
+_MEANS = ("mean", "mean_16", "mean_21", "all depths", "all distances", "by_length", "repeat")
+_METRICS = dict.fromkeys(SUITES, "score") | {
+    "perplexity": "loss",
+    "needle": "accuracy",
+    "recall": "recalled",
+    "virtual": "accuracy",
+}
 Row = tuple[str, Callable[[Model], str]]
 
 
@@ -28,9 +34,8 @@ def results(runs: Runs, measured: Measured) -> str:
     if not measured.models:
         words = f"No evaluation yet. Run <code>{escape(EVALUATE)}</code>, then this report again."
         return section("results", "Results", missing(words))
-    rows = [
-        row for of_suite in (_perplexity, _needle, _virtual, _ruler, _longbench, _short) for row in of_suite(measured)
-    ]
+    suites = (_perplexity, _needle, _recall, _virtual, _ruler, _longbench, _short)
+    rows = [row for of_suite in suites for row in of_suite(measured)]
     models = measured.models
     body = [(name, [cell(model) for model in models]) for name, cell in rows]
     notes = [_scored(measured)]
@@ -92,6 +97,26 @@ def _needle(measured: Measured) -> list[Row]:
 
     lengths = sorted({each["length"] for model in models for each in model.measured["needle"]["cells"]})
     return [(f"Passkeys found, {length:,} tokens", at(length)) for length in lengths]
+
+
+def _recall(measured: Measured) -> list[Row]:
+    models = measured.of("recall")
+
+    def at(length: int) -> Callable[[Model], str]:
+        def cell(model: Model) -> str:
+            there = [each for each in model.measured["recall"]["cells"] if each["length"] == length]
+            if not there:
+                return NONE
+            found = sum(round(each["recalled"] * each["samples"]) for each in there)
+            key = ("recall", "all distances", length, "recalled")
+            score = model.scores.get(key)
+            between = cells.bounds(score, 100, 0).replace("</small>", "%</small>") if score else ""
+            return f"{found} of {sum(each['samples'] for each in there)}{cells.mark(model, key)}{between}"
+
+        return _only(models, cell)
+
+    lengths = sorted({each["length"] for model in models for each in model.measured["recall"]["cells"]})
+    return [(f"Facts recalled, {length:,} tokens", at(length)) for length in lengths]
 
 
 def _virtual(measured: Measured) -> list[Row]:
@@ -180,7 +205,7 @@ def _of_pair(title: str, compared: dict[Key, dict], words: str) -> list[str]:
 
 def _row(key: Key, compared: dict) -> tuple[str, list[str]]:
     suite, task, length, metric = key
-    names = {"by_length": "", "all depths": "", "repeat": "recalling", "continue": "going on"}
+    names = {"by_length": "", "all depths": "", "all distances": "", "repeat": "recalling", "continue": "going on"}
     what = " ".join(filter(None, [SUITES.get(suite, suite), names.get(task, task.replace("_", " "))]))
     unit = {"loss": ", nats", "score": ""}.get(metric, f", {metric}")
     where = f", {length:,} tokens" if length else ""
