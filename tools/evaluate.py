@@ -68,6 +68,9 @@ def arguments() -> argparse.Namespace:
 
     group = parser.add_argument_group("ruler, longbench and short")
     group.add_argument("--template", choices=("base", "chat"), default="base", help="how questions are put")
+    group.add_argument(
+        "--ruler-template", metavar="NAME", help="one of RULER's, such as meta-llama3, instead of --template"
+    )
     group.add_argument("--ruler-tasks", metavar="NAMES", help="some of the 13; by default all")
     group.add_argument("--ruler-samples", type=int, default=500, metavar="N", help="questions a task and length")
     group.add_argument("--haystack", metavar="FILE", help="essays for RULER's haystack; without it a named substitute")

@@ -41,7 +41,7 @@ def _ruler(module: ModuleType, settings: Settings, directory: Path, window: int)
         tasks=tuple(settings.ruler_tasks or module.TASKS),
         samples=settings.ruler_samples,
         seed=settings.ruler_seed,
-        template=settings.template,
+        template=settings.ruler_template or settings.template,
         model=directory,
         **{name: Path(file) for name, file in files.items() if file is not None},
     )

@@ -30,6 +30,7 @@ class Settings:
     distances: list[int] | None = None  # None: virtual.default_distances up to the extended model's window
     probe_samples: int = 8
     template: str = "base"  # or "chat": the model's own chat template
+    ruler_template: str | None = None  # one of RULER's by name; None: `template`
     ruler_tasks: list[str] | None = None  # None: all of them
     ruler_samples: int = 500
     haystack: str | None = None
@@ -76,6 +77,11 @@ class Settings:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: should not be negative")
         if self.stride is not None and "perplexity" not in self.suites:
             raise InputError(f"--stride {self.stride}: is of the perplexity suite, which --suite does not name")
+        if self.ruler_template is not None and "ruler" not in self.suites:
+            raise InputError(
+                f"--ruler-template {self.ruler_template}: applies only to the ruler suite, which is not selected; "
+                "add it to --suite"
+            )
         if self.engine == "megatron" and "short" in self.suites:
             raise InputError("--suite short: lm-eval reads Hugging Face directories; export the model and give --hf")
         if self.engine == "vllm" and "virtual" in self.suites:

@@ -18,7 +18,7 @@ _ASKED = {
     "needle": ("samples", "filler", "seed"),
     "recall": ("samples", "recall_form", "seed"),
     "virtual": ("physical", "probe_samples", "seed"),
-    "ruler": ("ruler_seed", "template"),
+    "ruler": ("ruler_seed", "template", "ruler_template"),
     "longbench": ("limit", "template"),
     "short": ("limit", "template"),
 }

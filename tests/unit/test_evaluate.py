@@ -268,6 +268,11 @@ BAD = {
     "iteration": ({"--iteration": "3"}, "--iteration 3: is of --megatron, which is not given"),
     "pipeline": ({"--pipeline": "0"}, "--pipeline 0: should be at least 1"),
     "ruler samples": ({"--ruler-samples": "0"}, "--ruler-samples 0: should be at least 1"),
+    "ruler template": (
+        {"--suite": "perplexity,ruler", "--ruler-template": "llama"},
+        "--ruler-template llama: unknown; use chat",
+    ),
+    "ruler template without ruler": ({"--ruler-template": "Phi3"}, "--ruler-template Phi3: applies only to the ruler"),
     "distances": ({"--distances": "16"}, "--distances 16: below the probe's 32 tokens"),
 }
 

@@ -158,7 +158,7 @@ def test_the_models_own_chat_template_stands_around_the_task_and_keeps_its_words
 @pytest.mark.parametrize(
     ("name", "model", "needles"),
     [
-        ("llama", None, ("--template llama", "meta-llama3")),
+        ("llama", None, ("--ruler-template llama", "meta-llama3")),
         ("chat", None, ("--template chat", "directory")),
         ("chat", "tokenizer", ("no chat template", "base")),
         ("chat", "nothing", ("--template chat", "nothing")),

@@ -78,7 +78,10 @@ def _not_the_same(models: list[Model], lengths: list[int]) -> str:
     for model in models:
         for found in model.measured["ruler"].get("notes") or []:
             differ[escape(found.removeprefix(_NOTE))] = None
-        if model.settings.get("template", "base") != "base":
+        named = model.settings.get("ruler_template")
+        if named not in (None, "base", "chat"):
+            differ[f"questions in RULER's template {escape(named)}"] = None
+        elif (named or model.settings.get("template", "base")) != "base":
             differ["questions in the model's chat template"] = None
     based = f"Published: {escape(published()['model'])}."
     if not differ:

@@ -29,10 +29,10 @@ def check(settings: RulerSettings) -> dict[str, int]:
 
     Says on stderr which tasks are left out.  Raises InputError for a missing or malformed file.
     """
+    template(settings.template, settings.model)
     sources_ = sources_of(settings)
     for task, reason in settings.left_out.items():
         print(f"RULER: {task} is left out: {reason}", file=sys.stderr)
-    template(settings.template, settings.model)
     pairs()
     if set(settings.asked) & set(ESSAY_TASKS):
         sources_.sentences(1)
