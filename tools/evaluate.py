@@ -79,6 +79,7 @@ def arguments() -> argparse.Namespace:
     group.add_argument("--english-words", metavar="FILE", help="word list for RULER's cwe at 128K and above")
     group.add_argument("--punkt", metavar="DIR", help="NLTK's punkt_tab/english, which splits RULER's essays")
     group.add_argument("--ruler-seed", type=int, default=42, metavar="N", help="NVIDIA's is 42")
+    group.add_argument("--longbench-e", action="store_true", help="LongBench-E: 13 tasks, scores by length in words")
     group.add_argument("--longbench-data", metavar="PATH", help="LongBench's data.zip, or the directory with its files")
     group.add_argument("--longbench-tasks", metavar="NAMES", help="some of the 21; by default all")
     group.add_argument(

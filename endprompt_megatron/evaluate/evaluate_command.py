@@ -16,7 +16,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     plain = (
         *("text", "windows", "scored", "stride", "samples", "filler", "physical", "probe_samples", "template"),
         *("ruler_samples", "haystack", "squad", "hotpotqa", "longbench_data", "limit", "beyond_window", "seed"),
-        *("english_words", "punkt", "ruler_seed", "ruler_template", "recall_form"),
+        *("english_words", "punkt", "ruler_seed", "ruler_template", "recall_form", "longbench_e"),
     )
 
     def numbers(name: str) -> list[int] | None:

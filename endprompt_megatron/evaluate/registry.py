@@ -31,7 +31,8 @@ class Kind:
     module: str
     settings: Callable[[ModuleType, Settings, Path, int], Any]
     by_length: bool  # whether questions come in --lengths; otherwise a question may be cut for each model's window
-    groups: Callable[[ModuleType], dict[str, list[str]]] = lambda _: {}  # means that are reported: name -> tasks
+    # Means that are reported: name -> tasks, by the module and its settings.
+    groups: Callable[[ModuleType, Any], dict[str, list[str]]] = lambda *_: {}
 
 
 def _ruler(module: ModuleType, settings: Settings, directory: Path, window: int) -> Any:
@@ -57,14 +58,17 @@ def _longbench(module: ModuleType, settings: Settings, directory: Path, window: 
         data=Path(settings.longbench_data),
         max_length=module.default_max_length(window),
         tasks=tuple(settings.longbench_tasks) if settings.longbench_tasks else None,
+        extended=settings.longbench_e,
         limit=settings.limit,
         chat=module.chat_wrapper(directory) if settings.template == "chat" else None,
     )
 
 
-def _longbench_groups(module: ModuleType) -> dict[str, list[str]]:
+def _longbench_groups(module: ModuleType, settings: Any) -> dict[str, list[str]]:
     """The groups and the mean that the paper reports, which leave the Chinese tasks out, and the mean of all."""
     tasks = importlib.import_module(f"{module.__name__}.longbench_tasks")
+    if settings.extended:
+        return {"mean_13": list(tasks.EXTENDED_TASKS)}
     groups = {group: [n for n in tasks.NOT_CHINESE if tasks.TASKS[n].group == group] for group in tasks.GROUPS}
     return {**groups, "mean_16": list(tasks.NOT_CHINESE), "mean_21": list(tasks.TASKS)}
 
@@ -142,7 +146,7 @@ class QuestionSuite:
             for length in sorted({length for _, length in arrays}):
                 found.append(self._series("mean", length, [v for (_, n), v in arrays.items() if n == length]))
             found.append(self._series("mean", 0, list(arrays.values())))
-        for group, tasks in self.kind.groups(self.module).items():
+        for group, tasks in self.kind.groups(self.module, self.settings).items():
             there = [values for (task, _), values in arrays.items() if task in tasks]
             if there:
                 found.append(self._series(group, 0, there))

@@ -55,8 +55,12 @@ def published() -> dict:
 
 
 def of_questions(results: dict, suite: str, names: list[str]) -> list[str]:
-    """A suite's scores by task (and length), a table a model, and the published rows below."""
-    title, parts = TITLES[suite], []
+    """A suite's scores by task (and length), a table a model, and the published rows below.
+
+    LongBench-E has a table by words as well, and no published rows: the paper reports LongBench.
+    """
+    extended = suite == "longbench" and bool(results["settings"].get("longbench_e"))
+    title, parts = f"{TITLES[suite]}-E" if extended else TITLES[suite], []
     for label in names:
         own = [score for score in results["scores"][label] if score["suite"] == suite]
         lengths = sorted({score["length"] for score in own})
@@ -74,7 +78,15 @@ def of_questions(results: dict, suite: str, names: list[str]) -> list[str]:
             rows.append([task, *map(score_text, there), _range(counts)])
         parts.append(f"{title}, {label}: percent (95%)\n{table(header, rows)}")
         parts[-1] += _origin(results["measurements"][label][suite])
-    return parts + _published(suite, results)
+        if extended:
+            parts.append(f"{title}, {label}: percent by words of the input\n{_by_words(results, label)}")
+    return parts if extended else parts + _published(suite, results)
+
+
+def _by_words(results: dict, label: str) -> str:
+    by_words = results["measurements"][label]["longbench"]["by_words"]
+    header = ["task", *next(iter(by_words.values()))]
+    return table(header, [[task, *map(_number, of.values())] for task, of in by_words.items()])
 
 
 def _origin(summary: dict) -> str:

@@ -40,6 +40,7 @@ class Settings:
     punkt: str | None = None
     ruler_seed: int = 42
     longbench_data: str | None = None
+    longbench_e: bool = False  # LongBench-E in the place of LongBench
     longbench_tasks: list[str] | None = None
     short_tasks: list[str] | None = None
     limit: int | None = None  # questions of a task, LongBench's and the short ones'; None: all
@@ -81,6 +82,10 @@ class Settings:
             raise InputError(
                 f"--ruler-template {self.ruler_template}: applies only to the ruler suite, which is not selected; "
                 "add it to --suite"
+            )
+        if self.longbench_e and "longbench" not in self.suites:
+            raise InputError(
+                "--longbench-e: applies only to the longbench suite, which is not selected; add it to --suite"
             )
         if self.engine == "megatron" and "short" in self.suites:
             raise InputError("--suite short: lm-eval reads Hugging Face directories; export the model and give --hf")

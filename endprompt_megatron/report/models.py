@@ -19,7 +19,7 @@ _ASKED = {
     "recall": ("samples", "recall_form", "seed"),
     "virtual": ("physical", "probe_samples", "seed"),
     "ruler": ("ruler_seed", "template", "ruler_template"),
-    "longbench": ("limit", "template"),
+    "longbench": ("limit", "template", "longbench_e"),
     "short": ("limit", "template"),
 }
 
@@ -148,7 +148,10 @@ def _differing(suite: str, model: Model, reference: Model | None) -> list[str]:
     """Names of what made other inputs of a suite."""
     if reference is None or model is reference:
         return []
-    differing = [name for name in _ASKED[suite] if model.settings.get(name) != reference.settings.get(name)]
+    # Results of before an option have no word of it, which is what they were asked without it.
+    differing = [
+        name for name in _ASKED[suite] if (model.settings.get(name) or None) != (reference.settings.get(name) or None)
+    ]
     reads_text = suite in ("perplexity", "recall", "virtual") or (
         suite == "needle" and model.settings.get("filler") == "text"
     )

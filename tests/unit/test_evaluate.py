@@ -273,6 +273,7 @@ BAD = {
         "--ruler-template llama: unknown; use chat",
     ),
     "ruler template without ruler": ({"--ruler-template": "Phi3"}, "--ruler-template Phi3: applies only to the ruler"),
+    "longbench-e without longbench": ({"--longbench-e": True}, "--longbench-e: applies only to the longbench suite"),
     "distances": ({"--distances": "16"}, "--distances 16: below the probe's 32 tokens"),
 }
 

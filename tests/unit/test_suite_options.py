@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.evaluate import registry
 from endprompt_megatron.evaluate.evaluate_command import settings_of
 from endprompt_megatron.evaluate.settings import Settings
+from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import EXTENDED_TASKS
 from endprompt_megatron.evaluate.tables import terminal
 from endprompt_megatron.report.page import write_report
 from endprompt_megatron.tokenizer import load_tokenizer
@@ -87,3 +89,66 @@ def test_results_in_another_ruler_template_do_not_stand_in_one_table(settings, m
     (tmp_path / "one" / "results.json").write_text(json.dumps(stored))
     page = write_report([tmp_path / "one", tmp_path / "other"], out=tmp_path / "page.html").read_text()
     assert "Left out: other measured other inputs than one (ruler_template, sources)" in page
+
+
+@pytest.fixture(scope="module")
+def extended_data(tmp_path_factory) -> Path:
+    """LongBench-E's layout: each task's records as NAME_e.jsonl, short ones and ones of more than 8,000 words."""
+    directory = tmp_path_factory.mktemp("longbench")
+    shutil.copytree(small.ROOT / "tests" / "longbench" / "config", directory / "config")
+    (directory / "data").mkdir()
+    for name in EXTENDED_TASKS:
+        records = (small.ROOT / "tests" / "longbench" / "data" / f"{name}.jsonl").read_text().splitlines()
+        lines = [json.dumps(json.loads(line) | {"length": 9000 * at}) for at, line in enumerate(records)]
+        (directory / "data" / f"{name}_e.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def longbench(data: Path) -> list:
+    return ["--suite", "longbench", "--longbench-data", data, "--longbench-e"]
+
+
+def test_longbench_e_asks_its_13_tasks_and_is_reported_by_words(settings, model, extended_data, tmp_path):
+    given = settings(*longbench(extended_data))
+    results = answered(given, model, tmp_path / "out")
+    assert results["settings"]["longbench_e"] is True
+    assert Settings(**results["settings"]) == given
+    scores = {score["task"]: score for score in results["scores"]["extended"]}
+    assert scores.keys() == {*EXTENDED_TASKS, "mean_13"}
+    assert scores["mean_13"]["samples"] == 26
+    measured = results["measurements"]["extended"]["longbench"]
+    assert measured["mean_13"]["score"] == pytest.approx(100 * scores["mean_13"]["score"])
+    by_words = measured["by_words"]["mean"]
+    assert by_words["4-8k"] is None
+    said = terminal(results)
+    assert "LongBench-E, extended: percent by words of the input" in said
+    assert "published\n" not in said
+    page = write_report([tmp_path / "out"]).read_text()
+    section = page[page.index('<section id="longbench">') :]
+    section = section[: section.index("</section>")]
+    assert "<h2>LongBench-E</h2>" in section
+    assert "Not LongBench-E's numbers:" in section
+    assert "mean of 16 tasks" not in section
+    for words in ("0-4k", "8k+"):
+        assert f'{words} words</th><td class="extended">{by_words[words]:.1f}</td>' in section
+        assert f"{by_words[words]:.2f}" in said
+    results_table = page[page.index('<section id="results">') : page.index('<section id="text">')]
+    assert f"{100 * scores['mean_13']['score']:.1f}*" in results_table
+
+
+def test_longbench_e_is_of_longbench_alone_and_not_longbench(settings, model, extended_data, tmp_path):
+    with pytest.raises(InputError, match="--longbench-e: applies only to the longbench suite, which is not selected"):
+        settings("--suite", "needle", "--longbench-e")
+    with pytest.raises(InputError, match="LongBench-E: there is no task 'musique'"):
+        questions_of(settings(*longbench(extended_data), "--longbench-tasks", "musique"), model)
+    with pytest.raises(InputError, match="21 of 21 files are missing"):
+        questions_of(settings(*longbench(extended_data)[:-1]), model)
+    for name, more in (("plain", []), ("e", ["--longbench-e"])):
+        data = extended_data if more else small.ROOT / "tests" / "longbench"
+        given = settings("--suite", "longbench", "--longbench-data", data, "--longbench-tasks", "qasper", *more)
+        answered(given, model, tmp_path / name)
+    stored = json.loads((tmp_path / "plain" / "results.json").read_text())
+    assert stored["settings"].pop("longbench_e") is False  # version 0.1.0 had no word of it
+    (tmp_path / "plain" / "results.json").write_text(json.dumps(stored))
+    page = write_report([tmp_path / "plain", tmp_path / "e"], out=tmp_path / "page.html").read_text()
+    assert "Left out: e measured other inputs than plain (longbench_e)" in page

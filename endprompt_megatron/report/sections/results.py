@@ -19,7 +19,7 @@ SUITES = {
     "longbench": "LongBench",
     "short": "short text",
 }
-_MEANS = ("mean", "mean_16", "mean_21", "all depths", "all distances", "by_length", "repeat")
+_MEANS = ("mean", "mean_13", "mean_16", "mean_21", "all depths", "all distances", "by_length", "repeat")
 _METRICS = dict.fromkeys(SUITES, "score") | {
     "perplexity": "loss",
     "needle": "accuracy",
@@ -150,6 +150,8 @@ def _ruler(measured: Measured) -> list[Row]:
 def _longbench(measured: Measured) -> list[Row]:
     models = measured.of("longbench")
     names = {"mean_16": "LongBench, 16 tasks", "mean_21": "LongBench, 21 tasks"}
+    if any("mean_13" in model.measured["longbench"] for model in models):
+        names = {"mean_13": "LongBench-E, 13 tasks"}
 
     def of(task: str) -> Callable[[Model], str]:
         def cell(model: Model) -> str:

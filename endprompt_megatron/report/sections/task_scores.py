@@ -21,10 +21,12 @@ _GROUPS = {
 
 
 def longbench(measured: Measured) -> str:
-    """Groups and means, the tasks folded."""
+    """Groups and means, the tasks folded; LongBench-E by words of the input."""
     title, models = "LongBench", measured.of("longbench")
     if not models:
         return section("longbench", title, missing("LongBench was not run (<code>--suite longbench</code>)."))
+    if any("by_words" in model.measured["longbench"] for model in models):
+        return _longbench_e(measured, models)
     paper = published()["longbench"]["groups"]
     head = [*map(cells.head, models), *map(_papers, paper)]
     rows = []
@@ -33,22 +35,50 @@ def longbench(measured: Measured) -> str:
         theirs = [f"{of[key]:.2f}" if key in of else NONE for of in paper.values()]
         rows.append((name, [*ours, *theirs]))
     columns = [*(model.key for model in models), *["paper"] * len(paper)]
-    tasks = list(dict.fromkeys(task for model in models for task in model.measured["longbench"].get("tasks", {})))
-    by_task = [
-        (
-            escape(task),
-            [cells.percent(model, ("longbench", task, 0, "score")) for model in models] + [_asked(models, task)],
-        )
-        for task in tasks
-    ]
     return section(
         "longbench",
         title,
         note(_longbenchs_limits(models)),
         table(head, rows, caption="Percent. Groups and the first mean are without Chinese tasks.", columns=columns),
         note([cells.AS_ABOVE, *map(escape, measured.left_out("longbench"))]),
-        details("By task", table([*map(cells.head, models), "questions"], by_task)),
+        _by_task(models),
     )
+
+
+def _longbench_e(measured: Measured, models: list[Model]) -> str:
+    """LongBench-E: the mean of its 13 tasks, and by words of the input.  The paper has no numbers of it."""
+    means = [cells.percent(m, ("longbench", "mean_13", 0, "score"), whole=_whole(m, "mean_13")) for m in models]
+    head, columns = [*map(cells.head, models)], [model.key for model in models]
+    by_words = [model.measured["longbench"]["by_words"] for model in models]
+    folded = []
+    for model, of_model in zip(models, by_words, strict=True):
+        body = [(escape(task), list(map(_number, of.values()))) for task, of in of_model.items() if task != "mean"]
+        folded.append(details(f"By task and words: {cells.head(model)}", table(list(of_model["mean"]), body)))
+    rows = [("mean of 13 tasks", means)]
+    rows += [(f"{words} words", [_number(of["mean"][words]) for of in by_words]) for words in by_words[0]["mean"]]
+    return section(
+        "longbench",
+        "LongBench-E",
+        note(_longbenchs_limits(models)),
+        table(head, rows, caption="Percent.", columns=columns),
+        note([cells.AS_ABOVE, *map(escape, measured.left_out("longbench"))]),
+        _by_task(models),
+        *folded,
+    )
+
+
+def _by_task(models: list[Model]) -> str:
+    """Every task, folded."""
+    tasks = list(dict.fromkeys(task for model in models for task in model.measured["longbench"].get("tasks", {})))
+    rows = []
+    for task in tasks:
+        scores = [cells.percent(model, ("longbench", task, 0, "score")) for model in models]
+        rows.append((escape(task), [*scores, _asked(models, task)]))
+    return details("By task", table([*map(cells.head, models), "questions"], rows))
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1f}"
 
 
 def _papers(name: str) -> str:
@@ -76,17 +106,21 @@ def _longbenchs_limits(models: list[Model]) -> list[str]:
     """What keeps these scores from being LongBench's."""
     found = []
     lacking = {name for model in models for name in model.measured["longbench"].get("missing") or []}
-    short = {name for model in models for name in _mean(model, "mean_21").get("short") or []}
+    extended = any("mean_13" in model.measured["longbench"] for model in models)
+    name, mean, every = ("LongBench-E", "mean_13", 13) if extended else ("LongBench", "mean_21", 21)
+    short = {name for model in models for name in _mean(model, mean).get("short") or []}
     prompts = {str(model.measured["longbench"].get("prompts", "published")) for model in models} - {"published"}
     if lacking:
-        found.append(f"* without {len(lacking)} of 21 tasks ({escape(', '.join(sorted(lacking)))})")
+        found.append(f"* without {len(lacking)} of {every} tasks ({escape(', '.join(sorted(lacking)))})")
     if short:
         found.append(f"* fewer questions than published in {len(short)} of the tasks asked")
     if prompts:
         found.append(f"prompts: {escape('; '.join(sorted(prompts)))}")
     if any(model.settings.get("template", "base") != "base" for model in models):
         found.append("questions in the model's chat template")
-    sorry = f"<strong>Not LongBench's numbers:</strong> {'; '.join(found)}." if found else ""
+    sorry = f"<strong>Not {name}'s numbers:</strong> {'; '.join(found)}." if found else ""
+    if extended:
+        return [sorry]
     paper = published()
     return [sorry, f"Published: {escape(paper['model'])}; {escape(paper['longbench']['what'])}."]
 
