@@ -9,7 +9,7 @@ from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.common.direct_io import crc32
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
-from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.convert.hf_weights import HfWeights
 from endprompt_megatron.model.shape import shape_of
 
@@ -48,19 +48,20 @@ class Contents:
         for title, facts in (("model", self.model), ("training", self.training)):
             lines += [f"  {title}"] if facts else []
             lines += [f"    {name:<18}{value}" for name, value in facts.items()]
-        lines.append(f"  {len(self.files)} files, {in_words(sum(self.files.values()))}")
+        lines.append(f"  {len(self.files)} files, {format_bytes(sum(self.files.values()))}")
         if tensors:
             width = max(len(tensor.name) for tensor in self.tensors)
             for each in self.tensors:
                 parts = f"{each.parts} part{'s' * (each.parts > 1)}"
                 sizes = " x ".join(map(str, each.shape)) or "scalar"
-                lines.append(f"    {each.name:<{width}}  {each.dtype:<9}{sizes:<24}{in_words(each.bytes):>10}  {parts}")
+                size = format_bytes(each.bytes)
+                lines.append(f"    {each.name:<{width}}  {each.dtype:<9}{sizes:<24}{size:>10}  {parts}")
             return "\n".join(lines)
         for title, mine in (("weights", False), ("optimizer state", True)):
             some = [tensor for tensor in self.tensors if tensor.name.startswith(_OPTIMIZER) == mine]
             if some:
                 dtypes = ", ".join(sorted({tensor.dtype for tensor in some}))
-                lines.append(f"    {title}: {len(some)} tensors, {in_words(sum(t.bytes for t in some))}, {dtypes}")
+                lines.append(f"    {title}: {len(some)} tensors, {format_bytes(sum(t.bytes for t in some))}, {dtypes}")
         return "\n".join(lines)
 
 

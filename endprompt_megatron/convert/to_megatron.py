@@ -14,12 +14,13 @@ from endprompt_megatron.checkpoint import data_files, layout
 from endprompt_megatron.checkpoint.tensor_reader import Scratch
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import refuse_existing, sums_of
-from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.common.workers import mpi, ranks_agree
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource
 from endprompt_megatron.convert.units import identity, write_units
 from endprompt_megatron.model.shape import ModelShape, read_shape
+from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
 
 _BOX_BYTES = 64 << 20
 _FILE_BYTES = 512 << 20
@@ -36,7 +37,8 @@ class Written:
     seconds: float
 
     def __str__(self) -> str:
-        return f"wrote {self.path}: {self.tensors} tensors, {in_words(self.bytes)}, {self.dtype}, {self.seconds:.1f} s"
+        size = format_bytes(self.bytes)
+        return f"wrote {self.path}: {self.tensors} tensors, {size}, {self.dtype}, {self.seconds:.1f} s"
 
 
 def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, workers: int | None = 1) -> Written | None:
@@ -53,7 +55,7 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
     with ranks_agree(comm):
         shape = read_shape(hf)
         refuse_existing(out, "--out")
-        layout.check_tokenizer(hf, shape.vocab_size)
+        check_vocabulary(hf, shape.vocab_size)
         dtype = layout.parse_dtype(dtype)
         found = HfSource(hf).dtypes
         if dtype is None and len(found) > 1:

@@ -14,7 +14,7 @@ from typing import Any
 
 from endprompt_megatron.common.direct_io import crc32
 from endprompt_megatron.common.files import resumable_directory, write_json
-from endprompt_megatron.common.progress import byte_progress
+from endprompt_megatron.common.progress import Progress
 from endprompt_megatron.common.workers import for_each, number_of, ranks_agree
 
 MOST_WORKERS = 8  # of a host, unless told: more wait for the disk
@@ -42,9 +42,9 @@ def write_units(
             if rank == 0:
                 stack.enter_context(resumable_directory(out, job))
         mine = list(range(rank, len(sizes), ranks))
-        with ranks_agree(comm), byte_progress(sum(sizes[n] for n in mine), "converting", shown=rank == 0) as advance:
+        with ranks_agree(comm), Progress("converting", sum(sizes[n] for n in mine), shown=rank == 0) as progress:
             ready = functools.partial(_ready, start, staging, mine)
-            done = for_each(ready, [sizes[number] for number in mine], workers, advance, fork=True)
+            done = for_each(ready, [sizes[number] for number in mine], workers, progress.add, fork=True)
         reports = dict(zip(mine, done, strict=True))
         if comm:
             reports = {number: report for part in comm.allgather(reports) for number, report in part.items()}

@@ -15,7 +15,8 @@ import torch
 from endprompt_megatron.checkpoint import layout
 from endprompt_megatron.common.direct_io import add_crc32
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.common.progress import byte_progress, in_words
+from endprompt_megatron.common.progress import Progress
+from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.common.workers import for_each, number_of
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource
@@ -37,7 +38,7 @@ class Verified:
     seconds: float
 
     def __str__(self) -> str:
-        compared = f"{self.tensors} tensors, {in_words(self.bytes)}, {self.seconds:.1f} s"
+        compared = f"{self.tensors} tensors, {format_bytes(self.bytes)}, {self.seconds:.1f} s"
         return f"verified {self.megatron} against {self.hf}: {compared}; every CRC-32 is the same"
 
 
@@ -57,8 +58,8 @@ def verify(hf: Path, megatron: Path, iteration: int | None = None, *, to_hf: boo
     sizes = [piece.elements * getattr(torch, dtype).itemsize for piece in pieces]
     workers = number_of(workers, None, MOST_WORKERS)
     start = functools.partial(_start, Path(hf), source, dtype)
-    with byte_progress(sum(sizes), "verifying") as advance:
-        found = for_each(start, sizes, workers, advance, fork=True)
+    with Progress("verifying", sum(sizes)) as progress:
+        found = for_each(start, sizes, workers, progress.add, fork=True)
     wrong = [line for lines in found for line in lines]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.indexed import path_of, read_manifest
-from endprompt_megatron.tokenizer import fingerprint
-from endprompt_megatron.tokenizer.fingerprint import FORMAT, sum_of_files
-from endprompt_megatron.tokenizer.tokenizer_files import TOKENIZER_MODEL
+from endprompt_megatron.tokenizer import load_tokenizer
+from endprompt_megatron.tokenizer.fingerprint import FORMAT, fingerprint_of, sum_of_files
+from endprompt_megatron.tokenizer.tokenizer import TOKENIZER_MODEL
 
 _KEY = "tokenizer_sha256"
 _SHOWN = len(FORMAT) + 8
@@ -40,11 +40,11 @@ def _is_of(made_with: str, model: Path, sums: dict[str, str]) -> bool:
     if not made_with.startswith(FORMAT) and made_with in {sum_of_files(path) for path in [model, own][: 1 + twice]}:
         return True
     if "model" not in sums:
-        sums["model"] = fingerprint(model)
+        sums["model"] = fingerprint_of(load_tokenizer(model))
     if made_with == sums["model"]:
         return True
     if twice and "own" not in sums:
-        sums["own"] = fingerprint(own)
+        sums["own"] = fingerprint_of(load_tokenizer(own))
     return made_with == sums.get("own")
 
 

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from endprompt_megatron.common.units import format_bytes, format_duration, format_number
 from endprompt_megatron.config.recipe import Parallel, Recipe
+from endprompt_megatron.method.positions import MAPS
 from endprompt_megatron.model.longlora import trained_parameters
 from endprompt_megatron.plan.estimate import Estimate
 from endprompt_megatron.plan.memory import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL_GIB
@@ -10,18 +12,6 @@ from endprompt_megatron.plan.plan import Plan
 from endprompt_megatron.plan.step_time import EFFICIENCY, NODE
 
 WIDTH = 120
-_METHODS = {
-    "end_prompt": "EndPrompt",
-    "end_prompt_random": "EndPrompt, random place",
-    "end_prompt_log": "EndPrompt, log-uniform place",
-    "end_prompt_curriculum": "EndPrompt, near to far",
-    "end_prompt_multi": "EndPrompt, several prompts",
-    "end_prompt_near": "short training with a prompt (a control)",
-    "end_prompt_pose": "EndPrompt with PoSE chunks",
-    "pose": "PoSE",
-    "full": "full-length training",
-    "short": "short training without a prompt (the control)",
-}
 _KINDS = {
     "gemm": "matrix products",
     "attention": "attention",
@@ -62,13 +52,13 @@ def _head(plan: Plan) -> list[str]:
         what = f"a window of {c.target:,} tokens, kept; {trained}"
     lines = [
         f"{name}: {what}".ljust(WIDTH - 1 - len(plan.where)) + f" {plan.where}",
-        f"{_number(shape.parameters / 1e9)} billion parameters: {shape.num_layers} layers, hidden {shape.hidden_size}, "
-        f"{shape.num_heads} heads ({shape.num_kv_heads} for keys), intermediate {shape.ffn_size}, "
-        f"vocabulary {shape.vocab_size:,}",
+        f"{format_number(shape.parameters / 1e9)} billion parameters: {shape.num_layers} layers, "
+        f"hidden {shape.hidden_size}, {shape.num_heads} heads ({shape.num_kv_heads} for keys), "
+        f"intermediate {shape.ffn_size}, vocabulary {shape.vocab_size:,}",
     ]
     if recipe.longlora.rank:
-        count = trained_parameters(shape, recipe.longlora)
-        lines.append(f"LoRA of rank {recipe.longlora.rank}: {_number(count / 1e6)} million parameters are trained")
+        count = format_number(trained_parameters(shape, recipe.longlora) / 1e6)
+        lines.append(f"LoRA of rank {recipe.longlora.rank}: {count} million parameters are trained")
     if plan.published:
         lines.append(f"The shape is the published one: {recipe.model.hf} is not here.")
     fullest, room = ours.fullest, ours.gpu.memory_gib
@@ -76,15 +66,16 @@ def _head(plan: Plan) -> list[str]:
     lines += [
         "",
         f"{verdict}: {fullest.total / GIB:.1f} of {room:.1f} GiB on the fullest GPU.  {_gpus(ours)}: "
-        f"{_seconds(ours.step_seconds)} a step, {_hours(ours.hours)} in all, {_number(ours.gpu_hours)} GPU-hours.",
+        f"{format_duration(ours.step_seconds)} a step, {format_duration(3600 * ours.hours)} in all, "
+        f"{format_number(ours.gpu_hours)} GPU-hours.",
     ]
     if not ours.fits:
         if plan.remedies:
             lines.append("Nearest that fits:")
         for keys, given in plan.remedies:
             lines.append(
-                f"  {' '.join(keys)}: {given.fullest.total / GIB:.1f} GiB, {_seconds(given.step_seconds)} a step, "
-                f"{_number(given.gpu_hours)} GPU-hours"
+                f"  {' '.join(keys)}: {given.fullest.total / GIB:.1f} GiB, "
+                f"{format_duration(given.step_seconds)} a step, {format_number(given.gpu_hours)} GPU-hours"
             )
         if not plan.remedies:
             lines.append("No small change makes it fit; --search --nodes N looks for other layouts.")
@@ -92,7 +83,7 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _method(recipe: Recipe) -> str:
-    name = _METHODS[recipe.context.method]
+    name = MAPS[recipe.context.method].title
     name += ", recall" if recipe.context.recall.tokens else ""
     return f"{name}, shifted attention" if recipe.longlora.shifted else name
 
@@ -145,7 +136,7 @@ def _memory(ours: Estimate) -> list[str]:
         columns = [
             f"{stage.stage:>7}",
             f"{sum(stage.layers):>6}",
-            f"{_number(stage.parameters / 1e9):>9} B",
+            f"{format_number(stage.parameters / 1e9):>9} B",
             f"{stage.weights / GIB:>7.1f}",
             f"{stage.gradients / GIB:>9.1f}",
             f"{stage.optimizer / GIB:>9.1f}",
@@ -167,12 +158,12 @@ def _time(ours: Estimate) -> list[str]:
     lines = ["Time of a step"]
     shown = [(name, seconds) for name, seconds in ours.work.as_dict().items() if seconds / whole >= 0.0005]
     for name, seconds in sorted(shown, key=lambda entry: -entry[1]):
-        lines.append(f"  {_KINDS[name]:<54} {_seconds(seconds):>9}  {seconds / whole:>6.1%}")
+        lines.append(f"  {_KINDS[name]:<54} {format_duration(seconds):>9}  {seconds / whole:>6.1%}")
     flops = ours.flops * ours.recipe.tokens_per_step
-    lines.append(f"  {'whole step':<54} {_seconds(whole):>9}")
+    lines.append(f"  {'whole step':<54} {format_duration(whole):>9}")
     lines.append(
-        f"  {_number(flops / 1e15)} PFLOP a step: {ours.tokens_per_gpu_second:,.0f} tokens/s and {ours.tflops:,.0f} "
-        f"TFLOP/s a GPU, {ours.tflops * 1e12 / ours.gpu.bf16:.0%} of its BF16 peak"
+        f"  {format_number(flops / 1e15)} PFLOP a step: {ours.tokens_per_gpu_second:,.0f} tokens/s and "
+        f"{ours.tflops:,.0f} TFLOP/s a GPU, {ours.tflops * 1e12 / ours.gpu.bf16:.0%} of its BF16 peak"
     )
     return lines
 
@@ -199,27 +190,26 @@ def _savings(plan: Plan) -> list[str]:
         ),
         (
             "GPU-seconds a sample",
-            _number(c.physical / ours.tokens_per_gpu_second),
-            _number(c.target / full.tokens_per_gpu_second),
+            format_number(c.physical / ours.tokens_per_gpu_second),
+            format_number(c.target / full.tokens_per_gpu_second),
             c.target / full.tokens_per_gpu_second / (c.physical / ours.tokens_per_gpu_second),
         ),
         (
             f"GPU-hours for {_tokens(ours.tokens)}",
-            _number(ours.gpu_hours),
-            _number(full.gpu_hours_of(ours.tokens)),
+            format_number(ours.gpu_hours),
+            format_number(full.gpu_hours_of(ours.tokens)),
             full.gpu_hours_of(ours.tokens) / ours.gpu_hours,
         ),
         (
             f"GPU-hours for {samples:,} samples",
-            _number(ours.gpu_hours),
-            _number(plan.full_same_samples),
+            format_number(ours.gpu_hours),
+            format_number(plan.full_same_samples),
             plan.full_same_samples / ours.gpu_hours,
         ),
     ]
-    name = _METHODS[c.method].split(",")[0].split(" ")[0]
     lines = [
         f"What is saved: sequences of {c.physical:,} tokens instead of {c.target:,}, as many a step",
-        f"  {'':<40} {name:>22} {'full length':>26}  ratio",
+        f"  {'':<40} {c.method:>22} {'full length':>26}  ratio",
     ]
     for what, here, there, ratio in rows:
         lines.append(f"  {what:<40} {here:>22} {there:>26}" + (f"  {ratio:.1f}x" if ratio else ""))
@@ -242,9 +232,10 @@ def _assumptions(plan: Plan) -> list[str]:
         "benchmarks/plan.md compares them with published speeds.",
         f"driver and libraries take {CONTEXT_GIB:.1f} GiB, NCCL {NCCL_GIB:.1f} GiB a kind of group, fragmentation "
         f"{FRAGMENTATION:.0%}. Transformer Engine and Apex are installed (NVIDIA's container), nodes have {NODE} GPUs.",
-        f"a checkpoint with its optimizer is {_size(plan.checkpoint_bytes)}; "
+        f"a checkpoint with its optimizer is {format_bytes(plan.checkpoint_bytes)}; "
         f"{ours.recipe.checkpoint.keep or 'all'} are kept, every {ours.recipe.checkpoint.interval} steps "
-        f"({_hours(ours.recipe.checkpoint.interval * ours.step_seconds / 3600)}). Saving and validation are not timed.",
+        f"({format_duration(ours.recipe.checkpoint.interval * ours.step_seconds)}). "
+        "Saving and validation are not timed.",
     ]
     if plan.full:
         lines.append(
@@ -270,7 +261,7 @@ def search_table(recipe: Recipe, where: str, found: list[Estimate], gpus: int, g
         lines.append(
             f"  {p.tensor:>6}  {p.pipeline:>8}  {p.virtual_pipeline or 1:>7}  {p.context:>7}  {e.replicas:>4}  "
             f"{again:<10} {e.fullest.total / GIB:>6.1f}  {e.step_seconds:>8.2f}  {e.tokens_per_gpu_second:>12,.0f}  "
-            f"{e.tflops:>7.0f}  {_number(e.gpu_hours):>9}"
+            f"{e.tflops:>7.0f}  {format_number(e.gpu_hours):>9}"
         )
     lines += ["", "The first one:", f"  {where} {' '.join(layout_keys(recipe, found[0].recipe))}"]
     return "\n".join(lines)
@@ -293,31 +284,8 @@ def _gpus(estimate: Estimate) -> str:
     return f"{count} {name} ({count // NODE} nodes)"
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def _hours(hours: float) -> str:
-    if hours < 1 / 60:
-        return _seconds(hours * 3600)
-    if hours < 1:
-        return f"{_number(hours * 60)} min"
-    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"
-
-
-def _number(value: float) -> str:
-    """Three digits at least, thousands apart: 0.0042, 1.23, 45.6, 1,234."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if value < 10 else f"{value:.1f}"
-
-
 def _tokens(count: int) -> str:
     return f"{count / 1e9:.2f} billion tokens" if count >= 1e7 else f"{count:,} tokens"
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**40:.2f} TiB" if count >= 2**40 else f"{count / GIB:.1f} GiB"
 
 
 def _wrapped(lines: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from endprompt_megatron.checkpoint.layout import complete_iterations
-from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.model import longlora
 from endprompt_megatron.model.shape import ModelShape
@@ -47,10 +47,10 @@ def free_disk(recipe: Recipe, shape: ModelShape, count: int | None, export: Path
     left = max(wanted - there, 1)  # while one is written, the oldest is still there
     each = checkpoint_bytes(recipe, shape)
     already = f" ({there} of {wanted} are there)" if there else ""
-    needs = [(run, left * each, f"{left} checkpoint{'s' * (left > 1)} of {in_words(each)}{already}")]
-    needs.append((export or run, weights, f"the export {in_words(weights)}"))
+    needs = [(run, left * each, f"{left} checkpoint{'s' * (left > 1)} of {format_bytes(each)}{already}")]
+    needs.append((export or run, weights, f"the export {format_bytes(weights)}"))
     if recipe.model.init_from is not None and not Path(recipe.model.init_from).exists() and not there:
-        needs.append((Path(recipe.model.init_from), weights, f"the conversion {in_words(weights)}"))
+        needs.append((Path(recipe.model.init_from), weights, f"the conversion {format_bytes(weights)}"))
     by_system: dict[int, list] = {}
     for need in needs:
         by_system.setdefault(os.stat(_existing(need[0])).st_dev, []).append(need)
@@ -67,9 +67,10 @@ def _existing(path: Path) -> Path:
 def _finding(needs: list[tuple[Path, int, str]]) -> Finding:
     place = needs[0][0]
     free, needed = shutil.disk_usage(_existing(place)).free, sum(count for _, count, _ in needs)
-    found = f"{place}: {in_words(needed)} needed ({', '.join(said for _, _, said in needs)}), {in_words(free)} free"
+    reasons = ", ".join(said for _, _, said in needs)
+    found = f"{place}: {format_bytes(needed)} needed ({reasons}), {format_bytes(free)} free"
     if free < needed:
-        return Finding(CHECK, f"{found}; free {in_words(needed - free)}, or keep fewer (checkpoint.keep)", FAIL)
+        return Finding(CHECK, f"{found}; free {format_bytes(needed - free)}, or keep fewer (checkpoint.keep)", FAIL)
     return Finding(
         CHECK, f"{found}; tight" if free < _TIGHT * needed else found, WARN if free < _TIGHT * needed else OK
     )

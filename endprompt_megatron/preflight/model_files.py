@@ -14,16 +14,17 @@ from pathlib import Path
 from endprompt_megatron.checkpoint import layout
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
-from endprompt_megatron.common.progress import in_words
+from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.hf_weights import INDEX, OLD_INDEX, OLD_SINGLE, SINGLE
 from endprompt_megatron.data.samples.blend import prompts_used
-from endprompt_megatron.method.positions import WITH_PROMPT, copies, segment_lengths
+from endprompt_megatron.data.samples.terminal_segments import recall_of
+from endprompt_megatron.method.positions import MAPS, copies, segment_lengths
 from endprompt_megatron.method.prompts import tokenise_prompts
-from endprompt_megatron.method.recipe_prompts import recall_of
 from endprompt_megatron.model.shape import ModelShape, read_shape
 from endprompt_megatron.preflight.table import FAIL, OK, WARN, Finding, many, some
+from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
 
 HF, CONVERTED, TOKENIZER = "HF checkpoint", "converted checkpoint", "tokenizer"
 _BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2}
@@ -59,7 +60,7 @@ def _of_files(check: str, directory: Path, files: list[str], shape: ModelShape) 
         return Finding(check, f"{directory}: {'; '.join(said)}; download them again", FAIL)
     _compare(directory, tensors, files, shape)
     total = sum((directory / name).stat().st_size for name in files)
-    found = f"{directory}: {len(files)} file{'s' * (len(files) > 1)}, {len(tensors)} tensors, {in_words(total)}"
+    found = f"{directory}: {len(files)} file{'s' * (len(files) > 1)}, {len(tensors)} tensors, {format_bytes(total)}"
     return Finding(check, f"{found}, {many(shape.parameters)} parameters")
 
 
@@ -90,7 +91,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else held
         if 8 + length > held:
-            raise ValueError(f"cut short at {in_words(held)}")
+            raise ValueError(f"cut short at {format_bytes(held)}")
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -155,7 +156,7 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
                 raise
             return Finding(CONVERTED, f"{error}: the run goes back to step {before[0]}", WARN)
         goes_on = f"the run goes on from step {newest} of {recipe.train.steps}"
-        return Finding(CONVERTED, f"{directory}: {in_words(held)}; {goes_on}")
+        return Finding(CONVERTED, f"{directory}: {format_bytes(held)}; {goes_on}")
     if recipe.model.init_from is None:
         raise InputError(
             "model.init_from is missing; give what tools/convert_hf_to_megatron.py wrote, or model.hf's directory"
@@ -178,7 +179,7 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
         held = _whole(directory)
     except InputError as error:
         raise InputError(f"{error}; make it again with tools/convert_hf_to_megatron.py") from None
-    return Finding(CONVERTED, f"{directory}: {in_words(held)}, {shape.num_layers} layers, as model.hf")
+    return Finding(CONVERTED, f"{directory}: {format_bytes(held)}, {shape.num_layers} layers, as model.hf")
 
 
 def _whole(directory: Path) -> int:
@@ -216,12 +217,12 @@ def _refuse_short(directory: Path, lengths: dict[str, int]) -> None:
 def tokenizer(recipe: Recipe, shape: ModelShape) -> Finding:
     """Its ids have embeddings, and the recipe's end prompts fit the sequence."""
     directory = Path(recipe.model.hf)
-    layout.check_tokenizer(directory, shape.vocab_size)
+    check_vocabulary(directory, shape.vocab_size)
     lengths = context_lengths(recipe, shape)
     prompts = f", end prompts of {some(recipe.context.physical - a for a in lengths)} tokens"
     return Finding(
         TOKENIZER,
-        f"fits the vocabulary of {shape.vocab_size}" + (prompts if recipe.context.method in WITH_PROMPT else ""),
+        f"fits the vocabulary of {shape.vocab_size}" + (prompts if MAPS[recipe.context.method].has_prompt else ""),
         OK,
     )
 
@@ -230,11 +231,11 @@ def context_lengths(recipe: Recipe, shape: ModelShape) -> list[int]:
     """Context tokens of a sample, for each prompt of the recipe and its sources.  Raises InputError."""
     c = recipe.context
     prompts: list[list[int]] = [[]]
-    if c.method in WITH_PROMPT:
+    if MAPS[c.method].has_prompt:
         recall = recall_of(recipe)
         prompts = [] if recall and recall.share == 1 else tokenise_prompts(recipe.model.hf, prompts_used(recipe))
         prompts += [recall.prompt] if recall else []
-    count = copies(c.method, c.anchors)
+    count = copies(c.method, **c.knobs)
     highest = max((max(prompt) for prompt in prompts if prompt), default=-1)
     if highest >= shape.vocab_size:
         raise InputError(

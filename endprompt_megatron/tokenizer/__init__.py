@@ -12,10 +12,9 @@ No special token is ever added here, and none is found in a text: prepare.py and
 from pathlib import Path
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.tokenizer.base_tokenizer import Tokenizer
-from endprompt_megatron.tokenizer.tokenizer_files import HUGGING_FACE, TIKTOKEN, find
+from endprompt_megatron.tokenizer.tokenizer import HUGGING_FACE, TIKTOKEN, Tokenizer, find
 
-__all__ = ["Tokenizer", "fingerprint", "load_tokenizer"]
+__all__ = ["Tokenizer", "load_tokenizer"]
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -41,13 +40,3 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     except Exception as error:  # each backend has its own errors for broken files, down to bare Exception
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: the tokenizer cannot be read ({reason})") from None
-
-
-def fingerprint(path: Path | str) -> str:
-    """What stands for the ids that a tokenizer gives: equal fingerprints tokenise alike (fingerprint.py).
-
-    Raises InputError where `load_tokenizer` does.
-    """
-    from endprompt_megatron.tokenizer.fingerprint import fingerprint_of
-
-    return fingerprint_of(load_tokenizer(path))

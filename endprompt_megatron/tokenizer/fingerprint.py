@@ -9,7 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from endprompt_megatron.tokenizer.base_tokenizer import Tokenizer
+from endprompt_megatron.tokenizer.tokenizer import Tokenizer
 
 # Stands before the sum.  Sums without it are `sum_of_files`, which is what there was before.
 FORMAT = "ids1:"

@@ -14,9 +14,11 @@ from small import ROOT
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.indexed import write_idx
-from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, zigzag_slice
+from endprompt_megatron.data.samples.batches import KEYS, MicroBatches
 from endprompt_megatron.data.samples.dataset import build_datasets
-from endprompt_megatron.method.positions import METHODS, PROMPT_STREAM, copies, position_ids
+from endprompt_megatron.method.positions import MAPS, copies, position_ids
+from endprompt_megatron.method.random_streams import PROMPT_STREAM
+from endprompt_megatron.model.context_parallel import zigzag_slice
 
 PROMPTS = [[1500, 1501, 1502, 1503, 1504], [1550], [1570, 1571, 1572]]  # no token of the stream
 LENGTHS = (7, 40, 1, 1, 200, 33, 24, 90, 5, 64, 128, 24, 24, 300)
@@ -87,7 +89,7 @@ def plain_sample(window, prompts, index, *, physical, target, method, weight, se
         prompt = []
     else:
         chosen = plain_prompt_number(seed, index, len(prompts))
-        prompt = prompts[chosen] * copies(method, 2)
+        prompt = prompts[chosen] * copies(method, anchors=2)
     b, a = len(prompt), physical - len(prompt)
     tokens = window[:a] + prompt
     if method == "end_prompt":
@@ -104,7 +106,7 @@ def plain_sample(window, prompts, index, *, physical, target, method, weight, se
     return dict(zip(KEYS, (tokens, labels, positions, weights, mask), strict=True))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MAPS)
 @pytest.mark.parametrize("several", [False, True])
 def test_samples_equal_a_plain_reconstruction(tmp_path, method, several):
     documents = write_dataset(tmp_path / "corpus")
@@ -116,7 +118,7 @@ def test_samples_equal_a_plain_reconstruction(tmp_path, method, several):
     knobs = {"anchors": 2, "curriculum_samples": 9}
     lengths = {"physical_len": physical, "target_len": target}
     dataset = train_set(tmp_path / "corpus", method=method, prompts=prompts, knobs=knobs, **lengths)
-    shortest = 0 if method in ("pose", "full", "short") else min(map(len, prompts)) * copies(method, 2)
+    shortest = min(map(len, prompts)) * copies(method, anchors=2) if MAPS[method].has_prompt else 0
     windows = plain_windows(documents, physical - shortest)
     for index in range(min(len(dataset), len(windows))):
         expected = plain_sample(

@@ -8,7 +8,7 @@ import pytest
 from small import assert_one_line_error, run_tool, small_llama, text
 from unit.test_data import write_dataset
 
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.data.describe.describe_data import describe
 from endprompt_megatron.data.describe.document_lengths import at_least, lengths_of, percent, verdict
 from endprompt_megatron.data.describe.segments import Segment, segments, weight_runs

@@ -15,14 +15,14 @@ from unit.test_data import PROMPTS, settings, write_dataset
 from unit.test_packing import LENGTHS
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, join_rows, zigzag_indices
+from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, join_rows
 from endprompt_megatron.data.samples.consumed import seen
 from endprompt_megatron.data.samples.dataset import build_datasets
 from endprompt_megatron.data.samples.packed import context_tokens
-from endprompt_megatron.method.positions import METHODS as ALL_METHODS
-from endprompt_megatron.method.positions import copies, position_ids
+from endprompt_megatron.method.positions import MAPS, copies, position_ids
+from endprompt_megatron.model.context_parallel import zigzag_indices
 
-METHODS = [method for method in ALL_METHODS if method != "full"]
+METHODS = [name for name, position_map in MAPS.items() if not position_map.whole_window]
 KNOBS = {"anchors": 2, "curriculum_samples": 30}
 
 
@@ -43,7 +43,7 @@ def test_rows_equal_a_plain_reconstruction(tmp_path, method, several, align):
     prompts = PROMPTS if several else PROMPTS[:1]
     if method == "end_prompt_pose":
         prompts = [prompt for prompt in prompts if len(prompt) >= 2]
-    used = [prompt * copies(method, 2) for prompt in prompts] if method.startswith("end_prompt") else [[]]
+    used = [prompt * copies(method, anchors=2) for prompt in prompts] if MAPS[method].has_prompt else [[]]
     longest = 32 - max(map(len, used))
     dataset = train_set(tmp_path / "corpus", method=method, prompts=prompts, align=align, knobs=KNOBS)
     numbers = set()

@@ -21,7 +21,8 @@ from endprompt_megatron.data.corpus.prepare import prepare
 from endprompt_megatron.data.corpus.readers import documents, place
 from endprompt_megatron.data.indexed import read_idx, token_dtype, write_idx
 from endprompt_megatron.preflight.data_files import _consistent
-from endprompt_megatron.tokenizer import fingerprint
+from endprompt_megatron.tokenizer import load_tokenizer
+from endprompt_megatron.tokenizer.fingerprint import fingerprint_of
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_every_kind_of_file_gives_the_tokenizers_ids_in_order(corpus, tokenizer,
     assert manifest["tokens"] == sum(map(len, expected))
     assert (manifest["vocab_size"], manifest["dtype"], manifest["eos"]) == (300, "uint16", EOS)
     assert manifest["max_token_id"] == max(map(max, expected))
-    assert manifest["tokenizer_sha256"] == fingerprint(tokenizer)
+    assert manifest["tokenizer_sha256"] == fingerprint_of(load_tokenizer(tokenizer))
     for file, source in zip(files, manifest["sources"], strict=True):
         content = Path(file).read_bytes()
         told = (source["path"], source["bytes"], source["sha256"])

@@ -12,7 +12,7 @@ from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.data.samples.batches import KEYS, MicroBatches
 from endprompt_megatron.data.samples.builder import SampleBuilder
 from endprompt_megatron.data.samples.dataset import build_datasets
-from endprompt_megatron.method.positions import WITH_PROMPT, copies, position_ids
+from endprompt_megatron.method.positions import MAPS, copies, position_ids
 from endprompt_megatron.method.recall import Recall
 
 CUE = (1900, 1901, 1902)
@@ -37,10 +37,10 @@ def plain_sample(context: list[int], place: list[int], method: str, index: int, 
     return dict(zip(KEYS, (tokens, [*tokens[1:], 0], positions, weights, mask), strict=True))
 
 
-@pytest.mark.parametrize("method", WITH_PROMPT)
+@pytest.mark.parametrize("method", [name for name, position_map in MAPS.items() if position_map.has_prompt])
 def test_samples_equal_a_plain_reconstruction(method):
     knobs = {"anchors": 3, "curriculum_samples": 20}
-    build, count = builder(method, **knobs), copies(method, 3)
+    build, count = builder(method, **knobs), copies(method, anchors=3)
     a = PHYSICAL - 13 * count
     assert (build.context_len, build.length, build.prompt_lens) == (a, PHYSICAL, [13 * count])
     for index in range(40):

@@ -14,7 +14,7 @@ from unit.starting import write_tokens
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.constraints.check import check_data, check_for
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.data.corpus.prepare import prepare
 from endprompt_megatron.data.describe.describe_data import look, look_at_documents, page
 from endprompt_megatron.data.describe.segments import segments

@@ -1,5 +1,6 @@
 """Options of tools/evaluate.py that choose a variant of a benchmark reach the questions, and results remember them."""
 
+import html
 import json
 import runpy
 import shutil
@@ -66,7 +67,7 @@ def test_ruler_template_asks_in_that_template_and_results_and_report_name_it(set
     assert results["measurements"]["extended"]["ruler"]["sources"]["template"] == "vicuna-chat"
     assert Settings(**results["settings"]) == given
     assert "template: vicuna-chat" in terminal(results)
-    assert "RULER's template vicuna-chat" in write_report([tmp_path / "out"]).read_text()
+    assert "RULER's template vicuna-chat" in html.unescape(write_report([tmp_path / "out"]).read_text())
 
 
 def test_ruler_template_is_of_ruler_alone_and_template_holds_without_it(settings, model):
@@ -123,7 +124,7 @@ def test_longbench_e_asks_its_13_tasks_and_is_reported_by_words(settings, model,
     said = terminal(results)
     assert "LongBench-E, extended: percent by words of the input" in said
     assert "published\n" not in said
-    page = write_report([tmp_path / "out"]).read_text()
+    page = html.unescape(write_report([tmp_path / "out"]).read_text())
     section = page[page.index('<section id="longbench">') :]
     section = section[: section.index("</section>")]
     assert "<h2>LongBench-E</h2>" in section

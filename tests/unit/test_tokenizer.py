@@ -12,7 +12,8 @@ from unit.starting import write_tokens
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.dataset_tokenizer import refuse_other_tokenizer
-from endprompt_megatron.tokenizer import fingerprint, load_tokenizer
+from endprompt_megatron.tokenizer import load_tokenizer
+from endprompt_megatron.tokenizer.fingerprint import fingerprint_of
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,10 @@ def hf(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def sentencepiece_dir(tmp_path_factory) -> Path:
     return small_sentencepiece(tmp_path_factory.mktemp("sentencepiece"), ["This is the end. End."] * 5)
+
+
+def fingerprint(place: Path) -> str:
+    return fingerprint_of(load_tokenizer(place))
 
 
 def test_hugging_face_tokenizer(hf):

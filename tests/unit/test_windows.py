@@ -17,7 +17,8 @@ from endprompt_megatron.data.samples.blend import sources_of, turns
 from endprompt_megatron.data.samples.consumed import seen
 from endprompt_megatron.data.samples.dataset import build_datasets
 from endprompt_megatron.data.samples.windows import Windows, epoch_seed
-from endprompt_megatron.method.positions import draws, generator, position_ids
+from endprompt_megatron.method.positions import position_ids
+from endprompt_megatron.method.random_streams import draws, generator
 
 MANY = tuple(int(n) for n in np.random.default_rng(5).integers(0, 400, 300))
 

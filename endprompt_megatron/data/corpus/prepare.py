@@ -23,6 +23,7 @@ from typing import Any
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import disk_errors, locked_staging
+from endprompt_megatron.common.progress import Progress
 from endprompt_megatron.common.workers import for_each, mpi, number_of, ranks_agree
 from endprompt_megatron.data.answers import KIND, ConversationEncoder
 from endprompt_megatron.data.corpus.chunks import Piece, Reading, pieces_of, shares
@@ -37,7 +38,6 @@ from endprompt_megatron.data.corpus.finish import (
 from endprompt_megatron.data.corpus.inputs import Source, refuse_texts, sources_of
 from endprompt_megatron.data.corpus.join import already_joined, join
 from endprompt_megatron.data.corpus.manifest import manifests
-from endprompt_megatron.data.corpus.prepare_progress import Progress
 from endprompt_megatron.data.corpus.tokenise import TRAIN, VALID, Encoder, Job, Part, tokenise_once
 from endprompt_megatron.data.corpus.words import Cut, WholeTexts, Words, cut_of
 from endprompt_megatron.data.indexed import token_dtype

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from endprompt_megatron.common.plotting import PAPER, bare, short
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.data.describe.describe_data import documents_in
 from endprompt_megatron.data.describe.segments import (
@@ -21,7 +22,6 @@ from endprompt_megatron.data.describe.segments import (
     weight_runs,
 )
 from endprompt_megatron.data.samples.dataset import Dataset
-from endprompt_megatron.evaluate.plots import PAPER, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -209,8 +209,5 @@ def _dress(axes: "Axes", shown: tuple[int, int], labels: bool) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(2 if shown[0] else 8, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{int(value):,}"))
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(PAPER.muted)
-    axes.tick_params(colors=PAPER.muted, length=0, labelbottom=labels)
-    axes.set_axisbelow(True)
+    bare(axes, PAPER)
+    axes.tick_params(labelbottom=labels)

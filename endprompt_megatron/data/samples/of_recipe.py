@@ -9,9 +9,9 @@ from typing import Any
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.data.samples.blend import is_split, sources_of
 from endprompt_megatron.data.samples.dataset import Blend, Dataset, build_datasets
-from endprompt_megatron.method.positions import WITH_PROMPT
+from endprompt_megatron.data.samples.terminal_segments import recall_of
+from endprompt_megatron.method.positions import MAPS
 from endprompt_megatron.method.prompts import tokenise_prompts
-from endprompt_megatron.method.recipe_prompts import recall_of
 
 
 def datasets_of(
@@ -22,7 +22,7 @@ def datasets_of(
     `vocab_size` is the model's, `cache` the directory for large indices; None checks and keeps nothing.
     """
     c, d, t = recipe.context, recipe.data, recipe.train
-    with_prompt = c.method in WITH_PROMPT
+    with_prompt = MAPS[c.method].has_prompt
     valid = d.valid if d.valid is None or is_split(d.valid) else _blend_of(d.valid, f"{where}: data.valid", recipe)
     return build_datasets(
         train=_blend_of(d.train, f"{where}: data.train", recipe),
@@ -55,7 +55,7 @@ def _blend_of(value: Any, key: str, recipe: Recipe) -> Blend:
     blend = []
     for source in sources_of(value, key):
         prompts = None
-        if source.prompts is not None and recipe.context.method in WITH_PROMPT:
+        if source.prompts is not None and MAPS[recipe.context.method].has_prompt:
             prompts = tokenise_prompts(recipe.model.hf, list(source.prompts), f"{key}: prompts of {source.prefix}")
         blend.append((source.prefix, source.weight, prompts))
     return blend
