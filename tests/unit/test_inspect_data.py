@@ -246,7 +246,7 @@ def test_the_verdict_depends_on_what_the_method_wants_of_documents():
 
 def test_preflight_says_when_documents_are_short_for_the_method(place):
     from endprompt_megatron.model.shape import read_shape
-    from endprompt_megatron.preflight.data_files import datasets
+    from endprompt_megatron.preflight.datasets import datasets
     from endprompt_megatron.preflight.table import OK, WARN
 
     def found(*overrides: str) -> dict:
