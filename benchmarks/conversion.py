@@ -64,7 +64,7 @@ START = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from endprompt_megatron import checkpoint
+from endprompt_megatron.checkpoint.resume import initialise
 from endprompt_megatron.distributed import runtime
 from endprompt_megatron.config.recipe import LongLora, Parallel, Precision
 from endprompt_megatron.convert.direct import weights_at
@@ -77,7 +77,7 @@ shape = read_shape(hf)
 config = read_json(hf / "config.json", "a config")
 models = build_chunks(shape, config, Parallel(), Precision(), LongLora(), shared_positions=True)
 before = time.monotonic()
-checkpoint.initialise(weights_at(source, shape, "benchmark"), models, None)
+initialise(weights_at(source, shape, "benchmark"), models, None)
 print("seconds", time.monotonic() - before)
 """
 

@@ -33,13 +33,15 @@ def model(tmp_path_factory):
 
 def train_and_save(recipe, batches, root):
     """On a rank: an update a batch, from the newest checkpoint in `root` if there is one, then a checkpoint."""
-    from endprompt_megatron import checkpoint
+    from endprompt_megatron.checkpoint.resume import resume
+    from endprompt_megatron.checkpoint.run_state import Progress, RunState
+    from endprompt_megatron.checkpoint.save import save
     from endprompt_megatron.training.optimizer import update, zero_grad
     from endprompt_megatron.training.step import run_batch
 
     _, models, optimizer, scheduler = build(recipe)
-    state = checkpoint.RunState(models, optimizer, scheduler)
-    progress = checkpoint.resume(root, recipe, "test", state) or checkpoint.Progress()
+    state = RunState(models, optimizer, scheduler)
+    progress = resume(root, recipe, "test", state) or Progress()
     seen = []
     for samples in batches:
         zero_grad(models, optimizer)
@@ -50,7 +52,7 @@ def train_and_save(recipe, batches, root):
         seen.append((losses.total, norm))
     if not batches:
         progress.step += 1
-    checkpoint.save(root, progress, recipe, exported(recipe), state)
+    save(root, progress, recipe, exported(recipe), state)
     return seen
 
 
@@ -167,12 +169,13 @@ def memory_of_a_save(recipe, root):
 
     import psutil
 
-    from endprompt_megatron import checkpoint
     from endprompt_megatron.checkpoint.optimizer_state import stored_state
+    from endprompt_megatron.checkpoint.run_state import Progress, RunState
+    from endprompt_megatron.checkpoint.save import save
     from endprompt_megatron.checkpoint.weights import stored_weights, weights_of
 
     _, models, optimizer, scheduler = build(recipe)
-    state = checkpoint.RunState(models, optimizer, scheduler)
+    state = RunState(models, optimizer, scheduler)
     weights = weights_of(models)
     parts = [*stored_weights(weights), *stored_state(optimizer, weights)]
     own = sum(part.load().add_(0).nbytes for part in parts)  # written to once: zeros take no memory before
@@ -190,7 +193,7 @@ def memory_of_a_save(recipe, root):
     looking = threading.Thread(target=look)
     before = anonymous()
     looking.start()
-    checkpoint.save(root, checkpoint.Progress(1, 0), recipe, exported(recipe), state)
+    save(root, Progress(1, 0), recipe, exported(recipe), state)
     ended.set()
     looking.join()
     return own, peak[0] - before

@@ -28,11 +28,12 @@ MODELS = {
 
 def start_and_save(recipe, root):
     """On a rank: load, and save without a step, with optimizer state."""
-    from endprompt_megatron import checkpoint
+    from endprompt_megatron.checkpoint.run_state import Progress, RunState
+    from endprompt_megatron.checkpoint.save import save
 
     _, models, optimizer, scheduler = build(recipe)
-    state = checkpoint.RunState(models, optimizer, scheduler)
-    checkpoint.save(root, checkpoint.Progress(step=3), recipe, exported(recipe), state)
+    state = RunState(models, optimizer, scheduler)
+    save(root, Progress(step=3), recipe, exported(recipe), state)
 
 
 def keys(layout):

@@ -244,11 +244,12 @@ def test_training_with_adapters_goes_on_to_the_last_bit(ranks, models, tmp_path)
 
 def logits_of(recipe, root, tokens) -> np.ndarray:
     """On one rank: logits [s, v] of a checkpoint as it is, adapters beside the weights."""
-    from endprompt_megatron import checkpoint
+    from endprompt_megatron.checkpoint.resume import resume
+    from endprompt_megatron.checkpoint.run_state import RunState
 
     _, models, optimizer, scheduler = build(recipe)
-    state = checkpoint.RunState(models, optimizer, scheduler)
-    assert checkpoint.resume(root, recipe, "test", state) is not None
+    state = RunState(models, optimizer, scheduler)
+    assert resume(root, recipe, "test", state) is not None
     model = models[0].eval()
     positions = torch.arange(len(tokens))[None]
     with torch.no_grad():
