@@ -1,4 +1,4 @@
-"""RoPE: what is exported is what was trained, and angles are exact where bfloat16 positions would not be."""
+"""RoPE: what is exported is what was trained, and rotary angles are exact where bfloat16 positions would not be."""
 
 import copy
 import math
@@ -193,34 +193,34 @@ def far(b: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("b", [1, 3])
-def test_rotary_angles_have_one_row_a_sample_in_float32(b):
-    angles = rotary().angles(far(b))
+def test_angles_have_one_row_a_sample_in_float32(b):
+    angles = rotary().rotary_angles(far(b))
     assert angles.shape == (9, b, 1, DIM)
     assert angles.dtype == torch.float32
     assert torch.equal(angles[..., : DIM // 2], angles[..., DIM // 2 :])
     for row in range(b):
-        assert torch.equal(angles[:, row : row + 1], rotary().angles(far(b)[row : row + 1]))
+        assert torch.equal(angles[:, row : row + 1], rotary().rotary_angles(far(b)[row : row + 1]))
 
 
 @pytest.mark.parametrize("position", [65535, 131071])
 @pytest.mark.parametrize("rope_type", ["linear", "ntk", "yarn", "llama3", "none"])
-def test_rotary_angles_of_far_positions_are_products_of_exact_integers(rope_type, position):
+def test_angles_of_far_positions_are_products_of_exact_integers(rope_type, position):
     module = rotary(rope_type)
-    angles = module.angles(torch.tensor([[position]]))[0, 0, 0, : DIM // 2]
+    angles = module.rotary_angles(torch.tensor([[position]]))[0, 0, 0, : DIM // 2]
     exact = position * module.inv_freq.double()
     # One rounding of the product to float32, none of the position.
     assert float(((angles.double() - exact).abs() / exact).max()) <= 2.0**-24
     # In bfloat16 the position alone would be off by one part in 65536, half a radian or more at the top frequency.
     assert float(torch.tensor(position).bfloat16()) != position
-    before = module.angles(torch.tensor([[position - 1]]))[0, 0, 0, : DIM // 2]
+    before = module.rotary_angles(torch.tensor([[position - 1]]))[0, 0, 0, : DIM // 2]
     assert bool((angles > before).all())
 
 
 @pytest.mark.parametrize("rope_type", TYPES)
-def test_rotary_angles_give_the_cosines_and_sines_of_transformers(rope_type):
+def test_angles_give_the_cosines_and_sines_of_transformers(rope_type):
     module = rotary(rope_type)
     cos, sin = LlamaRotaryEmbedding(config=transformers_config(scaled(rope_type)))(torch.zeros(2, 1), far(2))
-    angles = module.angles(far(2))[:, :, 0].transpose(0, 1)
+    angles = module.rotary_angles(far(2))[:, :, 0].transpose(0, 1)
     torch.testing.assert_close(angles.cos() * module.attention_factor, cos, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(angles.sin() * module.attention_factor, sin, rtol=1e-5, atol=1e-6)
 
@@ -230,17 +230,17 @@ def test_rotary_forward_is_not_stale_after_position_ids_change():
     module = rotary()
     for positions in (torch.arange(9)[None], far(), torch.arange(9)[None] + 7):
         module.position_ids = positions
-        assert torch.equal(module(9), module.angles(positions))
+        assert torch.equal(module(9), module.rotary_angles(positions))
 
 
-def test_dynamic_rotary_angles_do_not_depend_on_what_came_before():
+def test_dynamic_angles_do_not_depend_on_what_came_before():
     """transformers keeps the grown frequencies until a short input comes; ours are those of each input alone."""
     module = rotary("dynamic")
     short = torch.arange(9)[None]
-    first = module.angles(short)
-    module.angles(far())
-    assert torch.equal(module.angles(short), first)
-    assert not torch.equal(module.angles(far())[:6], first[:6])
+    first = module.rotary_angles(short)
+    module.rotary_angles(far())
+    assert torch.equal(module.rotary_angles(short), first)
+    assert not torch.equal(module.rotary_angles(far())[:6], first[:6])
 
 
 def test_config_is_not_changed_by_what_transformers_makes_of_it():
