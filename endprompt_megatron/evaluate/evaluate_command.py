@@ -30,11 +30,11 @@ def models_of(options: argparse.Namespace) -> dict[str, Any]:
     from endprompt_megatron.evaluate.preparation import Model, model_at
 
     if (options.hf is None) == (options.megatron is None):
-        raise InputError("--hf: give it, or --megatron RUN/checkpoints with --engine megatron; one of the two")
+        raise InputError("--hf: give either it, or --megatron RUN/checkpoints with --engine megatron")
     if options.megatron is not None and options.engine != "megatron":
-        raise InputError(f"--megatron {options.megatron}: is read by --engine megatron; {options.engine} takes --hf")
+        raise InputError(f"--megatron {options.megatron}: needs --engine megatron; {options.engine} takes --hf")
     if options.megatron is None and options.iteration is not None:
-        raise InputError(f"--iteration {options.iteration}: is of --megatron, which is not given")
+        raise InputError(f"--iteration {options.iteration}: applies only to --megatron, which is not given")
     extended = model_at(options.megatron, options.iteration) if options.megatron else Model(options.hf, options.hf)
     if options.baseline is None:
         return {EXTENDED: extended}
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
     from endprompt_megatron.distributed import runtime
     from endprompt_megatron.evaluate.evaluation import evaluate
-    from endprompt_megatron.evaluate.request_progress import bar
+    from endprompt_megatron.evaluate.request_progress import RequestProgress
     from endprompt_megatron.evaluate.terminal import terminal
 
     runtime.quiet_libraries()
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         runtime.take_device(launch)
         ranks = Alone(part.split(launch.rank, launch.world_size))
     try:
-        with bar(shown=launch.rank == 0) as progress:
+        with RequestProgress(shown=launch.rank == 0) as progress:
             results = evaluate(
                 settings,
                 models,
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         print(terminal(results))
         print(f"\n{results['seconds']:.0f} s; {options.out / 'results.json'} and the plots beside it")
     elif ranks.first and part.count > 1:
-        print(f"part {part.index}/{part.count} is whole; {options.out} waits for the others")
+        print(f"part {part.index}/{part.count} is complete; {options.out} waits for the others")
     return EXIT_DONE
 
 

@@ -13,7 +13,7 @@ from endprompt_megatron.common.files import read_json
 from endprompt_megatron.evaluate.held_out_text import HeldOut, held_out
 from endprompt_megatron.evaluate.model_fingerprint import fingerprint
 from endprompt_megatron.evaluate.registry import EXTENDED, SUITES, Prepared, Settings, Subject, all_options
-from endprompt_megatron.evaluate.requests import Item
+from endprompt_megatron.evaluate.requests import Request
 from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.tokenizer import Tokenizer, load_tokenizer
 
@@ -52,7 +52,7 @@ class Inputs:
     left_out: dict[str, str]  # suites and tasks that this machine has not got what they need for: what, and why
     fingerprints: dict[str, str]
 
-    def items(self, label: str) -> Iterator[Item]:
+    def requests(self, label: str) -> Iterator[Request]:
         """All that the model is asked, in a fixed order."""
         for suite in self.settings.suites:
             yield from self.prepared[label, suite].requests()
@@ -65,11 +65,11 @@ class Inputs:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
     def expected(self, label: str) -> tuple[int, int] | None:
-        """About how many items and tokens; None where a suite does not tell."""
+        """About how many requests and tokens; None where a suite does not tell."""
         every = [self.prepared[label, suite].expected for suite in self.settings.suites]
         if None in every:
             return None
-        return sum(items for items, _ in every), sum(tokens for _, tokens in every)
+        return sum(requests for requests, _ in every), sum(tokens for _, tokens in every)
 
 
 def _state(path: Path) -> tuple[int, int]:

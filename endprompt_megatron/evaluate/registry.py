@@ -156,6 +156,9 @@ class Settings:
         known = {"suites", *option_names()}
         return cls(**{"suites": [], "lengths": []} | {name: value for name, value in stored.items() if name in known})
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settings) and vars(self) == vars(other)
+
     def as_dict(self) -> dict:
         """For results.json."""
         return dict(vars(self))
@@ -175,11 +178,13 @@ class Settings:
         for option in all_options().values():
             value = getattr(self, option.name)
             option.check(value)
-            if option.refused_without_suite and value is not None:
-                owners = [suite.name for suite in SUITES.values() if option in suite.options]
-                if not set(owners) & set(self.suites):
-                    names = " and ".join(owners)
-                    raise InputError(f"{option.flag} {value}: applies only to the {names} suite, which is not selected")
+            owners = [suite.name for suite in SUITES.values() if option in suite.options]
+            if option.refused_without_suite and value not in (None, False) and not set(owners) & set(self.suites):
+                given = option.flag if value is True else f"{option.flag} {value}"
+                raise InputError(
+                    f"{given}: applies only to the {' and '.join(owners)} suite, which is not selected; "
+                    "add it to --suite"
+                )
         for name in self.suites:
             reason = SUITES[name].refused_engines.get(self.engine)
             if reason:
@@ -207,7 +212,8 @@ def differing_inputs(suite: Suite, one: tuple[dict, str], other: tuple[dict, str
     """Names of what made other inputs of a suite for one model than for another, each (results, label)."""
     mine, theirs = one[0], other[0]
     settings, others = mine.get("settings") or {}, theirs.get("settings") or {}
-    found = [name for name in suite.inputs_from if settings.get(name) != others.get(name)]
+    # Results of a version that had no such option lack it, which is what they were asked: without it.
+    found = [name for name in suite.inputs_from if (settings.get(name) or None) != (others.get(name) or None)]
     if suite.reads_text(Settings.of(settings)) and _text(mine) != _text(theirs):
         found.append("text")
     sources, other_sources = (

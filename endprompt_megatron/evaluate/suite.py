@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import Option
-from endprompt_megatron.evaluate.requests import Answered, Item
+from endprompt_megatron.evaluate.requests import Request, Response
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,9 +63,9 @@ class Subject:
 class Prepared:
     """A suite ready to ask one model."""
 
-    requests: Callable[[], Iterator[Item]]  # lazily, in a fixed order
-    result: Callable[[list[Answered]], dict]  # its part of results.json's "measurements"
-    series: Callable[[list[Answered]], list[Series]]  # the values behind its scores
+    requests: Callable[[], Iterator[Request]]  # lazily, in a fixed order
+    result: Callable[[list[Response]], dict]  # its part of results.json's "measurements"
+    series: Callable[[list[Response]], list[Series]]  # the values behind its scores
     expected: tuple[int, int] | None  # about how many requests and tokens; None: not known
     left_out: dict[str, str] = field(default_factory=dict)  # tasks that this machine cannot ask, and why
 
@@ -158,10 +158,11 @@ class Suite:
     # How it is shown.
     tables: Callable[[dict, list[str]], list[str]] = lambda results, labels: []  # titled, for the terminal
     drawings: Callable[[dict], list[Drawing]] = lambda results: []
-    grid: Callable[[dict], Grid] | None = None  # of `measured`; in a report in the place of the drawings
+    grid: Callable[[dict], Grid | None] = lambda measured: None  # in a report in the place of the drawings
     task_note: Callable[[dict, str], str] = lambda measured, task: ""  # small print beside a task's name
     incomplete_tasks: Callable[[dict], set[str]] = lambda measured: set()  # over less than their names say
-    published: Callable[[dict], Published] | None = None  # of results.json's "settings"
+    published: Callable[[Any], Published | None] = lambda settings: None
+    variant: Callable[[dict], str] = lambda measured: ""  # another title, where a variant of the suite was asked
     explanation: Callable[[dict], str] = lambda measured: ""  # a paragraph for a reader who does not know the suite
     limits: Callable[[dict, Any], list[str]] = lambda measured, settings: []  # why its scores are no published ones
     unknown_without: str = ""  # what nobody knows of a model that was not asked this

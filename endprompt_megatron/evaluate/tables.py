@@ -1,16 +1,7 @@
-"""Plain text tables for a terminal, and the texts of scores and intervals in them."""
+"""Tables of scores for a terminal, and the texts of scores and intervals in them."""
 
+from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.evaluate.suite import Published, Scores
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns aligned to the right, the first to the left."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = []
-    for row in [header, ["-" * width for width in widths], *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def scores_of(results: dict, label: str) -> Scores:
@@ -61,7 +52,7 @@ def scores_by_task(title: str, suite: str, results: dict, labels: list[str]) -> 
             there = [at.get((task, length)) for length in lengths]
             counts = [score["samples"] for score in there if score is not None]
             rows.append([task, *map(score_text, there), _range(counts)])
-        parts.append(f"{title}, {label}: percent (95%)\n{table(header, rows)}")
+        parts.append(f"{title}, {label}: percent (95%)\n{text_table(header, rows)}")
         parts[-1] += _origin(results["measurements"][label][suite])
     return parts
 
@@ -85,11 +76,12 @@ def _range(counts: list[int]) -> str:
 def published_table(title: str, published: Published) -> str:
     """Published rows as a table of their own."""
     rows = [
-        [method, *(_number(scores.get(key)) for key in published.columns.values())]
+        [method, *(number_text(scores.get(key)) for key in published.columns.values())]
         for method, scores in published.rows.items()
     ]
-    return f"{title}, published\n{table([published.heading, *published.columns], rows)}\n  {published.note}"
+    return f"{title}, published\n{text_table([published.heading, *published.columns], rows)}\n  {published.note}"
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """A published or rounded score."""
     return "-" if value is None else f"{value:.2f}"

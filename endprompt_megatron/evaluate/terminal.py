@@ -1,7 +1,8 @@
 """Evaluation results as text for a terminal: every suite's tables, the models side by side, and what differs."""
 
-from endprompt_megatron.evaluate.registry import BASELINE, EXTENDED, SUITES, suites_in
-from endprompt_megatron.evaluate.tables import published_table, table
+from endprompt_megatron.common.text_table import text_table
+from endprompt_megatron.evaluate.registry import BASELINE, EXTENDED, SUITES, Settings, suites_in
+from endprompt_megatron.evaluate.tables import published_table
 
 
 def terminal(results: dict) -> str:
@@ -10,8 +11,9 @@ def terminal(results: dict) -> str:
     parts = []
     for suite in suites_in(results):
         parts += suite.tables(results, labels)
-        if suite.published is not None:
-            parts.append(published_table(suite.title, suite.published(results["settings"])))
+        published = suite.published(Settings.of(results["settings"]))
+        if published is not None:
+            parts.append(published_table(suite.title, published))
     parts += _differences(results)
     parts += ["\n".join(f"Left out: {what}. {reason}" for what, reason in results.get("left_out", {}).items())]
     return "\n\n".join(filter(None, parts))
@@ -40,4 +42,4 @@ def _differences(results: dict) -> list[str]:
             ]
         )
     header = ["extended minus baseline", "length", "of", "samples", "change", "95%", "p", "beyond noise"]
-    return ["What differs, question by question (scores in percent, losses in nats)\n" + table(header, rows)]
+    return ["What differs, question by question (scores in percent, losses in nats)\n" + text_table(header, rows)]

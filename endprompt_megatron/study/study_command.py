@@ -7,7 +7,7 @@ from pathlib import Path
 
 from endprompt_megatron.common.errors import EXIT_DONE, InputError
 from endprompt_megatron.common.files import disk_errors, read_json, write_text
-from endprompt_megatron.evaluate.tables import table
+from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.study.grid import Study, Trial, read_study
 from endprompt_megatron.study.trial import Work
 
@@ -70,7 +70,7 @@ def listing(study: Study, trials: list[Trial]) -> str:
             trains = [f"{trial.tokens:,}", f"{recipe.train.steps:,}", f"{recipe.context.physical:,}"]
         left = work.left
         rows.append([trial.name, *trains, "done" if not left else f"{', '.join(left)} left"])
-    return table(["trial", "tokens", "steps", "physical", "state"], rows)
+    return text_table(["trial", "tokens", "steps", "physical", "state"], rows)
 
 
 def submit(study: Study, trials: list[Trial], *, again: bool, dry_run: bool) -> int:

@@ -18,7 +18,7 @@ def ask(model_dir, out, model, *, part=None, merge=False, **options):
 
 
 def questions(settings, model_dir):
-    return list(tiny_suite.questions(settings, load_tokenizer(model_dir)))
+    return list(tiny_suite.samples(settings, load_tokenizer(model_dir)))
 
 
 def knowing(model_dir, settings, answer, kind=doubles.Knowing):

@@ -15,6 +15,7 @@ from endprompt_megatron.evaluate.evaluation import evaluate
 from endprompt_megatron.evaluate.intervals import comparisons
 from endprompt_megatron.evaluate.preparation import Model
 from endprompt_megatron.evaluate.registry import SUITES, Settings, Subject
+from endprompt_megatron.evaluate.requests import Response
 from endprompt_megatron.evaluate.suites import lm_eval, lm_eval_suite
 
 LONGBENCH = Path(__file__).resolve().parent.parent / "longbench"
@@ -138,8 +139,8 @@ def _told(settings, model, models, skill):
         if asked is model:
             for name in {"ruler", "longbench"} & set(settings.suites):
                 prepared = SUITES[name].prepare(Subject(settings, models, label, tokenizer, None, model.window))
-                for item in prepared.requests():
-                    double.references[key_of(item.prompt.ids)] = item.entry.notes["references"]
+                for request in prepared.requests():
+                    double.references[key_of(request.prompt.ids)] = request.notes["references"]
     return double
 
 
@@ -147,7 +148,7 @@ def _add_short(results, settings):
     """Short text as lm-eval's worker gives it, put together by the suite itself."""
     series = {}
     for label, shift in (("baseline", 0.0), ("extended", -0.03)):
-        pairs = []
+        responses = []
         for task, (share, count) in SHORT.items():
             row = {
                 "score": 100 * round((share + shift) * count) / count,
@@ -157,9 +158,9 @@ def _add_short(results, settings):
                 "questions": count,
                 "all": {},
             }
-            pairs.append((None, {"tasks": {task: row}, "lm_eval": "0.4.9"}))
-        results["measurements"][label]["short"] = lm_eval_suite.result(pairs, settings.limit)
-        series[label] = lm_eval_suite.series(pairs)
+            responses.append(Response("short", task, 0, 0, {}, {"tasks": {task: row}, "lm_eval": "0.4.9"}))
+        results["measurements"][label]["short"] = lm_eval_suite.result(responses, settings.limit)
+        series[label] = lm_eval_suite.series(responses)
         results["scores"][label] += [each.score() for each in series[label]]
     results["comparisons"] += comparisons(series["baseline"], series["extended"])
 

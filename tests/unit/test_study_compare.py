@@ -9,7 +9,7 @@ from small import assert_one_line_error, run_tool
 from unit.studying import STUDY, made_up
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate.intervals import student, student_quantile, t_interval
+from endprompt_megatron.evaluate.intervals import t_interval
 from endprompt_megatron.study.compare import compare
 from endprompt_megatron.study.pages import as_html, as_markdown, write
 
@@ -41,13 +41,6 @@ def comparison(tmp_path_factory, values):
 
 def row(comparison: dict, name: str) -> dict:
     return next(row for row in comparison["rows"] if row["name"] == name)
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 10, 30])
-def test_students_distribution_equals_scipys(freedom):
-    assert student(1.3, freedom) == pytest.approx(1 - 2 * stats.t.sf(1.3, freedom), abs=1e-12)
-    for level in (0.5, 0.95, 0.999):
-        assert student_quantile(level, freedom) == pytest.approx(stats.t.ppf((1 + level) / 2, freedom), rel=1e-9)
 
 
 def test_the_interval_over_seeds_equals_scipys():

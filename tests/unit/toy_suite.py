@@ -6,7 +6,7 @@ from endprompt_megatron.common.errors import Unavailable
 from endprompt_megatron.evaluate.engines.base import Prompt
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.registry import Drawing, Headline, Metric, Option, Prepared, Published, Suite
-from endprompt_megatron.evaluate.requests import Entry, Item, content_of
+from endprompt_megatron.evaluate.requests import Request, content_of
 from endprompt_megatron.evaluate.tables import quoted_bounds, scores_by_task
 
 
@@ -19,9 +19,10 @@ def _prepare(subject):
         for number in range(words):
             word = chr(ord("a") + number)
             ids = tokenizer.encode(f"{word} {word} {word}")
-            yield Item(
-                entry=Entry("toy", "echo", 0, number, {"word": word}),
+            yield Request(
+                *("toy", "echo", 0, number),
                 content=content_of(np.asarray(ids)),
+                notes={"word": word},
                 tokens=len(ids),
                 prompt=Prompt(ids, 4),
                 read=lambda generated: {"text": tokenizer.decode(generated)},
@@ -30,16 +31,16 @@ def _prepare(subject):
     return Prepared(requests, _result, _series, expected=(words, 5 * words))
 
 
-def _right(pairs):
-    return np.asarray([float(entry.notes["word"] in record["text"]) for entry, record in pairs])
+def _right(responses):
+    return np.asarray([float(response.notes["word"] in response.record["text"]) for response in responses])
 
 
-def _result(pairs):
-    return {"repeated": float(_right(pairs).mean())}
+def _result(responses):
+    return {"repeated": float(_right(responses).mean())}
 
 
-def _series(pairs):
-    return [Series("toy", "echo", 0, "repeated", (_right(pairs),))]
+def _series(responses):
+    return [Series("toy", "echo", 0, "repeated", (_right(responses),))]
 
 
 def _draw(axes, results, palette):

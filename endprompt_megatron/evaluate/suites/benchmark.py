@@ -1,7 +1,7 @@
 """A published benchmark as a suite: questions whose answers are generated and then scored, as RULER's and LongBench's.
 
-A benchmark brings `questions` (lazily, in a fixed order), `score` of a question and an answer, 0..1, and `summary` of
-(question without its prompt, answer, score) tuples; here they become requests, results and series.
+A benchmark brings `samples` (lazily, in a fixed order), `score` of a sample and an answer, 0..1, and `summary` of
+(sample without its prompt, answer, score) tuples; here they become requests, results and series.
 """
 
 import dataclasses
@@ -14,10 +14,24 @@ import numpy as np
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.evaluate.engines.base import Prompt
 from endprompt_megatron.evaluate.intervals import Series
-from endprompt_megatron.evaluate.question import Question
-from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import Prepared, Subject
 from endprompt_megatron.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with its prompt.  (suite, task, length, number) names it."""
+
+    suite: str
+    task: str
+    length: int  # tokens that the input was made for, 0 if none
+    number: int
+    prompt: list[int]  # token ids, complete: template, answer prefix, BOS if there is to be one
+    max_new_tokens: int
+    references: list[str]
+    stop: tuple[str, ...] = ()  # texts at which an answer ends
+    extra: dict = field(default_factory=dict)  # what scoring needs beside the references, JSON
 
 
 @dataclass(frozen=True)
@@ -25,15 +39,15 @@ class Benchmark:
     """A benchmark with its settings.  `groups`: means that are reported, name -> tasks."""
 
     name: str
-    questions: Callable[[Tokenizer], Iterator[Question]]
-    score: Callable[[Question, str], float]
-    summary: Callable[[Iterable[tuple[Question, str, float]]], dict]
+    samples: Callable[[Tokenizer], Iterator[Sample]]
+    score: Callable[[Sample, str], float]
+    summary: Callable[[Iterable[tuple[Sample, str, float]]], dict]
     sources: Callable[[], dict]  # what the questions are made from
     by_length: bool
     groups: dict[str, Sequence[str]] = field(default_factory=dict)
 
     def prepare(self, subject: Subject, count: int, tokens: float) -> Prepared:
-        """The benchmark for one model: `count` questions of about `tokens` each."""
+        """The benchmark for one model: `count` samples of about `tokens` each."""
         window = None if subject.settings.beyond_window else subject.model.window
         return Prepared(
             requests=lambda: self._requests(subject.tokenizer, window),
@@ -42,21 +56,21 @@ class Benchmark:
             expected=(count, round(count * tokens)),
         )
 
-    def _requests(self, tokenizer: Tokenizer, window: int | None) -> Iterator[Item]:
-        """A request for each question.  Raises InputError for one beyond the model's window."""
-        for question in self.questions(tokenizer):
+    def _requests(self, tokenizer: Tokenizer, window: int | None) -> Iterator[Request]:
+        """A request for each sample.  Raises InputError for one beyond the model's window."""
+        for sample in self.samples(tokenizer):
             # As the benchmarks count, BOS is not of the length that an input is made for.
-            with_bos = question.prompt[:1] == [tokenizer.bos_id]
-            needed = len(question.prompt) - with_bos + question.max_new_tokens
+            with_bos = sample.prompt[:1] == [tokenizer.bos_id]
+            needed = len(sample.prompt) - with_bos + sample.max_new_tokens
             if window is not None and needed > window:
                 raise InputError(
-                    f"--suite {self.name}: {question.task} takes {needed} tokens, above the model's window of "
+                    f"--suite {self.name}: {sample.task} takes {needed} tokens, above the model's window of "
                     f"{window}; use shorter --lengths, or --beyond-window to ask nevertheless"
                 )
-            yield self._request(question, tokenizer)
+            yield self._request(sample, tokenizer)
 
-    def _request(self, question: Question, tokenizer: Tokenizer) -> Item:
-        stop = question.stop
+    def _request(self, sample: Sample, tokenizer: Tokenizer) -> Request:
+        stop = sample.stop
 
         def ended(generated: list[int]) -> bool:
             return any(text in tokenizer.decode(generated) for text in stop)
@@ -64,23 +78,27 @@ class Benchmark:
         def read(generated: list[int]) -> dict:
             return {"answer": cut(tokenizer.decode(generated), stop), "tokens": len(generated)}
 
-        notes = {"references": question.references, "extra": question.extra, "max_new_tokens": question.max_new_tokens}
-        return Item(
-            entry=Entry(self.name, question.task, question.length, question.number, notes | {"suite": question.suite}),
-            content=content_of(np.asarray(question.prompt), question.max_new_tokens, stop),
-            tokens=len(question.prompt),
-            prompt=Prompt(question.prompt, question.max_new_tokens, ended if stop else None),
+        notes = {"references": sample.references, "extra": sample.extra, "max_new_tokens": sample.max_new_tokens}
+        return Request(
+            suite=self.name,
+            task=sample.task,
+            length=sample.length,
+            number=sample.number,
+            content=content_of(np.asarray(sample.prompt), sample.max_new_tokens, stop),
+            tokens=len(sample.prompt),
+            notes=notes | {"suite": sample.suite},
+            prompt=Prompt(sample.prompt, sample.max_new_tokens, ended if stop else None),
             read=read,
         )
 
-    def _result(self, pairs: list[Answered]) -> dict:
-        return {**self.summary(self._scored(pairs)), "sources": _plain(self.sources())}
+    def _result(self, responses: list[Response]) -> dict:
+        return {**self.summary(self._scored(responses)), "sources": _plain(self.sources())}
 
-    def _series(self, pairs: list[Answered]) -> list[Series]:
+    def _series(self, responses: list[Response]) -> list[Series]:
         """Scores 0..1 by task and length, their means by length and over all, and the means of groups."""
         scores: dict[tuple[str, int], list[float]] = {}
-        for question, _, score in self._scored(pairs):
-            key = question.task, question.length if self.by_length else 0
+        for sample, _, score in self._scored(responses):
+            key = sample.task, sample.length if self.by_length else 0
             scores.setdefault(key, []).append(float(score))
         arrays = {key: np.asarray(values) for key, values in scores.items()}
         found = [self._of(task, length, [values]) for (task, length), values in arrays.items()]
@@ -97,21 +115,21 @@ class Benchmark:
     def _of(self, task: str, length: int, strata: Iterable[np.ndarray]) -> Series:
         return Series(self.name, task, length, "score", tuple(strata))
 
-    def _scored(self, pairs: list[Answered]) -> list[tuple[Question, str, float]]:
+    def _scored(self, responses: list[Response]) -> list[tuple[Sample, str, float]]:
         scored = []
-        for entry, record in pairs:
-            notes = entry.notes
-            question = Question(
+        for response in responses:
+            notes, answer = response.notes, response.record["answer"]
+            sample = Sample(
                 suite=notes["suite"],
-                task=entry.task,
-                length=entry.length,
-                number=entry.number,
+                task=response.task,
+                length=response.length,
+                number=response.number,
                 prompt=[],
                 max_new_tokens=notes["max_new_tokens"],
                 references=notes["references"],
                 extra=notes["extra"],
             )
-            scored.append((question, record["answer"], self.score(question, record["answer"])))
+            scored.append((sample, answer, self.score(sample, answer)))
         return scored
 
 

@@ -1,11 +1,11 @@
-"""Recall at real input lengths, by distance: a fact told in held-out text and asked for at the end of it.
+"""Recall at real input lengths, by distance: a fact stated in held-out text and asked for at its end.
 
-The right answer is read along with the input (teacher forcing), so that a model need not know how to answer, only to
-go on: two scores,
+The right answer is read along with the input (teacher forcing), so that a model need not know how to answer, only how
+to continue.  Two scores:
   recalled  every token of the value is the most likely one given the true tokens before it;
   loss      nats a token of the value.
-The distance is that of the value where it is asked from the value where it was told.  What facts and questions look
-like is a form: for a model that knows one kind of text only, a JSON file says it.
+The distance is from the value in the fact to the value in the answer.  A form says what facts and questions look like;
+a JSON file replaces it for a model that knows only one kind of text.
 """
 
 import functools
@@ -13,21 +13,26 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
-from endprompt_megatron.evaluate import plots
+from endprompt_megatron.common.plotting import Palette, dress, legend, length_axis, short
+from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import SAMPLES, TEXT, Option, parse_lengths
-from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.plots import of_suite, window_mark
+from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
 from endprompt_megatron.evaluate.suites.needle import continuation
-from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
+from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of
 from endprompt_megatron.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 AT_ONCE = 16384  # tokens of one forward pass
 _TRIES = 1000  # keys drawn until one is not in the text
@@ -99,13 +104,13 @@ def distances_of(length: int, distances: list[int] | None) -> list[int]:
 
 
 def expected(lengths: list[int], distances: list[int] | None, samples: int) -> tuple[int, int]:
-    """How many items, and how many tokens in all."""
+    """How many requests, and how many tokens in all."""
     cells = {length: len(distances_of(length, distances)) for length in lengths}
-    items = sum(count * -(-samples // max(1, AT_ONCE // length)) for length, count in cells.items())
-    return items, sum(count * samples * length for length, count in cells.items())
+    requests = sum(count * -(-samples // max(1, AT_ONCE // length)) for length, count in cells.items())
+    return requests, sum(count * samples * length for length, count in cells.items())
 
 
-def items(
+def recall_requests(
     tokenizer: Tokenizer,
     text: np.ndarray,
     lengths: list[int],
@@ -114,8 +119,8 @@ def items(
     distances: list[int] | None = None,
     samples: int = 1,
     seed: int = 0,
-) -> Iterator[Item]:
-    """`samples` inputs of every length and distance below it, several to an item.  `text` int64 [n]: held-out text.
+) -> Iterator[Request]:
+    """`samples` inputs of every length and distance below it, several to a request.  `text` int64 [n]: held-out text.
 
     The same seed asks the same.  Raises InputError for a length that is longer than the text, or too short.
     """
@@ -135,8 +140,8 @@ def items(
                 def ask(engine: Engine, tokens: np.ndarray = tokens, answers: list[int] = answers) -> dict:
                     return _ask(engine, tokens, answers)
 
-                entry = Entry("recall", f"{distance}", length, number, {})
-                yield Item(entry, content_of(tokens, answers), tokens.size, ask)
+                name = ("recall", f"{distance}", length, number)
+                yield Request(*name, content_of(tokens, answers), tokens.size, ask=ask)
 
 
 def _ask(engine: Engine, tokens: np.ndarray, answers: list[int]) -> dict:
@@ -155,7 +160,7 @@ def build_row(
     The answer's first token stands `distance` behind the value's first token in the fact.  Raises InputError.
     """
     if len(text) < length:
-        raise InputError(f"--lengths {length}: the held-out text has {len(text)} tokens only; give a longer --text")
+        raise InputError(f"--lengths {length}: the held-out text has only {len(text)} tokens; give a longer --text")
     start = int(rng.integers(0, len(text) - length + 1))
     around = tokenizer.decode(text[start : start + length].tolist())
     value = " ".join(rng.choice(form.values, form.value_words))
@@ -169,21 +174,21 @@ def build_row(
     fact = tokenizer.encode(form.fact.format(key=key, value=value))
     question = tokenizer.encode(form.question.format(key=key))
     answer = continuation(tokenizer, form.question.format(key=key), form.answer.format(key=key, value=value))
-    told = len(tokenizer.encode(before))  # tokens of the fact before the answer in it
+    lead = len(tokenizer.encode(before))  # tokens of the fact before the answer in it
     room = length - len(fact) - len(question) - len(answer)
-    place = length - len(answer) - distance - told
+    place = length - len(answer) - distance - lead
     if room < 0 or not 0 <= place <= room:
-        nearest, farthest = len(fact) - told + len(question), length - len(answer) - told
+        nearest, farthest = len(fact) - lead + len(question), length - len(answer) - lead
         raise InputError(
-            f"--recall-distances {distance}: in {length} tokens a fact stands {nearest} to {farthest} away from its "
-            "question; use a distance between them"
+            f"--recall-distances {distance}: in {length} tokens a fact stands {nearest} to {farthest} tokens before "
+            "its answer; use a distance between them"
         )
     hay = text[start : start + room]
     row = np.concatenate([hay[:place], fact, hay[place:], question, answer]).astype(np.int64)
     return row, len(answer)
 
 
-def result(pairs: list[Answered]) -> dict:
+def result(responses: list[Response]) -> dict:
     """{"cells": [{length, distance, samples, recalled, loss}]}."""
     return {
         "cells": [
@@ -194,27 +199,27 @@ def result(pairs: list[Answered]) -> dict:
                 "recalled": float(np.mean(values["recalled"])),
                 "loss": float(np.mean(values["loss"])),
             }
-            for (task, length), values in _cells(pairs).items()
+            for (task, length), values in _cells(responses).items()
         ]
     }
 
 
-def series(pairs: list[Answered]) -> list[Series]:
+def series(responses: list[Response]) -> list[Series]:
     """Both scores of every cell, and of every length over its distances."""
     found: dict[tuple[str, int, str], list[float]] = {}
-    for (task, length), values in _cells(pairs).items():
+    for (task, length), values in _cells(responses).items():
         for metric in ("recalled", "loss"):
             for name in (task, "all distances"):
                 found.setdefault((name, length, metric), []).extend(map(float, values[metric]))
     return [Series("recall", task, length, metric, (np.asarray(v),)) for (task, length, metric), v in found.items()]
 
 
-def _cells(pairs: list[Answered]) -> dict[tuple[str, int], dict[str, list]]:
+def _cells(responses: list[Response]) -> dict[tuple[str, int], dict[str, list]]:
     cells: dict[tuple[str, int], dict[str, list]] = {}
-    for entry, record in pairs:
-        cell = cells.setdefault((entry.task, entry.length), {"recalled": [], "loss": []})
+    for response in responses:
+        cell = cells.setdefault((response.task, response.length), {"recalled": [], "loss": []})
         for metric in cell:
-            cell[metric] += record[metric]
+            cell[metric] += response.record[metric]
     return cells
 
 
@@ -230,8 +235,10 @@ def _prepare(subject: Subject) -> Prepared:
         for distance in distances_of(length, s.recall_distances):
             build_row(tokenizer, text, length, distance, form, np.random.default_rng(0))
 
-    def requests() -> Iterator[Item]:
-        return items(tokenizer, text, s.lengths, form, distances=s.recall_distances, samples=s.samples, seed=s.seed)
+    def requests() -> Iterator[Request]:
+        return recall_requests(
+            tokenizer, text, s.lengths, form, distances=s.recall_distances, samples=s.samples, seed=s.seed
+        )
 
     return Prepared(requests, result, series, expected(s.lengths, s.recall_distances, s.samples))
 
@@ -247,7 +254,7 @@ def _tables(results: dict, labels: list[str]) -> list[str]:
             found = f"{round(cell['recalled'] * cell['samples'])} of {cell['samples']}"
             row += [found, bounds_text(scores_of(results, label).get(key), 100, 0), f"{cell['loss']:.3f}"]
         rows.append(row)
-    return ["Facts recalled from held-out text, by distance\n" + table(header, rows)]
+    return ["Facts recalled from held-out text, by distance\n" + text_table(header, rows)]
 
 
 def _headlines(measured: dict, scores: Scores) -> list[Headline]:
@@ -262,27 +269,27 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
 
 
 def _drawings(results: dict) -> list[Drawing]:
-    lengths = {cell["length"] for _, measured in plots.of_suite(results, "recall") for cell in measured["cells"]}
+    lengths = {cell["length"] for _, measured in of_suite(results, "recall") for cell in measured["cells"]}
     return [
         Drawing(f"Facts recalled in inputs of {length:,} tokens", functools.partial(_draw, length=length))
         for length in sorted(lengths)
     ]
 
 
-def _draw(axes: Any, results: dict, palette: plots.Palette, *, length: int) -> None:
+def _draw(axes: "Axes", results: dict, palette: Palette, *, length: int) -> None:
     """The share of facts recalled against their distance, in inputs of one length."""
     every: set[int] = set()
-    for label, measured in plots.of_suite(results, "recall"):
+    for label, measured in of_suite(results, "recall"):
         cells = [cell for cell in measured["cells"] if cell["length"] == length]
         distances = [cell["distance"] for cell in cells]
         axes.plot(distances, [cell["recalled"] for cell in cells], **palette.line(label))
         every |= set(distances)
     axes.set_ylim(-0.03, 1.03)
-    plots.length_axis(axes, sorted(every))
-    title = f"Facts recalled in inputs of {plots.short(length)}"
-    plots.dress(axes, palette, title, "distance in tokens", "share of facts")
-    plots.window_mark(axes, results, palette)
-    plots.legend(axes, palette)
+    length_axis(axes, sorted(every))
+    title = f"Facts recalled in inputs of {short(length)}"
+    dress(axes, palette, title, "distance in tokens", "share of facts")
+    window_mark(axes, results, palette)
+    legend(axes, palette)
 
 
 def _explanation(measured: dict) -> str:

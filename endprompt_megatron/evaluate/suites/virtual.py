@@ -2,25 +2,28 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate import plots
+from endprompt_megatron.common.plotting import Palette, dress, legend, length_axis
+from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.evaluate.engines.base import Engine
 from endprompt_megatron.evaluate.intervals import Series
 from endprompt_megatron.evaluate.options import TEXT, Option, parse_lengths
-from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
+from endprompt_megatron.evaluate.plots import of_suite, window_mark
+from endprompt_megatron.evaluate.requests import Request, Response, content_of
 from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Metric, Prepared, Scores, Subject, Suite
-from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of, table
+from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, scores_of
 from endprompt_megatron.method.virtual_probe import KINDS, default_distances, probe_inputs, summarise
 
-__all__ = ["KINDS", "default_distances", "items", "probe_inputs", "result", "series"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-def items(probes: dict[str, list[dict]]) -> Iterator[Item]:
-    """An item a kind and distance.  `probes`: what `probe_inputs` gave, by kind."""
+def probe_requests(probes: dict[str, list[dict]]) -> Iterator[Request]:
+    """A request for each kind and distance.  `probes`: what `probe_inputs` gave, by kind."""
     for kind, of_kind in probes.items():
         for probe in of_kind:
             tokens, positions, scored = probe["tokens"], probe["position_ids"], probe["scored"]
@@ -34,26 +37,26 @@ def items(probes: dict[str, list[dict]]) -> Iterator[Item]:
                 return {key: [row[key] for row in rows] for key in ("loss", "accuracy")}
 
             notes = {"physical": tokens.shape[1], "samples": tokens.shape[0]}
-            entry = Entry("virtual", kind, probe["distance"], 0, notes)
-            yield Item(entry, content_of(tokens, positions, scored), tokens.size, ask)
+            content = content_of(tokens, positions, scored)
+            yield Request("virtual", kind, probe["distance"], 0, content, tokens.size, notes=notes, ask=ask)
 
 
-def result(pairs: list[Answered]) -> dict:
+def result(responses: list[Response]) -> dict:
     """{"physical", "samples", kind: {distance: {loss, accuracy}}}."""
-    first = pairs[0][0].notes
+    first = responses[0].notes
     found: dict = {"physical": first["physical"], "samples": first["samples"]}
-    for entry, record in pairs:
+    for response in responses:
         # Every row has as many scored places, so the mean of the rows' means is that of all places.
-        values = {key: float(np.mean(rows)) for key, rows in record.items()}
-        found.setdefault(entry.task, {})[str(entry.length)] = values
+        values = {key: float(np.mean(rows)) for key, rows in response.record.items()}
+        found.setdefault(response.task, {})[str(response.length)] = values
     return found
 
 
-def series(pairs: list[Answered]) -> list[Series]:
+def series(responses: list[Response]) -> list[Series]:
     """Loss and accuracy of the rows, by kind and distance."""
     return [
-        Series("virtual", entry.task, entry.length, metric, (np.asarray(record[metric]),))
-        for entry, record in pairs
+        Series("virtual", response.task, response.length, metric, (np.asarray(response.record[metric]),))
+        for response in responses
         for metric in ("loss", "accuracy")
     ]
 
@@ -64,7 +67,7 @@ def _prepare(subject: Subject) -> Prepared:
     if s.physical < 16:
         raise InputError(f"--physical {s.physical}: a probe needs 16 tokens or more")
     if len(text) < s.physical:
-        raise InputError(f"--physical {s.physical}: the held-out text has {len(text)} tokens only; give a longer one")
+        raise InputError(f"--physical {s.physical}: the held-out text has only {len(text)} tokens; give a longer one")
     if s.distances is None and window < s.physical:
         raise InputError(f"--physical {s.physical}: above the model's window of {window}; use a smaller one")
     distances = s.distances or default_distances(s.physical, window)
@@ -82,7 +85,7 @@ def _prepare(subject: Subject) -> Prepared:
         for kind in KINDS
     }
     sizes = [probe["tokens"].size for of_kind in probes.values() for probe in of_kind]
-    return Prepared(lambda: items(probes), result, series, (len(sizes), sum(sizes)))
+    return Prepared(lambda: probe_requests(probes), result, series, (len(sizes), sum(sizes)))
 
 
 def _tables(results: dict, labels: list[str]) -> list[str]:
@@ -98,7 +101,7 @@ def _tables(results: dict, labels: list[str]) -> list[str]:
                 score = scores_of(results, label).get(("virtual", kind, int(distance), "accuracy"))
                 row += [f"{entry['loss']:.3f}", f"{entry['accuracy']:.0%}", bounds_text(score, 100, 0)]
             rows.append(row)
-        parts.append(f"Virtual distance, {title} ({first['physical']} physical tokens)\n" + table(header, rows))
+        parts.append(f"Virtual distance, {title} ({first['physical']} physical tokens)\n" + text_table(header, rows))
     return parts
 
 
@@ -109,8 +112,20 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
     return [Headline(f"Recalled at virtual length {furthest:,}", key, value, quoted_bounds(scores.get(key), 0, "%"))]
 
 
-def _draw(axes: Any, results: dict, palette: plots.Palette, *, kind: str) -> None:
-    plots.virtual_distance(axes, results, kind, palette=palette)
+def draw(axes: "Axes", results: dict, palette: Palette, *, kind: str = "repeat", quantity: str = "loss") -> None:
+    """Loss or accuracy of the virtual-distance probe against the virtual length."""
+    every, physical = set(), 0
+    for label, measured in of_suite(results, "virtual"):
+        probe, physical = measured[kind], measured["physical"]
+        distances = [int(distance) for distance in probe]
+        axes.plot(distances, [entry[quantity] for entry in probe.values()], **palette.line(label))
+        every |= set(distances)
+    length_axis(axes, sorted(every))
+    what = {"repeat": "Recalling a passage", "continue": "Going on with the text"}[kind]
+    unit = {"loss": "loss, nats a token", "accuracy": "share of tokens right"}[quantity]
+    dress(axes, palette, f"{what} at a virtual distance", f"virtual length, {physical} physical tokens", unit)
+    window_mark(axes, results, palette)
+    legend(axes, palette)
 
 
 def _explanation(measured: dict) -> str:
@@ -142,7 +157,7 @@ SUITE = Suite(
     headlines=_headlines,
     tables=_tables,
     drawings=lambda results: [
-        Drawing(f"Virtual distance, {kind}", functools.partial(_draw, kind=kind)) for kind in KINDS
+        Drawing(f"Virtual distance, {kind}", functools.partial(draw, kind=kind)) for kind in KINDS
     ],
     explanation=_explanation,
     limits=lambda measured, settings: [

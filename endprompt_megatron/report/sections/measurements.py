@@ -42,10 +42,11 @@ def _section(suite: Suite, measured: Measured) -> Section:
         words = f"{suite.title} was not measured (`--suite {suite.name}`: {suite.about})."
         return Section(suite.name, suite.title, [missing(words)])
     last = models[-1].measured[suite.name]
+    title = suite.variant(last) or suite.title
     explanation = suite.explanation(last)
     blocks: list[Block] = [Paragraph(explanation)] if explanation else []
     blocks += _pictures(suite, measured)
-    published = suite.published(_settings(models[-1], suite)) if suite.published else None
+    published = suite.published(models[-1].settings(suite))
     if published is not None:
         blocks += note([_not_published(suite, models, published)])
         blocks.append(_beside_published(suite, models, published))
@@ -56,11 +57,7 @@ def _section(suite: Suite, measured: Measured) -> Section:
         blocks += _every_score(suite, models)
     if published is not None:
         blocks += _published_by_task(suite, published)
-    return Section(suite.name, suite.title, blocks)
-
-
-def _settings(model: Model, suite: Suite) -> dict:
-    return model.settings(suite).as_dict()
+    return Section(suite.name, title, blocks)
 
 
 # Pictures
@@ -68,8 +65,8 @@ def _settings(model: Model, suite: Suite) -> dict:
 
 def _pictures(suite: Suite, measured: Measured) -> list[Block]:
     models = measured.of(suite)
-    if suite.grid is not None:
-        grids = [(model, suite.grid(model.measured[suite.name])) for model in models]
+    grids = [(model, grid) for model in models if (grid := suite.grid(model.measured[suite.name])) is not None]
+    if grids:
         return [HeatMaps([_heat_map(model.name, grid) for model, grid in grids], grids[0][1].scale)]
     of_suite, palette = measured.as_results(suite), page_palette({model.key: model.name for model in models})
     drawn = [

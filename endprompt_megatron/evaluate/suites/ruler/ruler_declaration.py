@@ -11,8 +11,9 @@ from endprompt_megatron.evaluate.suite import Headline, Prepared, Published, Sco
 from endprompt_megatron.evaluate.suites.benchmark import Benchmark
 from endprompt_megatron.evaluate.suites.ruler.ruler_scores import NOT_COMPARABLE, score, summary
 from endprompt_megatron.evaluate.suites.ruler.ruler_settings import SAMPLES, SEED, RulerSettings
-from endprompt_megatron.evaluate.suites.ruler.ruler_suite import check, questions, sources
+from endprompt_megatron.evaluate.suites.ruler.ruler_suite import check, samples, sources
 from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import TASKS
+from endprompt_megatron.evaluate.suites.ruler.templates import NAMED
 from endprompt_megatron.evaluate.tables import quoted_bounds, scores_by_task
 
 _FILES = ("haystack", "squad", "hotpotqa", "english_words", "punkt")
@@ -27,7 +28,7 @@ def settings_for(subject: Subject) -> RulerSettings:
         tasks=tuple(s.ruler_tasks or TASKS),
         samples=s.ruler_samples,
         seed=s.ruler_seed,
-        template=s.template,
+        template=s.ruler_template or s.template,
         model=subject.model.config,
         **{name: Path(getattr(s, name)) for name in _FILES if getattr(s, name) is not None},
     )
@@ -41,7 +42,7 @@ def _prepare(subject: Subject) -> Prepared:
         raise InputError(f"--suite ruler: needs {error.name}, which is not installed") from None
     benchmark = Benchmark(
         name="ruler",
-        questions=functools.partial(questions, settings),
+        samples=functools.partial(samples, settings),
         score=score,
         summary=summary,
         sources=functools.partial(sources, settings),
@@ -60,13 +61,13 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
     return found
 
 
-def _published(settings: dict) -> Published:
+def _published(settings: Any) -> Published:
     of = published()["ruler"]
     rows = {}
     for method, by_length in of["by_length"].items():
         by_task = {(task, 0): value for task, value in of["tasks"][method].items()}
         rows[method] = by_task | {("mean", int(length)): value for length, value in by_length.items()}
-    columns = {str(length): ("mean", length) for length in settings["lengths"]}
+    columns = {str(length): ("mean", length) for length in settings.lengths}
     span = f"{_PUBLISHED_LENGTHS[0]}-{_PUBLISHED_LENGTHS[-1]}"
     # The paper prints the mean over five lengths and four of them; the fifth follows.
     last = ("mean", _PUBLISHED_LENGTHS[-1])
@@ -87,7 +88,10 @@ def _published(settings: dict) -> Published:
 
 def _limits(measured: dict, settings: Any) -> list[str]:
     found = [note.removeprefix(NOT_COMPARABLE) for note in measured.get("notes") or []]
-    if settings.template != "base":
+    template = settings.ruler_template or settings.template
+    if template not in ("base", "chat"):
+        found.append(f"questions in RULER's template {template}")
+    elif template == "chat":
         found.append("questions in the model's chat template")
     return found
 
@@ -104,6 +108,12 @@ SUITE = Suite(
     about="RULER's 13 tasks in inputs of --lengths, as NVIDIA makes and scores them",
     options=(
         TEMPLATE,
+        Option(
+            "ruler_template",
+            f"one of RULER's templates instead of --template: {', '.join(NAMED)}",
+            metavar="NAME",
+            refused_without_suite=True,
+        ),
         Option("ruler_tasks", "some of the 13 tasks; by default all", parse=parse_names, metavar="NAMES"),
         Option("ruler_samples", "questions of each task and length", int, default=SAMPLES, minimum=1, metavar="N"),
         Option("haystack", "essays for the haystack; without it a named substitute", metavar="FILE", is_file=True),
@@ -115,7 +125,7 @@ SUITE = Suite(
     ),
     prepare=_prepare,
     real_lengths=lambda settings: {"--lengths": settings.lengths},
-    inputs_from=("ruler_seed", "template"),
+    inputs_from=("ruler_seed", "template", "ruler_template"),
     sources=_sources,
     means=("mean",),
     headlines=_headlines,
