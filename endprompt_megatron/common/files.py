@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from endprompt_megatron.common.direct_io import crc32
 from endprompt_megatron.common.errors import InputError
@@ -151,7 +152,8 @@ def _locked(staging: Path, out: Path, flag: str) -> int:
         staging.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(staging / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock(descriptor, out, flag)
+            if not lock_file(descriptor):
+                raise InputError(f"{flag} {out}: another process is writing it; wait for it, or choose another name")
             with contextlib.suppress(FileNotFoundError):
                 # Who held it before may have removed the directory since it was opened here.
                 if os.path.samestat(os.fstat(descriptor), os.stat(staging / ".lock")):
@@ -162,13 +164,18 @@ def _locked(staging: Path, out: Path, flag: str) -> int:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, out: Path, flag: str) -> None:
+def lock_file(file: int | IO, *, wait: bool = False) -> bool:
+    """Take the lock of an open file, which ends with its process; False if another process holds it.
+
+    `wait`: for as long as another process holds it.  On a file system without locks everyone gets it.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{flag} {out}: another process is writing it; wait for it, or choose another name") from None
+        return False
     except OSError:
         pass  # a file system without locks
+    return True
 
 
 def _keep_only(staging: Path, job: dict) -> None:

@@ -10,7 +10,6 @@ model, is never taken for this one's.  A line that a kill cut short is no line, 
 """
 
 import contextlib
-import fcntl
 import heapq
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.common.files import disk_errors, read_json, write_json, write_text
+from endprompt_megatron.common.files import disk_errors, lock_file, read_json, write_json, write_text
 from endprompt_megatron.evaluate.requests import Request, Response
 from endprompt_megatron.evaluate.split import Part
 
@@ -121,13 +120,9 @@ class Answers:
     def _open(self) -> IO[bytes]:
         path = self.directory / f"{self.label}.{self.part}.jsonl"
         file = open(path, "a+b")  # noqa: SIM115  (closed by close)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(file):
             file.close()
-            raise InputError(f"{_FLAG} {self.out}: another process does part {self.part} of it; wait for it") from None
-        except OSError:
-            pass  # a file system without locks
+            raise InputError(f"{_FLAG} {self.out}: another process does part {self.part} of it; wait for it")
         _cut_after_last_line(file)
         return file
 
