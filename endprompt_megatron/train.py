@@ -58,7 +58,9 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
 
     c, t = recipe.context, recipe.train
     config = read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config")
-    export_config = scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, where)
+    export_config = scaled_config(
+        config, c.rope.type, c.rope.factor, c.original, c.target, where, default_theta=shape.rope_theta
+    )
     feed = Feed(recipe, where, shape)
     te.share_buffers(recipe, shape)
     models = build_model(shape, recipe, export_config, shared_positions=positions_are_shared(recipe))

@@ -1,6 +1,6 @@
-"""Save, find the newest complete checkpoint, resume: whole or not there, and never a damaged one.
+"""A run's checkpoints: saved, found again and resumed; complete or not there, and never a damaged one.
 
-save.py and resume.py are what training calls.  A rank saves what it holds (weights.py, optimizer_state.py);
-integrity.py has how the first rank joins that.  Importing the package imports nothing: converters need layout.py and
-torch_dist.py without Megatron-Core.
+save.py has every rank write what it holds (weights.py, optimizer_state.py) and the first one join that
+(integrity.py); resume.py goes back to the newest; layout.py has the directories, torch_dist.py the format.
+Importing the package imports nothing heavy: the converter's workers use the format without Megatron.
 """

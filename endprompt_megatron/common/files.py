@@ -1,18 +1,17 @@
-"""Nothing half-written: outputs grow under a temporary name and are renamed when they are whole."""
+"""Nothing half-written: outputs grow under a temporary name and are renamed when they are complete."""
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from endprompt_megatron.common.direct_io import crc32
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.file_lock import lock_file
 
 
 def refuse_existing(out: Path, flag: str) -> None:
@@ -96,7 +95,7 @@ def read_json(path: Path, what: str) -> dict:
     return value
 
 
-def sums_of(directory: Path, known: list[dict]) -> dict[str, dict]:
+def checksums_of(directory: Path, known: list[dict]) -> dict[str, dict]:
     """Bytes and CRC-32 of every file below `directory`; those of `known` (file, bytes, crc32) are not read again."""
     files = {report["file"]: {"bytes": report["bytes"], "crc32": report["crc32"]} for report in known}
     for path in sorted(directory.rglob("*")):
@@ -162,20 +161,6 @@ def _locked(staging: Path, out: Path, flag: str) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
-
-
-def lock_file(file: int | IO, *, wait: bool = False) -> bool:
-    """Take the lock of an open file, which ends with its process; False if another process holds it.
-
-    `wait`: for as long as another process holds it.  On a file system without locks everyone gets it.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
 
 
 def _keep_only(staging: Path, job: dict) -> None:

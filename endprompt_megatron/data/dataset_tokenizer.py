@@ -5,7 +5,7 @@ from pathlib import Path
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.indexed import path_of, read_manifest
 from endprompt_megatron.tokenizer import load_tokenizer
-from endprompt_megatron.tokenizer.fingerprint import FORMAT, fingerprint_of, sum_of_files
+from endprompt_megatron.tokenizer.fingerprint import FORMAT, checksum_of_files, fingerprint_of
 from endprompt_megatron.tokenizer.tokenizer import TOKENIZER_MODEL
 
 _KEY = "tokenizer_sha256"
@@ -37,7 +37,9 @@ def _is_of(made_with: str, model: Path, sums: dict[str, str]) -> bool:
     """
     own = model / TOKENIZER_MODEL
     twice = own.is_file()
-    if not made_with.startswith(FORMAT) and made_with in {sum_of_files(path) for path in [model, own][: 1 + twice]}:
+    if not made_with.startswith(FORMAT) and made_with in {
+        checksum_of_files(path) for path in [model, own][: 1 + twice]
+    }:
         return True
     if "model" not in sums:
         sums["model"] = fingerprint_of(load_tokenizer(model))

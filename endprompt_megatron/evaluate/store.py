@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.common.files import disk_errors, lock_file, read_json, write_json, write_text
+from endprompt_megatron.common.file_lock import lock_file
+from endprompt_megatron.common.files import disk_errors, read_json, write_json, write_text
 from endprompt_megatron.evaluate.requests import Request, Response
 from endprompt_megatron.evaluate.split import Part
 

@@ -7,7 +7,6 @@ that is started again waits for those that the last runner left.
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from endprompt_megatron.common.errors import (
     EXIT_RESUMABLE,
     InputError,
 )
+from endprompt_megatron.common.file_lock import lock_file
 from endprompt_megatron.common.files import disk_errors
 from endprompt_megatron.distributed.signals import StopSignal
 from endprompt_megatron.study.grid import Study, Trial
@@ -227,15 +227,11 @@ def _ended(process: subprocess.Popen) -> tuple[int, float] | None:
 def _lock(work: Work) -> IO | None:
     """The trial's lock, held until it and every child's copy are closed; None while another process holds it."""
     work.directory.mkdir(parents=True, exist_ok=True)
-    file = open(work.directory / "lock", "w")  # noqa: SIM115  (closed when the trial is done)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:  # a file system without locks
-        pass
-    return file
+    file = open(work.directory / "lock", "w")  # noqa: SIM115  (closed when the cell is done)
+    if lock_file(file):
+        return file
+    file.close()
+    return None
 
 
 def _last_line(log: Path) -> str:

@@ -196,8 +196,7 @@ def run(place: Path) -> dict:
 def conversion(place: Path) -> dict:
     import pytest
 
-    from endprompt_megatron.checkpoint import layout
-    from endprompt_megatron.convert import units
+    from endprompt_megatron.convert import layout, units
     from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
     from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 

@@ -39,7 +39,7 @@ def train_steps(recipe, batches, root=None):
     Then a checkpoint, if a root is given.
     """
     from endprompt_megatron.checkpoint.run_state import Progress, RunState
-    from endprompt_megatron.checkpoint.save import save
+    from endprompt_megatron.checkpoint.save import Saver
     from endprompt_megatron.training.optimizer import update, zero_grad
     from endprompt_megatron.training.step import run_batch
 
@@ -54,7 +54,9 @@ def train_steps(recipe, batches, root=None):
     if root is not None:
         progress = Progress(len(batches), 0)
         state = RunState(models, optimizer, scheduler)
-        save(root, progress, recipe, exported(recipe), state)
+        with Saver(root, recipe, exported(recipe), state) as saver:
+            saver.save(progress)
+            saver.wait()
     return seen
 
 

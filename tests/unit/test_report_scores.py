@@ -15,7 +15,8 @@ from endprompt_megatron.common.html_page import DARK, LIGHT
 from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.evaluate.intervals import compare_intervals
-from endprompt_megatron.method import positions
+from endprompt_megatron.method.distances import distance_counts
+from endprompt_megatron.method.positions import position_ids
 from endprompt_megatron.model.published_shapes import shape_for
 from endprompt_megatron.plan.plan import make_plan
 from endprompt_megatron.report.load import read_run, read_runs
@@ -222,7 +223,7 @@ def test_coverage_takes_every_sources_prompts_by_their_weight(measured, tmp_path
     one, long = found.prompts
     assert one == 1  # EP_2 is a single token
     expected = sum(
-        share * positions.distance_counts(positions.position_ids("end_prompt", 4096 - b, b, 32768), 32768)
+        share * distance_counts(position_ids("end_prompt", 4096 - b, b, 32768), 32768)
         for share, b in ((0.25, one), (0.75, long))
     )
     np.testing.assert_allclose(found.counts, expected)

@@ -79,7 +79,7 @@ class Feed:
 def _to_device(batch: MicroBatch) -> MicroBatch:
     positions = batch["position_ids"]
     if bool((positions == positions[:1]).all()):
-        # One row of phases serves the whole micro-batch, which is what fused RoPE takes.
+        # One row of rotary angles serves the whole micro-batch, which is what fused RoPE takes.
         batch = {**batch, "position_ids": positions[:1]}
     # Where packed sequences begin stays on the host, which reads it: LlamaModel passes it on.
     return {

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.common.errors import InputError, Unavailable
-from endprompt_megatron.common.files import disk_errors, lock_file
+from endprompt_megatron.common.file_lock import lock_file
+from endprompt_megatron.common.files import disk_errors
 from endprompt_megatron.common.packages import Package, download
 from endprompt_megatron.evaluate.suites.ruler.ruler_settings import RulerSettings
 
