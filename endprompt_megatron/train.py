@@ -38,7 +38,7 @@ def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
 
 
 def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> int:
-    from endprompt_megatron.data.samples.feed import Feed
+    from endprompt_megatron.data.samples.feed import open_feed
     from endprompt_megatron.distributed.watchdog import Watch
     from endprompt_megatron.method.rope import scaled_config
     from endprompt_megatron.model.llama import build_model
@@ -56,7 +56,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     c, t = recipe.context, recipe.train
     config = read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config")
     export_config = scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, where)
-    feed = Feed(recipe, where, shape)
+    feed = open_feed(recipe, where, shape.vocab_size)
     te.share_buffers(recipe, shape)
     models = wrap_models(build_model(shape, recipe, export_config), recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
@@ -80,7 +80,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         with whole_parameters(models):
             saver.save(progress)
         if runtime.is_rank_zero():
-            feed.write_seen(progress.consumed_samples)
+            feed.write_consumed(recipe.run_dir, progress.consumed_samples)
 
     def validate() -> None:
         with whole_parameters(models):

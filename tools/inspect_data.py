@@ -57,13 +57,13 @@ def _samples(args: argparse.Namespace) -> None:
     # The run's own cache of large indices serves here too, and is left as it is.
     cache = Path(recipe.data.cache or recipe.run_dir / "index")
     dataset, _ = datasets_of(recipe, args.recipe, shape.vocab_size, cache if cache.is_dir() else None)
-    looked = look(recipe, dataset, load_tokenizer(recipe.model.hf), args.start, args.samples)
-    print(json.dumps(looked, indent=2, ensure_ascii=False) if args.json else page(looked, recipe))
+    looked = look(recipe.context, recipe.data, dataset, load_tokenizer(recipe.model.hf), args.start, args.samples)
+    print(json.dumps(looked, indent=2, ensure_ascii=False) if args.json else page(looked, recipe.data.document_ends))
     if args.picture:
         from endprompt_megatron.data.describe.picture import draw
 
         with disk_errors(args.picture, "--picture"):
-            draw(dataset, [sample["sample"] for sample in looked["samples"]], recipe, args.picture)
+            draw(dataset, [sample["sample"] for sample in looked["samples"]], recipe.context, args.picture)
         if not args.json:
             print(f"\ndrawn: {args.picture}")
 

@@ -1,7 +1,10 @@
 """Megatron's indexed dataset on disk: PREFIX.bin holds the tokens, PREFIX.idx where each document begins.
 
-Written here, byte for byte as megatron.core's IndexedDatasetBuilder does (a test compares them), so that
-worker processes need neither torch nor Megatron; read here only as far as checks before a run need it.
+PREFIX.json is our manifest of it.  A dataset of conversations has a second one beside it, PREFIX.mask (.bin and .idx,
+uint8): 1 for each token of an answer, the token that ends it included, and 0 for every other.
+
+Files are written byte for byte as megatron.core's IndexedDatasetBuilder writes them (a test compares them), so that
+worker processes need neither torch nor Megatron; they are read as far as checks before a run need it.
 """
 
 import hashlib
@@ -19,6 +22,9 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, doc
 _CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 _BLOCK = 1 << 20  # documents
 _TOKEN_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16")
+
+MASK = ".mask"  # what PREFIX of the mask ends with
+CHAT = "chat"  # "kind" in the manifest of a dataset of conversations; texts have none
 
 
 def path_of(prefix: Path | str, suffix: str) -> Path:
@@ -90,3 +96,11 @@ def read_manifest(prefix: Path | str) -> dict | None:
     """PREFIX.json as tools/prepare_data.py wrote it; None for a dataset made by another tool."""
     path = path_of(prefix, ".json")
     return read_json(path, "a dataset manifest") if path.exists() else None
+
+
+def read_mask(prefix: Path | str, index: Index) -> np.ndarray:
+    """Which tokens of a dataset of conversations are answers, uint8 [tokens], memory-mapped.  Raises InputError."""
+    mask = read_idx(f"{prefix}{MASK}")
+    if mask.dtype != np.uint8 or not np.array_equal(mask.lengths, index.lengths):
+        raise InputError(f"{prefix}{MASK}.idx: does not belong to {path_of(prefix, '.idx').name}; make both again")
+    return np.memmap(path_of(prefix, f"{MASK}.bin"), dtype=np.uint8, mode="r")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from endprompt_megatron.tokenizer.base_tokenizer import Tokenizer
 
-# Stands before the sum.  Sums without it are `sum_of_files`, which is what there was before.
+# Stands before the checksum, so that another form of it would be told apart.
 FORMAT = "ids1:"
 
 _FILES = (
@@ -33,7 +33,7 @@ def fingerprint_of(tokenizer: Tokenizer) -> str:
 
 
 def sum_of_files(path: Path) -> str:
-    """SHA-256 over names and contents of all files of a tokenizer, as datasets' manifests had it at first."""
+    """SHA-256 over names and contents of all files of a tokenizer."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else [path / name for name in _FILES if (path / name).is_file()]:
         content = file.read_bytes()

@@ -53,7 +53,7 @@ def prepared(tokenizer, tmp_path):
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_bad_lines_are_named_and_skipped_and_counted(prepared, tokenizer, tmp_path, monkeypatch, kind, suffix):
-    monkeypatch.setattr(chunks, "_PIECE_BYTES", 200)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 200)
     line, message = BAD[kind]
     lines = list(LINES)
     for at in (3, 4, 9, 14, 19, 24, 29):
@@ -125,7 +125,7 @@ def test_bad_texts_in_a_txt_are_named_by_line(prepared, tokenizer, tmp_path):
 
 
 def test_of_a_split_txt_only_the_bad_document_is_skipped(prepared, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "_PIECE_BYTES", 7)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 7)
     (tmp_path / "a.txt").write_bytes(b"one\n\n\ntwo\nca\xe9\n\n\nthree\n\n\n\xff\n")
     manifest = prepared([tmp_path / "a.txt"], "a.txt:5: not UTF-8 at byte 12", split_blank_lines=2)
     assert stored_documents(tmp_path / "out") == expected_documents(["one", "three"], tokenizer)

@@ -14,7 +14,7 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.corpus.chat_formats import conversation_of
 from endprompt_megatron.data.corpus.filters import Filters
 from endprompt_megatron.data.corpus.prepare import prepare
-from endprompt_megatron.data.corpus.rejects import Bad
+from endprompt_megatron.data.corpus.rejects import Reject
 
 FIVE = (".bin", ".idx", ".json", ".mask.bin", ".mask.idx")
 TALK = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "he"}]
@@ -142,7 +142,7 @@ BAD = {
 def test_what_is_no_conversation_is_said(name):
     record, kind, needle = BAD[name]
     found = conversation_of(record, "auto")
-    assert isinstance(found, Bad), found
+    assert isinstance(found, Reject), found
     assert found.kind == kind
     assert needle in found.message
 
@@ -161,7 +161,7 @@ def test_bad_lines_are_refused_with_their_place_or_skipped_and_counted(tokenizer
         ("empty_line", "not_json", "no_answer", "no_conversation", "special_token", "empty_conversation"), 1
     )
     assert skipped["no_answer"]["first"] == [f"{path}:4: the last turn is the user's; there is no answer to learn from"]
-    assert f"{path}:6: turn 1 holds '<|im_end|>'" in skipped["special_token"]["first"][0]
+    assert f"{path}:6: turn 1 contains '<|im_end|>'" in skipped["special_token"]["first"][0]
     assert len(stored_documents(tmp_path / "out")) == 2
 
 
@@ -268,7 +268,7 @@ def write_kinds(directory: Path, made: list[list[dict]]) -> list[str]:
 def test_the_bytes_do_not_depend_on_workers_kinds_of_file_or_a_stop(tokenizers, tmp_path, monkeypatch):
     from endprompt_megatron.data.corpus import chunks, tokenise
 
-    monkeypatch.setattr(chunks, "_PIECE_BYTES", 300)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 300)
     made = conversations(30)
     made += made[:5]
     options = {"chat": "auto", "filters": Filters(dedup=True, held_out=0.2)}
@@ -284,16 +284,16 @@ def test_the_bytes_do_not_depend_on_workers_kinds_of_file_or_a_stop(tokenizers, 
     assert [len(ids) for ids in both] == [len(mask) for mask in masks]
 
     # Stopped after each of its steps in turn, and gone on with.
-    tokenise_piece, calls = tokenise.tokenise_piece, 0
+    tokenise_chunk, calls = tokenise.tokenise_chunk, 0
 
     def stops(*arguments):
         nonlocal calls
         calls += 1
         if calls % 4 == 0:
             raise KeyboardInterrupt
-        return tokenise_piece(*arguments)
+        return tokenise_chunk(*arguments)
 
-    monkeypatch.setattr(tokenise, "tokenise_piece", stops)
+    monkeypatch.setattr(tokenise, "tokenise_chunk", stops)
     stopped = 0
     while not Path(f"{tmp_path / 'again'}.json").exists():
         try:
@@ -306,21 +306,21 @@ def test_the_bytes_do_not_depend_on_workers_kinds_of_file_or_a_stop(tokenizers, 
 
 
 def test_a_join_that_was_stopped_between_tokens_and_mask_goes_on(tokenizers, tmp_path, monkeypatch):
-    from endprompt_megatron.data.corpus import join
+    from endprompt_megatron.data.corpus import finish
 
     files, tokenizer = [write_chats(tmp_path / "chats.jsonl", conversations(10))], str(tokenizers["chatml"])
     prepare(files, tokenizer, str(tmp_path / "whole"), chat="auto", workers=1)
-    write_idx = join.write_idx
+    write_idx = finish.write_idx
 
     def stops(*_):
         raise KeyboardInterrupt
 
     for function in ("_ones", "write_idx"):
         with monkeypatch.context() as patch:
-            patch.setattr(join, function, stops)
+            patch.setattr(finish, function, stops)
             with pytest.raises(KeyboardInterrupt):
                 prepare(files, tokenizer, str(tmp_path / "out"), chat="auto", workers=1)
-    assert join.write_idx is write_idx
+    assert finish.write_idx is write_idx
     prepare(files, tokenizer, str(tmp_path / "out"), chat="auto", workers=1)
     assert five_files(tmp_path / "out") == five_files(tmp_path / "whole")
 

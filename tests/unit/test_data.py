@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from small import ROOT
+from unit.building import build
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.indexed import write_idx
 from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, zigzag_slice
-from endprompt_megatron.data.samples.dataset import build_datasets
 from endprompt_megatron.method.positions import METHODS, PROMPT_STREAM, copies, position_ids
 
 PROMPTS = [[1500, 1501, 1502, 1503, 1504], [1550], [1570, 1571, 1572]]  # no token of the stream
@@ -57,7 +57,7 @@ def settings(prefix: Path, **changes) -> dict:
 
 
 def train_set(prefix: Path, **changes):
-    return build_datasets(**settings(prefix, **changes))[0]
+    return build(**settings(prefix, **changes))[0]
 
 
 def plain_windows(documents: list[list[int]], size: int, seed: int = 11) -> list[list[int]]:
@@ -182,7 +182,7 @@ def test_int32_tokens_and_the_models_vocabulary(tmp_path):
 
 
 def test_split_holds_out_the_last_documents(prefix):
-    train, valid = build_datasets(**settings(prefix, valid="3,1", valid_samples=40, method="short"))
+    train, valid = build(**settings(prefix, valid="3,1", valid_samples=40, method="short"))
     held_out = sum(LENGTHS[: round(0.75 * len(LENGTHS))])
     assert max(int(train[index]["tokens"].max()) for index in range(len(train))) < held_out
     assert min(int(valid[index]["tokens"].min()) for index in range(len(valid))) >= held_out
@@ -191,7 +191,7 @@ def test_split_holds_out_the_last_documents(prefix):
 def test_separate_validation_and_blend_by_weights(tmp_path):
     for name, first in (("one", 0), ("two", 2000), ("valid", 4000)):
         write_dataset(tmp_path / name, first_token=first)
-    train, valid = build_datasets(
+    train, valid = build(
         **settings(
             tmp_path / "one",
             train=[(str(tmp_path / "one"), 1.0), (str(tmp_path / "two"), 3.0)],
@@ -297,10 +297,10 @@ RANK = """
 import hashlib, os, sys, warnings
 warnings.filterwarnings("ignore")
 import torch
-from endprompt_megatron.data.samples.dataset import build_datasets
+from unit.building import build
 store = f"file://{sys.argv[1]}/store"
 torch.distributed.init_process_group("gloo", init_method=store, rank=int(sys.argv[2]), world_size=2)
-train, valid = build_datasets(
+train, valid = build(
     train=[(sys.argv[1] + "/one", 1.0), (sys.argv[1] + "/two", 2.0)], valid=[(sys.argv[1] + "/one", 1.0)],
     physical_len=24, method="end_prompt_random", target_len=192, prompts=[[900, 901], [950]], prompt_loss_weight=1.0,
     seed=5, train_samples=40, valid_samples=4, cache_dir=sys.argv[1] + "/cache")
@@ -317,7 +317,7 @@ torch.distributed.destroy_process_group()
 def test_two_ranks_and_no_ranks_read_the_same_samples(tmp_path):
     for name, first in (("one", 0), ("two", 2000)):
         write_dataset(tmp_path / name, first_token=first)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RANK, str(tmp_path)]
     ranks = [
         subprocess.Popen(
@@ -331,7 +331,7 @@ def test_two_ranks_and_no_ranks_read_the_same_samples(tmp_path):
 
     import hashlib
 
-    train, valid = build_datasets(
+    train, valid = build(
         train=[(f"{tmp_path}/one", 1.0), (f"{tmp_path}/two", 2.0)],
         valid=[(f"{tmp_path}/one", 1.0)],
         physical_len=24,

@@ -33,7 +33,7 @@ def texts() -> list[str]:
 
 @pytest.fixture
 def files(tmp_path, texts, monkeypatch) -> list[str]:
-    monkeypatch.setattr(chunks, "_PIECE_BYTES", 3000)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 3000)
     parts = (texts[:200], texts[200:450], texts[450:])
     return [write_jsonl(tmp_path / f"{number}.jsonl", part) for number, part in enumerate(parts)]
 

@@ -13,7 +13,7 @@ from endprompt_megatron.data.describe.describe_data import describe
 from endprompt_megatron.data.describe.document_lengths import at_least, lengths_of, percent, verdict
 from endprompt_megatron.data.describe.segments import Segment, segments, weight_runs
 from endprompt_megatron.data.indexed import token_dtype, write_idx
-from endprompt_megatron.data.samples.builder import SampleBuilder
+from endprompt_megatron.data.samples.builder import SampleBuilder, SampleSpec
 from endprompt_megatron.data.samples.of_recipe import datasets_of
 from endprompt_megatron.tokenizer import load_tokenizer
 
@@ -46,14 +46,14 @@ def place(tmp_path_factory) -> Path:
 
 
 def test_segments_of_one_sample():
-    builder = SampleBuilder("end_prompt", 24, 100, [[1, 2, 3]], 0.5, 0)
+    builder = SampleBuilder(SampleSpec("end_prompt", 24, 100, [[1, 2, 3]], 0.5, 0))
     sample = builder.build(np.arange(21), 0)
     assert segments(sample) == [
         Segment(0, 21, "context", 0, ((0, 20),)),
         Segment(21, 24, "prompt", 0, ((97, 99),)),
     ]
     assert weight_runs(sample) == [(0, 20, 1.0), (20, 23, 0.5), (23, 24, 0.0)]
-    pose = SampleBuilder("pose", 24, 100, [], 1.0, 3).build(np.arange(24), 1)
+    pose = SampleBuilder(SampleSpec("pose", 24, 100, [], 1.0, 3)).build(np.arange(24), 1)
     [whole] = segments(pose)
     assert [p for first, last in whole.positions for p in range(first, last + 1)] == pose["position_ids"].tolist()
     assert (len(whole.positions), whole.kind) == (2, "context")
@@ -62,7 +62,8 @@ def test_segments_of_one_sample():
 @pytest.mark.parametrize("said_by", ["sample_ids", "cu_seqlens"])
 def test_segments_of_a_packed_row(said_by):
     lengths = (24, 10, 12)
-    parts = [SampleBuilder("end_prompt", n, 100, [[1, 2, 3]], 0.5, 0).build(np.arange(n), 0) for n in lengths]
+    specs = [SampleSpec("end_prompt", length, 100, [[1, 2, 3]], 0.5, 0) for length in lengths]
+    parts = [SampleBuilder(spec).build(np.arange(spec.physical_len), 0) for spec in specs]
     padding = {key: np.zeros(4, value.numpy().dtype) for key, value in parts[0].items()}
     row = {key: np.concatenate([part[key] for part in (*parts, padding)]) for key in padding}
     if said_by == "sample_ids":
@@ -151,7 +152,7 @@ def test_every_method_can_be_drawn(place, tmp_path, method):
     overrides += ["context.physical=512", f"data.train={place / 'prefix'}"] if method == "full" else []
     recipe = load_recipe(place / "recipe.yaml", overrides)
     dataset, _ = datasets_of(recipe, "recipe", 320, None)
-    draw(dataset, [0, 1], recipe, tmp_path / "rows.png")
+    draw(dataset, [0, 1], recipe.context, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 10_000
 
 

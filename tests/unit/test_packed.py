@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from small import ROOT
+from unit.building import build
 from unit.test_data import PROMPTS, settings, write_dataset
 from unit.test_packing import LENGTHS
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, join_rows, zigzag_indices
-from endprompt_megatron.data.samples.consumed import seen
-from endprompt_megatron.data.samples.dataset import build_datasets
+from endprompt_megatron.data.samples.dataset import consumed
 from endprompt_megatron.data.samples.packed import context_tokens
 from endprompt_megatron.method.positions import METHODS as ALL_METHODS
 from endprompt_megatron.method.positions import copies, position_ids
@@ -33,7 +33,7 @@ def prefix(tmp_path) -> Path:
 
 
 def train_set(prefix: Path, **changes):
-    return build_datasets(**settings(prefix, **{"packing": "documents", "physical_len": 32, **changes}))[0]
+    return build(**settings(prefix, **{"packing": "documents", "physical_len": 32, **changes}))[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,10 +106,10 @@ def test_what_was_seen_is_what_the_rows_hold(prefix, least):
     epoch = dataset.rows.counts.rows
     for rows in (0, 1, epoch, epoch + 3, 500):
         held = [dataset[index] for index in range(rows)]
-        (source,) = seen(dataset, rows)["sources"]
+        (source,) = consumed(dataset, rows)["sources"]
         context = sum(len(context_tokens(row)) for row in held)
         predicted = sum(int((row["loss_weights"] > 0).sum()) for row in held)
-        samples = sum(len(dataset.pieces(index)) for index in range(rows))
+        samples = sum(len(dataset.excerpts(index)) for index in range(rows))
         assert (source["samples"], source["context_tokens"], source["packed_documents"]) == (rows, context, samples)
         assert context + source["prompt_tokens"] == predicted + samples
         assert source["epochs"] == pytest.approx(rows / epoch, rel=0.05)  # epochs differ by a row or two
@@ -122,7 +122,7 @@ def test_pieces_are_where_their_tokens_are(prefix):
     dataset, ends = train_set(prefix, prompts=PROMPTS, train_samples=50, align=4), np.cumsum(LENGTHS)
     for index in range(50):
         tokens = dataset[index]["tokens"]
-        for document, length, first, count, at in dataset.pieces(index):
+        for document, length, first, count, at in dataset.excerpts(index):
             begin = int(ends[document]) - length + first  # a token's id is its place
             assert tokens[at : at + count].tolist() == list(range(begin, begin + count))
             assert length == LENGTHS[document]
@@ -191,7 +191,7 @@ def test_blend_and_split(tmp_path):
     assert [row for row in rows_of(train, 80) if row[0][0] < 2000] == alone
 
     split = settings(tmp_path / "one", packing="documents", physical_len=32, valid="3,1", valid_samples=4)
-    train, valid = build_datasets(**split)
+    train, valid = build(**split)
     assert valid.rows.packing.row_len == 32
     border = sum(LENGTHS[: round(0.75 * len(LENGTHS))])
     assert max(int(context_tokens(train[index]).max()) for index in range(len(train))) < border
@@ -219,7 +219,6 @@ RANK = """
 import sys, warnings
 warnings.filterwarnings("ignore")
 import torch
-from endprompt_megatron.data.samples.dataset import build_datasets
 sys.path += [sys.argv[3], sys.argv[3] + "/.."]
 from unit.test_packed import rows_of, two_sources
 store = f"file://{sys.argv[1]}/store"
@@ -234,9 +233,7 @@ torch.distributed.destroy_process_group()
 def two_sources(directory, cache) -> tuple:
     blend = [(f"{directory}/one", 1.0), (f"{directory}/two", 2.0)]
     changes = dict(train=blend, valid=blend[:1], valid_samples=6, prompts=PROMPTS, method="end_prompt_random")
-    return build_datasets(
-        **settings(Path(directory) / "one", packing="documents", physical_len=32, cache_dir=cache, **changes)
-    )
+    return build(**settings(Path(directory) / "one", packing="documents", physical_len=32, cache_dir=cache, **changes))
 
 
 def test_two_ranks_and_no_ranks_read_the_same_rows(tmp_path):

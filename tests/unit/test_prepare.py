@@ -14,7 +14,7 @@ from small import ROOT, assert_one_line_error, mpirun, run_tool, small_tokenizer
 from unit.preparing import EOS, expected_documents, stored_documents, three_files, write_corpus
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.data.corpus.chunks import Piece, Reading, pieces_of, shares
+from endprompt_megatron.data.corpus.chunks import Chunk, Reading, chunks_of, shares
 from endprompt_megatron.data.corpus.filters import Filters
 from endprompt_megatron.data.corpus.inputs import sources_of
 from endprompt_megatron.data.corpus.prepare import prepare
@@ -61,7 +61,7 @@ OPTIONS = {"filters": Filters(min_tokens=20, max_tokens=60, dedup=True, held_out
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("endprompt_megatron.data.corpus.chunks._PIECE_BYTES", 1000)
+    monkeypatch.setattr("endprompt_megatron.data.corpus.chunks._CHUNK_BYTES", 1000)
     files, _ = corpus
     more = tmp_path / "more.jsonl"
     more.write_bytes(Path(files[1]).read_bytes() + b"{oops\n")
@@ -160,16 +160,16 @@ def test_pieces_of_a_jsonl_give_each_line_once_with_its_number(tmp_path, cut):
     source.write_text("\n".join(lines))
     size = source.stat().st_size
     [found] = sources_of([str(source)], None, "text")
-    pieces = [Piece(found, start, min(start + cut, size), cut) for start in range(0, size, cut)]
+    pieces = [Chunk(found, start, min(start + cut, size), cut) for start in range(0, size, cut)]
     found = [(place(piece, number), t) for piece in pieces for number, t in documents(piece, Reading())]
     assert found == [(f"{source}:{number + 1}", "x" * (number % 5)) for number in range(12)]
 
 
 def test_pieces_depend_on_the_files_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("endprompt_megatron.data.corpus.chunks._PIECE_BYTES", 100)
+    monkeypatch.setattr("endprompt_megatron.data.corpus.chunks._CHUNK_BYTES", 100)
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "abc"}\n' * 50)
-    pieces = pieces_of(sources_of([str(source)], None, "text"), Reading())
+    pieces = chunks_of(sources_of([str(source)], None, "text"), Reading())
     assert len(pieces) == 8
     assert sum(len(list(documents(piece, Reading()))) for piece in pieces) == 50
 
@@ -269,7 +269,7 @@ def test_a_full_disk_is_one_line(tokenizer, tmp_path, monkeypatch):
 
     source = tmp_path / "a.txt"
     source.write_text("some text")
-    monkeypatch.setattr("endprompt_megatron.data.corpus.join.write_idx", full)
+    monkeypatch.setattr("endprompt_megatron.data.corpus.finish.write_idx", full)
     with pytest.raises(InputError, match="no space left"):
         prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=1)
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]

@@ -66,7 +66,7 @@ def test_a_row_holds_conversations_with_the_weights_of_their_answers(place):
     seen = set()
     for number in range(len(train)):
         row = {key: value.numpy() for key, value in train[number].items()}
-        bounds, taken = row["cu_seqlens"], train.pieces(number)
+        bounds, taken = row["cu_seqlens"], train.excerpts(number)
         for (document, length, first, count, at), start in zip(taken, bounds, strict=False):
             assert (length, first, count, at) == (len(ids[document]), 0, len(ids[document]), start)
             inside = slice(at, at + count)
@@ -97,8 +97,8 @@ def test_long_conversations_are_left_out_or_cut_and_counted(place):
     counts = {"dropped": dropped.rows.counts, "cut": cut.rows.counts}
     assert counts["dropped"].samples == 40 - len(long)
     assert counts["cut"].samples == 40 - len(long) + len(kept)
-    row = next(n for n in range(len(cut)) if any(piece[0] in kept for piece in cut.pieces(n)))
-    [(document, length, first, count, at)] = [piece for piece in cut.pieces(row) if piece[0] in kept]
+    row = next(n for n in range(len(cut)) if any(piece[0] in kept for piece in cut.excerpts(n)))
+    [(document, length, first, count, at)] = [piece for piece in cut.excerpts(row) if piece[0] in kept]
     assert (length, first, count) == (len(ids[document]), 0, most)
     assert cut[row]["tokens"][at : at + most].tolist() == ids[document][:most]
     with pytest.raises(InputError, match=r"none of 40 conversations fits into context.physical=8; raise it, or cut"):
@@ -109,8 +109,8 @@ def test_rows_and_a_split_are_those_of_the_kept_cache(place, tmp_path):
     recipe = load_recipe("recipe.yaml", ["data.valid=3,1", "data.long=cut", "context.physical=72"])
     for _ in range(2):
         train, valid = datasets_of(recipe, "recipe.yaml", 320, tmp_path / "cache", valid_samples=2)
-        assert {piece[0] for n in range(len(train)) for piece in train.pieces(n)} <= set(range(30))
-        assert {piece[0] for n in range(len(valid)) for piece in valid.pieces(n)} <= set(range(30, 40))
+        assert {piece[0] for n in range(len(train)) for piece in train.excerpts(n)} <= set(range(30))
+        assert {piece[0] for n in range(len(valid)) for piece in valid.excerpts(n)} <= set(range(30, 40))
         assert any(train[n]["loss_weights"].any() for n in range(len(train)))
     other = load_recipe("recipe.yaml", ["data.valid=3,1", "context.physical=72"])
     train, _ = datasets_of(other, "recipe.yaml", 320, tmp_path / "cache", valid_samples=2)
@@ -125,7 +125,7 @@ def test_segments_tell_answers_from_what_is_not_supervised(place):
     kinds = np.full(96, "padding", dtype=object)
     for segment in segments(row):
         kinds[segment.start : segment.stop] = segment.kind
-    for document, _, _, count, at in train.pieces(0):
+    for document, _, _, count, at in train.excerpts(0):
         assert (kinds[at : at + count] == ["answer" if one else "context" for one in masks[document]]).all()
         kinds[at : at + count] = "padding"
     assert (kinds == "padding").all()
@@ -152,7 +152,7 @@ def test_what_does_not_go_with_conversations_is_refused(place, name):
 
     def run():
         recipe = load_recipe("recipe.yaml", overrides)
-        cpu = SimpleNamespace(gpu=None, engine=None)
+        cpu = SimpleNamespace(gpu=None, te=None)
         check_for(recipe, "recipe.yaml", read_shape("hf"), world_size=1, hardware=cpu)
         datasets_of(recipe, "recipe.yaml", 320, None)
 
@@ -173,7 +173,7 @@ def test_data_that_lost_its_mask_or_has_another_template_is_refused(ground, tmp_
         dataset_of()
     shutil.copy(tmp_path / "chats.idx", tmp_path / "chats.mask.idx")
     shutil.copy(tmp_path / "chats.bin", tmp_path / "chats.mask.bin")
-    with pytest.raises(InputError, match=r"chats.mask.idx: does not go with chats.idx"):
+    with pytest.raises(InputError, match=r"chats.mask.idx: does not belong to chats.idx"):
         dataset_of()
     (tmp_path / "hf" / "chat_template.jinja").write_text(CHATML + "\n")
     with pytest.raises(InputError, match=r"model.hf=hf has another chat template, .* as chat_template.jinja"):
@@ -281,7 +281,7 @@ def test_from_a_file_of_conversations_to_a_model_that_answers(process, place):
 def test_a_look_at_the_data_shows_which_tokens_have_a_loss(place):
     recipe, tokenizer = load_recipe("recipe.yaml"), load_tokenizer("hf")
     dataset, _ = dataset_of()
-    shown = page(look(recipe, dataset, tokenizer, 0, 2), recipe)
+    shown = page(look(recipe.context, recipe.data, dataset, tokenizer, 0, 2), recipe.data.document_ends)
     for needle in ("  answer: ", "  context: ", "of the tokens are answers, which alone have a loss", "<|im_end|>"):
         assert needle in shown, shown
     [fourth] = look_at_documents("chats", tokenizer, 3, 1)["documents"]

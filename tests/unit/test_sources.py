@@ -13,7 +13,7 @@ from unit.preparing import expected_documents, stored_documents, write_jsonl
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.corpus import chunks
-from endprompt_megatron.data.corpus.chunks import Reading, pieces_of
+from endprompt_megatron.data.corpus.chunks import Reading, chunks_of
 from endprompt_megatron.data.corpus.inputs import sources_of
 from endprompt_megatron.data.corpus.prepare import prepare
 from endprompt_megatron.data.corpus.readers import documents
@@ -45,8 +45,8 @@ def read(source: Path | str, step: int | None = None, split_blank_lines: int = 0
     reading = Reading(split_blank_lines)
     with pytest.MonkeyPatch.context() as patch:
         if step:
-            patch.setattr(chunks, "_PIECE_BYTES", step)
-        cut = pieces_of(sources_of([str(source)], None, "text"), reading)
+            patch.setattr(chunks, "_CHUNK_BYTES", step)
+        cut = chunks_of(sources_of([str(source)], None, "text"), reading)
     return [document for piece in cut for _, document in documents(piece, reading)]
 
 

@@ -10,7 +10,8 @@ from small import small_tokenizer, text
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from endprompt_megatron.data.corpus import words
-from endprompt_megatron.data.corpus.words import WholeTexts, Words, cut_of
+from endprompt_megatron.data.corpus.encoders import WholeTexts
+from endprompt_megatron.data.corpus.words import Words, cut_of
 from endprompt_megatron.tokenizer import load_tokenizer
 
 DTYPE = np.dtype(np.uint16)

@@ -1,8 +1,8 @@
-"""Sources as pieces of work: what one worker reads at a time.
+"""Sources as chunks of work: what one worker reads at a time.
 
 A byte range of a .jsonl or of a .txt that is split, row groups of a .parquet, record batches of a saved dataset;
 a whole .jsonl.gz or .jsonl.zst (they cannot be entered in the middle; several files share the work) and a whole
-.txt that is one document.  Pieces depend on the files alone, never on the number of workers, and their order is
+.txt that is one document.  Chunks depend on the files alone, never on the number of workers, and their order is
 the order of the documents.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from endprompt_megatron.data.corpus import columns
 from endprompt_megatron.data.corpus.inputs import ARROW, Source
 
-_PIECE_BYTES = 8 << 20
-_MOST_PIECES = 4096
+_CHUNK_BYTES = 8 << 20
+_MAX_CHUNKS = 4096
 _RATIOS = {".jsonl.gz": 4, ".jsonl.zst": 5}  # text shrinks about so much: keeps shares of work balanced
 
 
@@ -27,7 +27,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """`start`..`stop` of a source: bytes, row groups or record batches; `work` in bytes of text, about."""
 
     source: Source
@@ -36,32 +36,32 @@ class Piece:
     work: int
 
 
-def pieces_of(sources: list[Source], reading: Reading) -> list[Piece]:
-    """Pieces of all sources, in order; a source that is empty or broken has one, for its reader to tell.
+def chunks_of(sources: list[Source], reading: Reading) -> list[Chunk]:
+    """Chunks of all sources, in order; a source that is empty or broken has one, for its reader to tell.
 
     Raises InputError for a column that is missing or holds no text.
     """
-    step = max(_PIECE_BYTES, -(-sum(source.bytes for source in sources) // _MOST_PIECES))
-    return [piece for source in sources for piece in _pieces(source, reading, step) or [Piece(source, 0, 0, 0)]]
+    step = max(_CHUNK_BYTES, -(-sum(source.bytes for source in sources) // _MAX_CHUNKS))
+    return [chunk for source in sources for chunk in _chunks(source, reading, step) or [Chunk(source, 0, 0, 0)]]
 
 
-def _pieces(source: Source, reading: Reading, step: int) -> list[Piece]:
+def _chunks(source: Source, reading: Reading, step: int) -> list[Chunk]:
     size = source.bytes
     if source.kind == ".jsonl" or (source.kind == ".txt" and reading.split_blank_lines):
         starts = range(0, size, step)
-        return [Piece(source, start, min(start + step, size), min(step, size - start)) for start in starts]
+        return [Chunk(source, start, min(start + step, size), min(step, size - start)) for start in starts]
     if source.kind in (".parquet", ARROW):
         return list(_together(source, columns.sizes_of(source, reading.chat), step))
-    return [Piece(source, 0, size, size * _RATIOS.get(source.kind, 1))]
+    return [Chunk(source, 0, size, size * _RATIOS.get(source.kind, 1))]
 
 
-def _together(source: Source, sizes: list[int], step: int) -> Iterator[Piece]:
-    """Row groups or record batches, as many in a piece as make up a step."""
+def _together(source: Source, sizes: list[int], step: int) -> Iterator[Chunk]:
+    """Row groups or record batches, as many in a chunk as make up a step."""
     start = work = 0
     for number, size in enumerate(sizes, start=1):
         work += size
         if work >= step or number == len(sizes):
-            yield Piece(source, start, number, work)
+            yield Chunk(source, start, number, work)
             start, work = number, 0
 
 

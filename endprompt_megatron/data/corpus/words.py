@@ -100,19 +100,8 @@ def _rules_of(splitter: dict | None) -> tuple[str, str] | None:
     return (_AFTER_LINES, parts) if parts in (_LLAMA3, _QWEN2) else None
 
 
-class WholeTexts:
-    """Ids of texts by a tokenizer, as bytes of `dtype`."""
-
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
-        self._tokenizer, self._dtype = tokenizer, dtype
-
-    def encode(self, texts: list[str]) -> list[bytes]:
-        """Ids of each text, which must be valid Unicode."""
-        return [np.array(ids, dtype=self._dtype).tobytes() for ids in self._tokenizer.encode_batch(texts)]
-
-
 class Words:
-    """The same bytes as WholeTexts, by a Cut; it remembers up to about 100 MB of words."""
+    """The same bytes as encoders.WholeTexts, by a Cut; it remembers up to about 100 MB of words."""
 
     def __init__(self, cut: Cut, dtype: np.dtype) -> None:
         self._backend, self._dtype = cut.backend, dtype

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from endprompt_megatron.common.plotting import PAPER, bare, short
-from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.config.recipe import Context
 from endprompt_megatron.data.describe.describe_data import documents_in
 from endprompt_megatron.data.describe.segments import (
     ANSWER,
@@ -30,14 +30,13 @@ _SAMPLES = (PAPER.extended, PAPER.untrained, "#2f8f6b")  # colours of a packed r
 _PADDING = "#eceef1"
 
 
-def draw(dataset: Dataset, indices: list[int], recipe: Recipe, path: Path) -> None:
+def draw(dataset: Dataset, indices: list[int], context: Context, path: Path) -> None:
     """Draw the rows `indices` of a training dataset into a .png, one below the other."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    c = recipe.context
     with pyplot.rc_context({"font.size": 8.5, "font.family": "sans-serif"}):
         figure = pyplot.figure(figsize=(10, 4.8 * len(indices)), layout="constrained", dpi=150)
         parts = figure.subfigures(len(indices), 1, squeeze=False, hspace=0.06)[:, 0]
@@ -50,7 +49,7 @@ def draw(dataset: Dataset, indices: list[int], recipe: Recipe, path: Path) -> No
             grid = part.add_gridspec(3, columns, height_ratios=(12, 1, 1), width_ratios=(4.4, 1)[:columns])
             for column, (low, high) in enumerate([(0, len(row["tokens"])), near][:columns]):
                 main, below, lowest = (part.add_subplot(grid[line, column]) for line in range(3))
-                positions(main, found, c.target, c.original, (low, high))
+                positions(main, found, context.target, context.original, (low, high))
                 documents(below, documents_in(source, number), (low, high), named=column == 0)
                 loss_weights(lowest, row, (low, high), named=column == 0)
                 lowest.set_xlabel("place in the row" if column == 0 else "around the prompt", color=PAPER.muted)
@@ -162,20 +161,20 @@ def _name(axes: "Axes", segment: Segment, length: int, target: int) -> None:
     axes.annotate(f"context{chunks}\n{words}", place, color=PAPER.extended, **where, **options)
 
 
-def documents(axes: "Axes", pieces: list[dict[str, int]], shown: tuple[int, int], named: bool) -> None:
+def documents(axes: "Axes", excerpts: list[dict[str, int]], shown: tuple[int, int], named: bool) -> None:
     """A strip of the documents of a row in two greys, with a mark where one ends and the next begins."""
     low, high = shown
-    for number, piece in enumerate(pieces):
-        start, stop = max(piece["start"], low), min(piece["stop"], high)
+    for number, each in enumerate(excerpts):
+        start, stop = max(each["start"], low), min(each["stop"], high)
         if start >= stop:
             continue
         axes.axvspan(start, stop, color=("#c9d1db", "#e3e8ee")[number % 2], linewidth=0)
-        words = f"#{piece['document']:,}"
+        words = f"#{each['document']:,}"
         if stop - start > (high - low) * 0.02 * len(words):
             axes.text((start + stop) / 2, 0.48, words, ha="center", va="center", color=PAPER.ink)
-        if piece["start"] > low:
-            axes.axvline(piece["start"], color=PAPER.ink, linewidth=0.9)
-    count = len({piece["document"] for piece in pieces})
+        if each["start"] > low:
+            axes.axvline(each["start"], color=PAPER.ink, linewidth=0.9)
+    count = len({each["document"] for each in excerpts})
     _strip(axes, shown, f"{count} document{'s' * (count != 1)}" if named else "", labels=False)
 
 

@@ -39,7 +39,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 class Windows:
-    """Windows of `size` tokens of documents `first` .. `stop` of a dataset, of those with at least `least` tokens.
+    """Windows of `size` tokens of documents `first` .. `stop` of a dataset, of those with at least `min_len` tokens.
 
     Endless: window `index` is that of place index % count in epoch index // count.  `count` may be 0, and then
     there is none.  `documents` and `tokens` are what windows are cut from in an epoch, `left_out` the tokens of the
@@ -53,7 +53,7 @@ class Windows:
         seed: int,
         *,
         ends: str = "cross",
-        least: int = 0,
+        min_len: int = 0,
         first: int = 0,
         stop: int | None = None,
         cache: Path | None = None,
@@ -63,11 +63,11 @@ class Windows:
             raise ValueError(f"ends={ends} should be cross, within or single")
         self.size, self.seed, self.ends = size, seed, ends
         self._index, self._cache, self._first, self._stop = index, cache, first, stop
-        self._least = max(least, size if ends != "cross" else 0)
+        self._min_len = max(min_len, size if ends != "cross" else 0)
         lengths = index.lengths[first:stop]
         held = int(lengths.sum(dtype=np.int64))
-        if self._least:
-            lengths = lengths[lengths >= self._least]
+        if self._min_len:
+            lengths = lengths[lengths >= self._min_len]
         self.documents, self.tokens = len(lengths), int(lengths.sum(dtype=np.int64))
         if ends == "within":
             self.count = int((lengths // size).sum(dtype=np.int64))
@@ -126,8 +126,8 @@ class Windows:
         """
         random = np.random.RandomState(epoch_seed(self.seed, epoch))  # numpy keeps its draws for good
         order = np.arange(self._first, self._stop, dtype=np.int64)
-        if self._least:
-            order = order[self._index.lengths[self._first : self._stop] >= self._least]
+        if self._min_len:
+            order = order[self._index.lengths[self._first : self._stop] >= self._min_len]
         random.shuffle(order)
         lengths = self._index.lengths[order].astype(np.int64)
         starts = self._index.pointers[order] // self._index.dtype.itemsize
@@ -142,8 +142,8 @@ class Windows:
         return np.concatenate((starts - (ends - lengths), ends, shuffle))
 
     def _load(self, epoch: int) -> np.ndarray:
-        """An epoch's index, memory-mapped out of the cache; made there first if it is missing or not whole."""
-        what = [self._index.digest, self.size, self.seed, self.ends, self._least, self._first, self._stop, epoch]
+        """An epoch's index, memory-mapped out of the cache; made there first if it is missing or incomplete."""
+        what = [self._index.digest, self.size, self.seed, self.ends, self._min_len, self._first, self._stop, epoch]
         name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         path = self._cache / f"windows-{name}.i64"
         expected = 8 * (2 * self.documents + self.count)
