@@ -79,8 +79,8 @@ def ours(directory: Path, overrides: list[str]):
     import torch
 
     from endprompt_megatron.method.rope import scaled_config
+    from endprompt_megatron.model.flops import flops_per_token
     from endprompt_megatron.model.llama import build_model
-    from endprompt_megatron.plan.estimate import flops_per_token
     from endprompt_megatron.training.optimizer import build_optimizer, update, wrap_models, zero_grad
     from endprompt_megatron.training.step import run_batch
 
@@ -106,8 +106,8 @@ def transformers_step(directory: Path):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.model.flops import flops_per_token
     from endprompt_megatron.model.shape import read_shape
-    from endprompt_megatron.plan.estimate import flops_per_token
 
     values = json.loads((directory / "config.json").read_text())
     scaling = {"rope_type": "linear", "factor": 8.0}

@@ -146,8 +146,8 @@ def predicted(directory: Path, method: str, target: int, short: int) -> dict[str
     """FLOPs a token, seconds a step by the planner's clock (0 on a CPU), and GiB that should be allocated."""
     from endprompt_megatron.config.recipe import has_transformer_engine
     from endprompt_megatron.distributed.hardware import here
+    from endprompt_megatron.model.flops import flops_per_token
     from endprompt_megatron.model.shape import read_shape
-    from endprompt_megatron.plan.estimate import flops_per_token
     from endprompt_megatron.plan.memory import GIB, memory
     from endprompt_megatron.plan.step_time import Clock
 

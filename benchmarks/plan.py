@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.hardware import of_kind
+from endprompt_megatron.model.flops import flops_per_token
 from endprompt_megatron.model.published_shapes import CONFIGS
 from endprompt_megatron.model.shape import ModelShape, shape_of
-from endprompt_megatron.plan.estimate import Estimate, estimate, flops_per_token
+from endprompt_megatron.plan.plan import Estimate, estimate
 
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published_speeds.yaml").read_text())
 

@@ -42,7 +42,7 @@ def main() -> None:
     from endprompt_megatron.config.recipe import load_recipe
     from endprompt_megatron.distributed.hardware import of_kind
     from endprompt_megatron.model.published_shapes import shape_for
-    from endprompt_megatron.plan.estimate import make_plan
+    from endprompt_megatron.plan.plan import make_plan
     from endprompt_megatron.plan.plan_page import page, search_table
     from endprompt_megatron.plan.search import search
 

@@ -81,6 +81,44 @@ def _this_gpu(properties: object) -> Gpu:
     return Gpu(name, (properties.major, properties.minor), memory, 0.0, None, 0.0, 0.0, 0.0)
 
 
+@dataclass(frozen=True)
+class VisibleGpu:
+    """A GPU that this process sees: the driver's name for it and its memory in GiB."""
+
+    uuid: str
+    name: str
+    memory_gib: float
+
+
+def visible_gpus() -> list[VisibleGpu]:
+    """The GPUs that this process sees, in CUDA's order; none on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [
+        VisibleGpu(str(getattr(p, "uuid", number)), p.name, p.total_memory / 2**30)
+        for number, p in enumerate(properties)
+    ]
+
+
+def free_memory_gib(number: int) -> float:
+    """Memory of a visible GPU, by its number, that no process holds."""
+    import torch
+
+    return torch.cuda.mem_get_info(number)[0] / 2**30
+
+
+def cuda_libraries() -> dict[str, str]:
+    """Versions of the libraries that come with torch for GPUs; empty where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"cuDNN": str(torch.backends.cudnn.version()), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+
+
 def te_version() -> tuple[int, ...] | None:
     """Transformer Engine's version as numbers, (2, 13, 0); None where it cannot be imported."""
     if importlib.util.find_spec("transformer_engine") is None:

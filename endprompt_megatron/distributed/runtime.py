@@ -32,6 +32,22 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
+def backend() -> str:
+    """What this process's collectives run on: NCCL between GPUs, Gloo between CPUs."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def overlaps_communication() -> bool:
+    """Whether messages travel while the rank computes: NCCL has streams for that, Gloo has none."""
+    return has_cuda()
+
+
+def synchronize() -> None:
+    """Wait until this rank's device has done all that was asked of it; a CPU has at once."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
 @dataclass(frozen=True)
 class Launch:
     """Where this process stands among those started together."""
@@ -109,7 +125,7 @@ def _initialise_process_group(launch: Launch) -> None:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     dist.init_process_group(
-        "nccl" if has_cuda() else "gloo",
+        backend(),
         rank=launch.rank,
         world_size=launch.world_size,
         device_id=device() if has_cuda() else None,
@@ -117,7 +133,8 @@ def _initialise_process_group(launch: Launch) -> None:
 
 
 def finish() -> None:
-    """Tear the process groups down, so that no rank hangs or complains at exit."""
+    """Tear the process groups down, so that no rank hangs or complains at exit; leave garbage to Python again."""
+    gc.enable()
     if dist.is_initialized():
         from megatron.core import parallel_state
 

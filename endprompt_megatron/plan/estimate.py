@@ -1,42 +1,16 @@
-"""What a recipe costs before it runs: FLOPs, memory a GPU, time, GPU-hours, and what full length would cost.
+"""What a recipe costs on a number of GPUs: memory of each stage, time of a step, GPU-hours.
 
-`make_plan` puts together memory.py and step_time.py for a shape, a recipe and a number of GPUs;
-search.py looks for layouts, page.py prints.  Arithmetic; no torch, no Megatron.
+`estimate` puts memory.py and step_time.py together.  Arithmetic; no torch, no Megatron.
 """
 
 from dataclasses import asdict, dataclass
 
-from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.config.constraints import check as rules
-from endprompt_megatron.config.recipe import LongLora, Recipe
-from endprompt_megatron.distributed.hardware import Gpu, Hardware
-from endprompt_megatron.model.longlora import (
-    adapter_elements,
-    checkpoint_bytes,
-    output_is_trained,
-    seen_tokens,
-)
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.distributed.hardware import Gpu
+from endprompt_megatron.model.flops import flops_per_token
 from endprompt_megatron.model.shape import ModelShape
 from endprompt_megatron.plan.memory import GIB, StageMemory, memory
-from endprompt_megatron.plan.step_time import EFFICIENCY, NODE, Clock, Work
-
-
-def flops_per_token(shape: ModelShape, length: int, longlora: LongLora | None = None) -> float:
-    """Training FLOPs a token (forward and backward) of a causal sequence of `length` tokens.
-
-    Six a weight of every matrix that a token passes (the embedding lookup is none, the output layer is), four of
-    one that LoRA leaves frozen, and for attention 12 * layers * heads * head_dim a token seen: half the sequence on
-    average, fewer where it is shifted.
-    """
-    longlora = longlora or LongLora()
-    attention = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
-    matrices = shape.num_layers * (attention + 3 * shape.hidden_size * shape.ffn_size)
-    output = shape.vocab_size * shape.hidden_size
-    scores = 12 * shape.num_layers * shape.num_heads * shape.head_dim * seen_tokens(longlora, length)
-    if not longlora.rank:
-        return 6.0 * (matrices + output) + scores
-    adapters = shape.num_layers * adapter_elements(shape, longlora.rank)
-    return 4.0 * matrices + 6.0 * adapters + (6 if output_is_trained(shape, longlora) else 4) * output + scores
+from endprompt_megatron.plan.step_time import Clock, Work
 
 
 @dataclass(frozen=True)
@@ -122,44 +96,6 @@ class Estimate:
         }
 
 
-@dataclass(frozen=True)
-class Plan:
-    """An estimate with what belongs around it on the page."""
-
-    where: str
-    shape: ModelShape
-    published: bool  # the shape is the published one, model.hf is not here
-    estimate: Estimate
-    full: Estimate | None  # full-length training for the same target in its best layout; None where it is the recipe
-    remedies: list[tuple[list[str], Estimate]]  # keys to change, what they give; nearest first
-    warnings: list[str]
-
-    def as_dict(self) -> dict:
-        full = self.full.as_dict() | {"gpu_hours_same_samples": self.full_same_samples} if self.full else None
-        return {
-            "recipe": self.where,
-            "shape": asdict(self.shape) | {"parameters": self.shape.parameters, "published": self.published},
-            "checkpoint_gib": self.checkpoint_bytes / GIB,
-            **self.estimate.as_dict(),
-            "full_length": full,
-            "remedies": [{"set": keys, **estimate.as_dict()} for keys, estimate in self.remedies],
-            "warnings": self.warnings,
-            "efficiency": asdict(EFFICIENCY),
-        }
-
-    @property
-    def checkpoint_bytes(self) -> float:
-        """A checkpoint with its optimizer: the weights, float32 master weights and two moments."""
-        recipe = self.estimate.recipe
-        return checkpoint_bytes(self.shape, recipe.longlora, 2 if recipe.precision.dtype == "bfloat16" else 4)
-
-    @property
-    def full_same_samples(self) -> float:
-        """GPU-hours of full-length training over as many sequences as the recipe's."""
-        recipe = self.estimate.recipe
-        return self.full.gpu_hours_of(recipe.train.steps * recipe.train.global_batch_size * recipe.context.target)
-
-
 def estimate(
     shape: ModelShape, recipe: Recipe, gpu: Gpu, gpus: int, stages: list[StageMemory] | None = None
 ) -> Estimate:
@@ -177,87 +113,7 @@ def estimate(
     )
 
 
-def least_gpus(recipe: Recipe) -> int:
+def min_gpus(recipe: Recipe) -> int:
     """What the recipe's layout needs: one data-parallel replica."""
     p = recipe.parallel
     return p.tensor * p.pipeline * p.context
-
-
-def make_plan(
-    recipe: Recipe, where: str, shape: ModelShape, hardware: Hardware, gpus: int | None = None, published: bool = False
-) -> Plan:
-    """The plan of a recipe on `gpus` GPUs, by default on the fewest that its layout fits on.
-
-    Raises InputError where the recipe is not legal on them.
-    """
-    from endprompt_megatron.plan.search import full_length, remedies
-
-    if hardware.gpu is None:
-        raise InputError(f"{where}: a plan is for GPUs; choose a kind with --gpu")
-    count = gpus or least_gpus(recipe)
-    rules.check_for(recipe, where, shape, world_size=count, hardware=hardware)
-    ours = estimate(shape, recipe, hardware.gpu, count)
-    if gpus is None and not ours.fits:
-        ours = _on_more(shape, recipe, hardware) or ours
-    return Plan(
-        where=where,
-        shape=shape,
-        published=published,
-        estimate=ours,
-        full=full_length(shape, recipe, hardware, ours.gpus)
-        if recipe.context.physical < recipe.context.target and recipe.context.rope.type != "keep"
-        else None,
-        remedies=[] if ours.fits else remedies(shape, recipe, hardware, ours.gpus),
-        warnings=_warnings(ours, gpus),
-    )
-
-
-def _on_more(shape: ModelShape, recipe: Recipe, hardware: Hardware) -> Estimate | None:
-    """The estimate with the fewest data-parallel replicas, a power of two, that share the optimizer well enough."""
-    replicas = 2
-    while replicas <= recipe.train.global_batch_size // recipe.train.micro_batch_size:
-        count = replicas * least_gpus(recipe)
-        try:
-            rules.check_for(recipe, "", shape, world_size=count, hardware=hardware)
-        except InputError:
-            return None
-        found = estimate(shape, recipe, hardware.gpu, count)
-        if found.fits:
-            return found
-        replicas *= 2
-    return None
-
-
-def _warnings(ours: Estimate, gpus: int | None) -> list[str]:
-    p, precision = ours.recipe.parallel, ours.recipe.precision
-    found = []
-    if gpus is None:
-        found.append(
-            f"planned for the fewest GPUs that the layout {'fits on' if ours.fits else 'needs'}, {ours.gpus} with data "
-            f"parallel {ours.replicas}; --nodes N plans for yours"
-        )
-    free = ours.gpu.memory_gib - ours.fullest.total / GIB
-    if ours.fits and free < 4:
-        found.append(f"{free:.1f} GiB to spare on the fullest GPU is less than this estimate is sure of")
-    if ours.gpus > NODE and ours.gpus % NODE:
-        found.append(f"{ours.gpus} GPUs are not whole nodes of {NODE}")
-    if p.tensor > NODE:
-        found.append(f"parallel.tensor={p.tensor} leaves the node: its communication goes over the network")
-    share = ours.work.bubble / ours.work.total
-    if share > 0.1:
-        remedy = "more micro-batches a replica or more virtual stages make it smaller"
-        found.append(
-            f"the pipeline stands still for {share:.0%} of a step ({ours.micro_batches} micro-batches): {remedy}"
-        )
-    share = ours.work.tensor / ours.work.total
-    if share > 0.1 and not p.overlap_tensor:
-        found.append(f"tensor-parallel communication is {share:.0%} of a step: parallel.overlap_tensor=true hides most")
-    if p.recompute == "selective":
-        found.append("parallel.recompute=selective saves next to nothing: flash attention keeps no scores")
-    if p.recompute == "full" and ours.fullest.total < 0.6 * ours.gpu.memory_gib * GIB:
-        found.append("there is memory to spare: parallel.recompute=block or none would be faster")
-    if precision.fp8 is None and ours.gpu.fp8 and precision.dtype == "float32":
-        found.append("precision.dtype=float32 leaves the tensor cores unused: bfloat16 is many times faster")
-    if precision.fp8_attention:
-        found.append("FP8 attention is timed at 1.4 times BF16's speed, which no published table here confirms")
-    return found

@@ -5,8 +5,9 @@ from pathlib import Path
 from endprompt_megatron.common.units import format_bytes, format_duration, format_number
 from endprompt_megatron.config.recipe import Parallel, Recipe
 from endprompt_megatron.model.longlora import trained_parameters
-from endprompt_megatron.plan.estimate import Estimate, Plan
+from endprompt_megatron.plan.estimate import Estimate
 from endprompt_megatron.plan.memory import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL_GIB
+from endprompt_megatron.plan.plan import Plan
 from endprompt_megatron.plan.step_time import EFFICIENCY, NODE
 
 WIDTH = 120

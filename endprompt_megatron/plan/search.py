@@ -13,11 +13,11 @@ from endprompt_megatron.plan.estimate import Estimate, estimate
 from endprompt_megatron.plan.memory import GIB, memory, optimizer_bytes, stage_elements
 from endprompt_megatron.plan.step_time import NODE
 
-MOST_GPUS = 16384
-SPARE_GIB = 2.0  # that what is proposed leaves free: the estimate is not better than that
+MAX_GPUS = 16384
+SPARE_GIB = 2.0  # left free by every proposed layout: the estimate is no better than that
 
 
-def search(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, most: int = 8) -> list[Estimate]:
+def search(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, limit: int = 8) -> list[Estimate]:
     """The fastest layouts that are legal and fit, fastest first, the best of each (tensor, pipeline, context).
 
     Batch, precision and optimizer stay the recipe's.  Empty where nothing fits.
@@ -34,7 +34,7 @@ def search(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, mos
         key = (p.tensor, p.pipeline, p.context)
         if key not in best or found.step_seconds < best[key].step_seconds:
             best[key] = found
-    return sorted(best.values(), key=lambda found: found.step_seconds)[:most]
+    return sorted(best.values(), key=lambda found: found.step_seconds)[:limit]
 
 
 def _legal(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -> bool:
@@ -46,8 +46,8 @@ def _legal(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -> 
 
 
 def _layouts(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -> Iterator[Recipe]:
-    """Recipes that differ in their layout alone; most are legal, and weights and optimizer have room."""
-    room = hardware.gpu.memory_gib * GIB
+    """Recipes that differ in their layout alone; most are legal, and weights and optimizer fit."""
+    available = hardware.gpu.memory_gib * GIB
     for tensor in _divisors(min(NODE, gpus)):
         for context in _divisors(gpus // tensor):
             for pipeline in _divisors(gpus // (tensor * context)):
@@ -69,7 +69,7 @@ def _layouts(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -
                         recompute_layers=None,
                     )
                     held, trained = stage_elements(shape, replace(recipe, parallel=parallel), 0)
-                    if 2 * held + trained * (4 + optimizer_bytes(recipe) / (context * replicas)) > room:
+                    if 2 * held + trained * (4 + optimizer_bytes(recipe) / (context * replicas)) > available:
                         continue
                     yield from _with_recompute(recipe, parallel, shape.num_layers // (pipeline * virtual))
 
@@ -118,8 +118,8 @@ def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int
     full.optim.warmup_steps = 0
     best = None
     count = gpus
-    while count <= MOST_GPUS and (best is None or count <= 4 * best.gpus):
-        found = search(shape, full, hardware, count, most=1)
+    while count <= MAX_GPUS and (best is None or count <= 4 * best.gpus):
+        found = search(shape, full, hardware, count, limit=1)
         # More GPUs may spare the recomputation; they should be worth it.
         if found and (best is None or found[0].tokens_per_gpu_second > 1.02 * best.tokens_per_gpu_second):
             best = found[0]
@@ -128,7 +128,7 @@ def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int
 
 
 def remedies(
-    shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, most: int = 3
+    shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, limit: int = 3
 ) -> list[tuple[list[str], Estimate]]:
     """Changes after which a recipe fits: (keys to set, what they give).  Fewest changes first, then the fastest.
 
@@ -136,7 +136,7 @@ def remedies(
     """
     found = []
     for keys, count, changed in _changes(recipe, gpus, shape.num_layers):
-        if count > MOST_GPUS or not _legal(shape, changed, hardware, count):
+        if count > MAX_GPUS or not _legal(shape, changed, hardware, count):
             continue
         given = estimate(shape, changed, hardware.gpu, count)
         if given.fullest.total <= (hardware.gpu.memory_gib - SPARE_GIB) * GIB:
@@ -147,7 +147,7 @@ def remedies(
         # One number of recomputed layers is enough, the fastest; and no more keys than make it fit.
         if not any(set(_names(other)) <= set(_names(keys)) for other, _ in kept):
             kept.append((keys, given))
-    return kept[:most]
+    return kept[:limit]
 
 
 def _names(keys: list[str]) -> list[str]:

@@ -45,11 +45,10 @@ def _reduce(launch: Launch, seconds: float) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from endprompt_megatron.distributed.runtime import device, has_cuda
+    from endprompt_megatron.distributed import runtime
 
-    if has_cuda():
-        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
-    backend = "nccl" if has_cuda() else "gloo"
+    runtime.take_device(launch)
+    backend, device = runtime.backend(), runtime.device()
     # A connection of its own: one that waits for a lost rank would keep the messages of the checks waiting.
     store = dist.PrefixStore("reduce", connect(launch, seconds, serve=False))
     try:
@@ -60,10 +59,10 @@ def _reduce(launch: Launch, seconds: float) -> dict[str, Any]:
             world_size=launch.world_size,
             # Gloo raises when it is over.  NCCL's watchdog ends the process: the thread is given up before that.
             timeout=timedelta(seconds=seconds if backend == "gloo" else 2 * seconds + 60),
-            device_id=device() if has_cuda() else None,
+            device_id=device if backend == "nccl" else None,
         )
         # Small whole numbers, which float32 adds exactly; a pattern, so that a part in another's place shows.
-        pattern = torch.arange(_ELEMENTS[backend], device=device(), dtype=torch.int32).remainder_(7).float()
+        pattern = torch.arange(_ELEMENTS[backend], device=device, dtype=torch.int32).remainder_(7).float()
         total = pattern + (launch.rank + 1)
         dist.all_reduce(total)
         ranks = launch.world_size
@@ -72,10 +71,10 @@ def _reduce(launch: Launch, seconds: float) -> dict[str, Any]:
         times = []
         for _ in range(_REPEATS):
             dist.barrier()
-            _wait()
+            runtime.synchronize()
             started = time.perf_counter()
             dist.all_reduce(total)
-            _wait()
+            runtime.synchronize()
             times.append(time.perf_counter() - started)
     finally:
         if dist.is_initialized():
@@ -86,15 +85,6 @@ def _reduce(launch: Launch, seconds: float) -> dict[str, Any]:
         "seconds": sorted(times)[_REPEATS // 2],
         "correct": correct,
     }
-
-
-def _wait() -> None:
-    import torch
-
-    from endprompt_megatron.distributed.runtime import has_cuda
-
-    if has_cuda():
-        torch.cuda.synchronize()
 
 
 def judge(meeting: Meeting, parts: dict[int, dict[str, Any]], link: float | None) -> Finding:

@@ -87,10 +87,10 @@ def _free_memory(meeting: Meeting, parts: dict[int, dict], visible: dict) -> Fin
         total = visible[meeting.nodes[rank]][part["own"]][1]
         if total - part["free_gib"] > 0.05 * total + 1:  # the driver, and this process's own context
             used.append(f"{total - part['free_gib']:.0f} GiB on {meeting.nodes[rank]} (rank {rank})")
-    least = min(part["free_gib"] for part in parts.values())
+    lowest = min(part["free_gib"] for part in parts.values())
     if used:
         return Finding("GPU memory", f"in use by other processes: {some(used)}; nvidia-smi names them", FAIL)
-    return Finding("GPU memory", f"at least {least:.1f} GiB free on each")
+    return Finding("GPU memory", f"at least {lowest:.1f} GiB free on each")
 
 
 def library_versions(recipe: Recipe, facts: Facts, on_gpu: bool, elsewhere: bool) -> list[Finding]:
@@ -135,7 +135,7 @@ def _broken(facts: Facts) -> list[Finding]:
 def _wrong(name: str, value: str, recipe: Recipe, on_gpu: bool) -> str | None:
     """What is wrong with a version, None if it is right."""
     if name == "Megatron-Core" and not MEGATRON[0] <= numbers(value)[:2] < MEGATRON[1]:
-        return "supported are 0.16 to 0.19"
+        return "versions 0.16 to 0.19 are supported"
     if name == "torch" and numbers(value)[:2] < TORCH:
         return "2.6 or later is needed"
     if name == "Transformer Engine" and (on_gpu or recipe.precision.fp8) and numbers(value)[:2] < ENGINE:
@@ -175,9 +175,9 @@ def limits(meeting: Meeting, facts: Facts, on_gpu: bool) -> list[Finding]:
     local = max(sum(node == other for other in meeting.nodes.values()) for node in meeting.leaders)
     files = {node: fact["limits"]["open files"] for node, fact in facts.items()}
     # -1 is RLIM_INFINITY.  Sockets to other ranks, the checkpoint's files, mapped data, libraries.
-    least, wished = 256 + 2 * world, max(1024, 8 * world) * (4 if several else 1)
+    required, wished = 256 + 2 * world, max(1024, 8 * world) * (4 if several else 1)
     lowest = min(n for n in files.values() if n >= 0) if any(n >= 0 for n in files.values()) else None
-    verdict = OK if lowest is None or lowest >= wished else WARN if lowest >= least else FAIL
+    verdict = OK if lowest is None or lowest >= wished else WARN if lowest >= required else FAIL
     advice = "" if verdict == OK else f"; raise it: ulimit -n {max(wished, 65536)}"
     shown = by_node({node: "unlimited" if n < 0 else n for node, n in files.items()})
     found = [Finding("open files (ulimit -n)", shown + advice, verdict)]
@@ -195,11 +195,11 @@ def _shm(facts: Facts, local: int, on_gpu: bool) -> Finding:
     if any(value is None for value in free.values()):
         nodes = some(node for node, value in free.items() if value is None)
         return Finding("/dev/shm", f"not there on {nodes}", WARN if on_gpu else OK)
-    least = min(free.values())
-    shown = f"{least / 2**30:.1f} GiB free" + (" at least" if len(free) > 1 else "")
-    if on_gpu and local > 1 and least < 2**30:
+    lowest = min(free.values())
+    shown = f"{lowest / 2**30:.1f} GiB free" + (" at least" if len(free) > 1 else "")
+    if on_gpu and local > 1 and lowest < 2**30:
         # NCCL takes some 10 MiB a pair of GPUs that talk through it; containers start with 64 MiB.
-        verdict = FAIL if least < local * 32 * 2**20 else WARN
+        verdict = FAIL if lowest < local * 32 * 2**20 else WARN
         return Finding(
             "/dev/shm", f"{shown}; NCCL's ranks meet there: give the container --shm-size=8g or more", verdict
         )

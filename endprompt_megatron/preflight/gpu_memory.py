@@ -4,7 +4,7 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.hardware import of_kind, te_version
 from endprompt_megatron.model.shape import read_shape
-from endprompt_megatron.plan.memory import GIB, memory
+from endprompt_megatron.plan.plan import GIB, memory
 from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN, Finding
 
 CHECK = "memory by the plan"

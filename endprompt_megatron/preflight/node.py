@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.distributed.hardware import te_version
+from endprompt_megatron.distributed import hardware
 from endprompt_megatron.distributed.runtime import Launch
 
 # What a GPU run wants from the environment beside what runtime.py sets, and what is left over from debugging.
@@ -26,21 +26,14 @@ ENVIRONMENT = (
 
 def process_facts(launch: Launch) -> dict[str, Any]:
     """This process's GPUs: `visible` {uuid: [name, GiB]}, `own` the uuid it would train on and its `free_gib`."""
-    import torch
-
-    from endprompt_megatron.distributed.runtime import has_cuda
-
-    if not has_cuda():
+    gpus = hardware.visible_gpus()
+    if not gpus:
         return {"visible": {}, "own": None, "free_gib": None}
-    count = torch.cuda.device_count()
-    properties = [torch.cuda.get_device_properties(number) for number in range(count)]
-    names = [str(getattr(p, "uuid", number)) for number, p in enumerate(properties)]
-    own = launch.local_rank % count
-    free, _total = torch.cuda.mem_get_info(own)
+    own = launch.local_rank % len(gpus)
     return {
-        "visible": {name: [p.name, p.total_memory / 2**30] for name, p in zip(names, properties, strict=True)},
-        "own": names[own],
-        "free_gib": free / 2**30,
+        "visible": {gpu.uuid: [gpu.name, gpu.memory_gib] for gpu in gpus},
+        "own": gpus[own].uuid,
+        "free_gib": hardware.free_memory_gib(own),
     }
 
 
@@ -65,24 +58,22 @@ def versions() -> tuple[dict[str, str | None], dict[str, str]]:
     """Versions by name, None for what is not there; and what is installed but cannot be imported, with why."""
     import torch
 
-    from endprompt_megatron.distributed.runtime import has_cuda
-
-    engine = te_version()
+    te = hardware.te_version()
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
         "driver": driver(),
         "Megatron-Core": _distribution("megatron-core"),
-        "Transformer Engine": ".".join(map(str, engine)) if engine is not None else None,
+        "Transformer Engine": ".".join(map(str, te)) if te is not None else None,
         "transformers": _distribution("transformers"),
         "our code": code_digest(),
     }
     imports = {"Megatron-Core": "megatron.core"}
-    if has_cuda():
-        found["cuDNN"] = str(torch.backends.cudnn.version())
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        if engine is not None:  # built for another torch or CUDA, it is there and does not load
+    on_gpu = hardware.cuda_libraries()
+    if on_gpu:
+        found |= on_gpu
+        if te is not None:  # built for another torch or CUDA, it is there and does not load
             imports["Transformer Engine"] = "transformer_engine.pytorch"
     broken = {}
     for name, module in imports.items():

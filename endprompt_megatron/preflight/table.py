@@ -79,11 +79,11 @@ def as_json(findings: list[Finding]) -> dict:
     }
 
 
-def some(names: Iterable[object], most: int = 4) -> str:
-    """Names as a sentence has them, the first `most` of many: n1, n2, n3, n4 and 12 more."""
+def some(names: Iterable[object], max_names: int = 4) -> str:
+    """Names as a sentence has them, the first `max_names` of many: n1, n2, n3, n4 and 12 more."""
     listed = [str(name) for name in names]
-    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + rest
+    rest = f" and {len(listed) - max_names} more" if len(listed) > max_names else ""
+    return ", ".join(listed[:max_names]) + rest
 
 
 def many(count: int) -> str:

@@ -14,8 +14,8 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import write_text
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.runtime import is_rank_zero, peak_flops, peak_memory_gib, world_size
+from endprompt_megatron.model.flops import flops_per_token
 from endprompt_megatron.model.shape import ModelShape
-from endprompt_megatron.plan.estimate import flops_per_token
 from endprompt_megatron.training.step import Losses
 
 

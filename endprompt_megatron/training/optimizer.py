@@ -18,14 +18,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from endprompt_megatron.checkpoint.optimizer_state import torch_adamw
 from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.distributed.runtime import has_cuda
+from endprompt_megatron.distributed.runtime import overlaps_communication
 
 
 def wrap_models(models: list, recipe: Recipe) -> list[DistributedDataParallel]:
     """DDP around each chunk: gradients are accumulated, reduced and sharded for the distributed optimizer."""
     p = recipe.parallel
-    # Gloo has no streams to overlap on, and with one rank there is nothing to hide.
-    worthwhile = has_cuda() and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    # With one rank there is nothing to hide.
+    worthwhile = (
+        overlaps_communication() and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    )
     reduce = p.overlap_grad_reduce if p.overlap_grad_reduce is not None else worthwhile
     gather = p.overlap_param_gather if p.overlap_param_gather is not None else reduce
     config = DistributedDataParallelConfig(

@@ -125,8 +125,8 @@ def test_versions_that_differ_are_named_with_their_nodes(over):
 @pytest.mark.parametrize(
     ("versions", "check_name", "words"),
     [
-        ({"Megatron-Core": "0.15.2"}, "Megatron-Core", "0.15.2; supported are 0.16 to 0.19"),
-        ({"Megatron-Core": "0.20.0rc1"}, "Megatron-Core", "supported are 0.16 to 0.19"),
+        ({"Megatron-Core": "0.15.2"}, "Megatron-Core", "0.15.2; versions 0.16 to 0.19 are supported"),
+        ({"Megatron-Core": "0.20.0rc1"}, "Megatron-Core", "versions 0.16 to 0.19 are supported"),
         ({"Megatron-Core": None}, "Megatron-Core", "none; install megatron-core 0.16 to 0.19"),
     ],
 )

@@ -9,9 +9,10 @@ from unit.test_shape import MODELS, config
 from benchmarks.plan import PUBLISHED, predicted, published_tokens
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.hardware import of_kind
+from endprompt_megatron.model.flops import flops_per_token
 from endprompt_megatron.model.published_shapes import CONFIGS, published_config
 from endprompt_megatron.model.shape import shape_of
-from endprompt_megatron.plan.estimate import estimate, flops_per_token
+from endprompt_megatron.plan.estimate import estimate
 from endprompt_megatron.plan.memory import layer_activations, memory, peak_in_flight
 
 

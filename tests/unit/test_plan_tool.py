@@ -11,7 +11,7 @@ from endprompt_megatron.config.constraints.check import check_for
 from endprompt_megatron.config.recipe import load_recipe
 from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.model.published_shapes import shape_for
-from endprompt_megatron.plan.estimate import estimate, least_gpus, make_plan
+from endprompt_megatron.plan.plan import estimate, make_plan, min_gpus
 from endprompt_megatron.plan.plan_page import WIDTH, layout_keys, page
 from endprompt_megatron.plan.search import search
 
@@ -98,7 +98,7 @@ def test_keys_of_another_method_do_not_hide_what_full_length_costs(keys):
 def test_every_recipe_is_legal_and_fits_on_some_number_of_h100s(path):
     recipe = load_recipe(path)
     shape, _ = shape_for(recipe, str(path))
-    counts = [least_gpus(recipe) * replicas for replicas in (1, 2, 4, 8, 16, 32)]
+    counts = [min_gpus(recipe) * replicas for replicas in (1, 2, 4, 8, 16, 32)]
     plans = []
     for gpus in counts:
         with contextlib.suppress(InputError):  # the batch does not divide over so many replicas

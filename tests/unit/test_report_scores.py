@@ -16,7 +16,7 @@ from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.evaluate.intervals import compare_intervals
 from endprompt_megatron.method import positions
 from endprompt_megatron.model.published_shapes import shape_for
-from endprompt_megatron.plan.estimate import make_plan
+from endprompt_megatron.plan.plan import make_plan
 from endprompt_megatron.report import style
 from endprompt_megatron.report.load import read_run, read_runs
 from endprompt_megatron.report.models import measured_models

@@ -11,7 +11,7 @@ from endprompt_megatron.common.units import format_duration, format_number
 from endprompt_megatron.report.load import Run
 
 if TYPE_CHECKING:
-    from endprompt_megatron.plan.estimate import Estimate
+    from endprompt_megatron.plan.plan import Estimate
 
 NONE = "–"
 
@@ -108,7 +108,7 @@ def planned(run: Run, each: Spent, gpu: str = "h100") -> Planned:
     from endprompt_megatron.config.recipe import load_recipe
     from endprompt_megatron.distributed.hardware import of_kind
     from endprompt_megatron.model.published_shapes import shape_for
-    from endprompt_megatron.plan.estimate import estimate, least_gpus
+    from endprompt_megatron.plan.plan import estimate, min_gpus
 
     path = run.directory / "recipe.yaml"
     if not run.recipe:
@@ -116,7 +116,7 @@ def planned(run: Run, each: Spent, gpu: str = "h100") -> Planned:
     try:
         recipe = load_recipe(path)
         shape, _ = shape_for(recipe, str(path))
-        count = each.processes or least_gpus(recipe)
+        count = each.processes or min_gpus(recipe)
         hardware = of_kind(gpu)
         rules.check_for(recipe, str(path), shape, world_size=count, hardware=hardware)
         return Planned(estimate(shape, recipe, hardware.gpu, count))
