@@ -28,7 +28,7 @@ CHAT = "chat"  # "kind" in the manifest of a dataset of conversations; texts hav
 
 
 def path_of(prefix: Path | str, suffix: str) -> Path:
-    """PREFIX + suffix; a dot in the prefix's own name stays."""
+    """PREFIX + suffix; a dot in the prefix's own name is kept."""
     return Path(f"{prefix}{suffix}")
 
 
@@ -74,14 +74,14 @@ def read_idx(prefix: Path | str) -> Index:
     for path in (idx, bin_):
         if not path.is_file():
             raise InputError(f"{path}: no such file; tools/prepare_data.py --out {prefix} makes .bin and .idx")
-    # Mapped, not read: the index of a large corpus takes gigabytes, and every rank looks at it.
+    # Mapped, not read: the index of a large corpus takes gigabytes, and every rank opens it.
     content = np.memmap(idx, mode="r") if idx.stat().st_size else b""
     if len(content) < _HEADER.size or bytes(content[: len(_MAGIC)]) != _MAGIC:
         raise InputError(f"{idx}: not an index of Megatron's indexed dataset; make it again with tools/prepare_data.py")
     _, version, code, sequences, documents = _HEADER.unpack_from(content)
     name = {code: name for name, code in _CODES.items()}.get(code)
     if version != 1 or name not in _TOKEN_DTYPES:
-        raise InputError(f"{idx}: version {version} with dtype code {code} does not hold tokens")
+        raise InputError(f"{idx}: version {version} with dtype code {code} holds no tokens")
     if len(content) < _HEADER.size + 12 * sequences + 8 * documents:
         raise InputError(f"{idx}: cut short; make it again with tools/prepare_data.py")
     lengths = np.frombuffer(content, dtype=np.int32, count=sequences, offset=_HEADER.size)

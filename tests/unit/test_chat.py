@@ -229,9 +229,9 @@ def test_a_tokenizer_without_a_template_is_refused_and_a_file_stands_in(tokenize
 @pytest.mark.parametrize(
     ("options", "needle"),
     [
-        (["--chat", "--no-eos"], "--no-eos: is of texts"),
-        (["--chat", "--text-field", "body"], "--text-field: is of texts"),
-        (["--chat-template", "x"], "--chat-template x: belongs to --chat"),
+        (["--chat", "--no-eos"], "--no-eos applies to texts"),
+        (["--chat", "--text-field", "body"], "--text-field applies to texts"),
+        (["--chat-template", "x"], "--chat-template x applies only with --chat"),
     ],
 )
 def test_options_that_do_not_go_with_conversations_are_refused(tmp_path, options, needle):
@@ -242,7 +242,7 @@ def test_options_that_do_not_go_with_conversations_are_refused(tmp_path, options
 def test_texts_and_templates_that_are_not_there_are_refused(tokenizers, tmp_path):
     (tmp_path / "chats.txt").write_text("hello")
     tokenizer, out = str(tokenizers["chatml"]), str(tmp_path / "out")
-    with pytest.raises(InputError, match=r"chats.txt: a text has no turns"):
+    with pytest.raises(InputError, match=r"chats.txt: a .txt has no turns"):
         prepare([str(tmp_path / "chats.txt")], tokenizer, out, chat="auto")
     files = [write_chats(tmp_path / "chats.jsonl", [TALK])]
     with pytest.raises(InputError, match=r"--chat-template none.jinja: cannot be read"):

@@ -146,7 +146,7 @@ def test_filters_that_cannot_be_meant_are_refused(options, needle):
 def test_when_nothing_is_left_it_is_said_why(files, tokenizer, tmp_path):
     arguments = ["--input", *files, "--tokenizer", tokenizer, "--out", tmp_path / "out", "--workers", 1]
     before = sorted(tmp_path.iterdir())
-    assert_one_line_error(run_tool("prepare_data", *arguments, "--min-tokens", 9999), "not a single token", "too_short")
+    assert_one_line_error(run_tool("prepare_data", *arguments, "--min-tokens", 9999), "no tokens in", "too_short")
     assert_one_line_error(
         run_tool("prepare_data", *arguments, "--held-out", "0.000001"), "none of", "--seed", "larger share"
     )

@@ -192,7 +192,7 @@ def test_a_dataset_can_be_looked_at_by_itself(place):
     [
         ([], ["give a RECIPE.yaml, or --prefix"]),
         (["RECIPE", "--prefix", "x"], ["give a RECIPE.yaml, or --prefix"]),
-        (["--prefix", "x"], ["--prefix x: needs --tokenizer DIR"]),
+        (["--prefix", "x"], ["--prefix x needs --tokenizer DIR"]),
         (["--prefix", "nowhere", "--tokenizer", "HF"], ["nowhere.idx: no such file"]),
         (["--prefix", "OTHER", "--tokenizer", "HF", "--start", "3"], ["--start 3", "documents 0 to 2"]),
         (["RECIPE", "--start", "24"], ["--start 24", "samples 0 to 23"]),

@@ -74,8 +74,8 @@ def test_a_manifest_names_files_from_where_it_stands(tree, monkeypatch):
         ('a.jsonl\n{"path": 3}', 'list:2: expected {"path": "FILE"'),
         ('{"path": "a.jsonl", "field": "x"}', "unknown key 'field'"),
         ('{"path": "a.jsonl"', "list:1: not JSON"),
-        ("a.jsonl\nb/../a.jsonl", "is named twice"),
-        ("", "nothing is named"),
+        ("a.jsonl\nb/../a.jsonl", "is given twice"),
+        ("", "no input is given"),
     ],
 )
 def test_a_manifest_that_cannot_be_meant_is_refused_with_its_line(tree, content, needle):
@@ -92,7 +92,7 @@ def test_names_that_stand_for_nothing_are_refused(tree):
     for name, needle in refused.items():
         with pytest.raises(InputError, match=needle):
             names(tree, [name])
-    with pytest.raises(InputError, match="named twice"):
+    with pytest.raises(InputError, match="given twice"):
         names(tree, ["a.jsonl", "."])
     with pytest.raises(InputError, match="cannot be read"):
         sources_of([], str(tree / "nowhere"), "text")

@@ -5,8 +5,8 @@
     alpaca          {"instruction": ..., "input": ..., "output": ...}
     prompt          {"prompt": ..., "response": ...}, or "completion" in place of "response"
 
-A conversation may begin with a system turn, then user and assistant take turns, and the last word is the assistant's.
-What is anything else is bad input (rejects.py).  tokenizer/chat_template.py writes a conversation as text.
+A conversation may begin with a system turn; then user and assistant alternate, and the assistant speaks last.
+Anything else is a Reject (rejects.py).  tokenizer/chat_template.py writes a conversation as text.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ import orjson
 from endprompt_megatron.data.corpus.rejects import Reject
 
 AUTO = "auto"
-# By format: the keys that it is known by, any one of these sets.
+# By format: sets of keys; a record with all keys of one set has the format.
 _KNOWN_BY: dict[str, tuple[set[str], ...]] = {
     "messages": ({"messages"},),
     "conversations": ({"conversations"},),
@@ -50,7 +50,7 @@ def format_of(keys: Iterable[str], asked: str) -> str | Reject:
 
 
 def conversation_of(record: object, asked: str) -> str | Reject:
-    """A record as JSON of its turns, the same bytes for the same conversation in any format; or what is wrong with it.
+    """A record as JSON of its turns, the same bytes for the same conversation in any format; or a Reject.
 
     `asked`: the format, or AUTO.  A key that is null counts as absent.
     """
@@ -91,7 +91,7 @@ def _one_exchange(record: dict, kind: str) -> list[dict] | Reject:
 
 
 def _turns(turns: list) -> list[dict] | Reject:
-    """The turns under our names of roles, in order and complete; or what is wrong with them."""
+    """The turns under our names of roles, in order and complete; or a Reject."""
     read: list[dict] = []
     names: dict[str, str] = {}
     for number, turn in enumerate(turns, start=1):

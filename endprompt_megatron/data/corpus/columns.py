@@ -1,6 +1,6 @@
 """Documents in columns: row groups of a .parquet, record batches of a `datasets` saved to disk.
 
-Both through pyarrow, a few rows at a time; a saved dataset is mapped into memory, not read.
+pyarrow reads both, a few rows at a time; a saved dataset is mapped into memory.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def sizes_of(source: Source, chat: str | None = None) -> list[int]:
-    """Bytes of each row group or record batch; a place where the file is broken counts as one more, of no bytes.
+    """Bytes of each row group or record batch; where the file is broken, one more of 0 bytes follows.
 
-    `chat`: the format of conversations (chat.py), None for texts.  Raises InputError if there is no such column, or
-    it holds no text.
+    `chat`: the format of conversations (chat_formats.py), None for texts.  Raises InputError if there is no such
+    column, or it holds no text.
     """
     import pyarrow
 
@@ -49,7 +49,7 @@ def rows(source: Source, start: int, stop: int, chat: str | None = None) -> Iter
     """(number, text) of each row of the row groups or record batches `start`..`stop`, numbered from 1 in the file."""
     kind = source.kind.lstrip(".")
     batches = _batches if source.kind == ARROW else _groups
-    # A row group stands by itself: one that is damaged does not take the others with it.
+    # Row groups are read one by one: a damaged one does not affect the others.
     alone = source.kind == ".parquet" and start < stop
     for begin, end in [(group, group + 1) for group in range(start, stop)] if alone else [(start, stop)]:
         try:
@@ -64,7 +64,7 @@ def rows(source: Source, start: int, stop: int, chat: str | None = None) -> Iter
 
 
 class _Broken(Exception):
-    """A file that cannot be read on after so many rows."""
+    """A file that cannot be read further after so many rows."""
 
     def __init__(self, rows: int, reason: object) -> None:
         self.rows, self.reason = rows, " ".join(str(reason).split())
@@ -100,7 +100,7 @@ def _batches(source: Source, start: int, stop: int, chat: str | None) -> Iterato
                     for first in range(0, len(batch), _ROWS):
                         yield number + first, batch.select(columns).slice(first, _ROWS)
                 number += len(batch)
-    except StopIteration:  # there is one batch less than sizes_of counted
+    except StopIteration:  # one batch fewer than sizes_of counted
         raise _Broken(number, "cut short") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise _Broken(number, error) from None

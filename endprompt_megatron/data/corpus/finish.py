@@ -1,7 +1,7 @@
 """The last steps of preparing data: the chunks' files become one dataset, and its files get their names.
 
-Files are joined in the order of the input, and each token is only once on the disk: a file is removed when its tokens
-are in the dataset and on the disk, and a record (`.joined.json`) says up to which chunk that is so, with the bytes and
+Files are joined in the order of the input, and each token is on the disk only once: a file is removed when its tokens
+are in the dataset and synced, and a record (`.joined.json`) says up to which chunk that is so, with the bytes and
 CRC-32 that each gave.  A run that was killed while joining goes on from there.  What is stored beside the tokens, the
 mask of conversations, is joined in the same way.
 
@@ -90,7 +90,7 @@ def _ones(mask: Path) -> int:
 
 
 def already_joined(job: Job, output: str, stream: str) -> list[list[int]]:
-    """[bytes, CRC-32] of each chunk whose tokens an earlier start put into the dataset, as far as they are there."""
+    """[bytes, CRC-32] of each chunk that an earlier start put into the dataset, up to the first that is damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         recorded = json.loads(_record(job, output, stream).read_text(encoding="utf-8"))
         found = []
@@ -147,10 +147,10 @@ def _join_stream(
 
 
 def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
-    """All `count` bytes of a file, within the kernel where it can."""
+    """Copy all `count` bytes of a file, inside the kernel where it offers that."""
     target.flush()
     at, done = target.tell(), 0
-    with contextlib.suppress(AttributeError):  # not every system has it
+    with contextlib.suppress(AttributeError):  # not every system offers it
         while done < count:
             try:
                 copied = os.copy_file_range(source.fileno(), target.fileno(), count - done, done, at + done)
@@ -167,7 +167,7 @@ def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
 
 
 def _copy_some(source: BinaryIO, target: BinaryIO, lengths: np.ndarray, kept: np.ndarray, dtype: np.dtype) -> list[int]:
-    """The tokens of the documents that are kept: [bytes, CRC-32]."""
+    """Copy the tokens of the documents that are kept; returns [bytes, CRC-32]."""
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]) * dtype.itemsize
     edges = np.flatnonzero(np.diff(np.concatenate([[0], kept.astype(np.int8), [0]])))
     total = checksum = 0
@@ -195,7 +195,7 @@ def refuse_taken(out: str, outputs: Iterable[str], suffixes: tuple[str, ...] = S
 def finish_renaming(
     staging: Path, out: str, outputs: Iterable[str], suffixes: tuple[str, ...] = SUFFIXES
 ) -> dict | None:
-    """The manifest, if an earlier start was renaming and now all is renamed; None if there is work to do.
+    """Finish the renaming of an earlier start; returns its manifest, or None if there was none to finish.
 
     Raises InputError if a file is in the way.
     """
@@ -212,7 +212,7 @@ def finish_renaming(
 
 
 def publish(staging: Path, out: str, manifests: dict[str, dict], suffixes: tuple[str, ...] = SUFFIXES) -> None:
-    """Write the manifests and let the datasets appear under their names; the staging directory goes."""
+    """Write the manifests, give the datasets their names, and remove the staging directory."""
     for output, manifest in manifests.items():
         write_json(joined_path(staging, output, ".json"), manifest)
         for suffix in suffixes:

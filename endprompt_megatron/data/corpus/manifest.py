@@ -79,7 +79,7 @@ def _sources(chunks: list[Chunk], tokenised: list[Tokenised], dataset: Joined, c
 
 
 def summary(out: Path | str, manifest: dict) -> str:
-    """The closing line of a run: what is there, and what is not in it."""
+    """The closing line of a run: what the dataset holds, and what was left out."""
     what = "conversations" if "answer_tokens" in manifest else "documents"
     line = f"{out}: {manifest['documents']} {what}, {manifest['tokens']} tokens"
     if "answer_tokens" in manifest:
@@ -93,5 +93,5 @@ def summary(out: Path | str, manifest: dict) -> str:
     if manifest["skipped"]:
         kinds = [f"{kind['count']} {name}" for name, kind in manifest["skipped"].items()]
         first = next(iter(manifest["skipped"].values()))["first"][0]
-        line += f"; skipped as bad: {', '.join(kinds)} (first: {first})"
+        line += f"; rejected and skipped: {', '.join(kinds)} (first: {first})"
     return line

@@ -53,11 +53,11 @@ _FAILED = ".failed"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done: `chunks` to tokenise and, after them in number, `sources` to take the checksum of.
+    """The tasks of a run: `chunks` to tokenise and, numbered after them, `sources` to take the checksum of.
 
     `joined` says by output and stream how many chunks an earlier start has put into the dataset.  `cut` is None for a
-    tokenizer that takes whole texts; every process then loads its own from the directory `tokenizer`.  `template` is
-    that of conversations.
+    tokenizer that takes complete texts; every process then loads its own from the directory `tokenizer`.  `template` is
+    the chat template of conversations.
     """
 
     job: Job
@@ -69,7 +69,7 @@ class Plan:
     joined: dict[str, int]
 
     def sizes(self) -> list[int]:
-        """Work of each task in bytes of text, about."""
+        """Work of each task, roughly in bytes of text."""
         return [chunk.work for chunk in self.chunks] + [source.bytes // _CHECKSUM_SPEED for source in self.sources]
 
 
@@ -153,7 +153,7 @@ def _plan(job: Job, tokenizer: str, loaded: Tokenizer, template: ChatTemplate | 
 
 
 def _work(plan: Plan, comm: Any | None, workers: int, loaded: Tokenizer | None, out: str) -> dict[int, Tokenised | str]:
-    """Do all tasks; their results by number, on the first rank those of all.  All ranks call."""
+    """Do all tasks; returns results by number, on the first rank those of all ranks.  All ranks call."""
     rank, ranks = (comm.rank, comm.size) if comm else (0, 1)
     sizes = plan.sizes()
     mine = shares(sizes, ranks)[rank]
@@ -166,7 +166,7 @@ def _work(plan: Plan, comm: Any | None, workers: int, loaded: Tokenizer | None, 
             except Exception as error:
                 if comm is None or isinstance(error, InputError | OSError):
                     raise
-                # Not every exception survives the way to the first rank.
+                # Not every exception can be sent to the first rank.
                 raise RuntimeError(traceback.format_exc()) from None
     results = dict(zip(mine, done, strict=True))
     if comm:
@@ -175,7 +175,7 @@ def _work(plan: Plan, comm: Any | None, workers: int, loaded: Tokenizer | None, 
 
 
 def _ready(plan: Plan, mine: list[int], tokenizer: Tokenizer | None) -> Callable[[int], Tokenised | str | None]:
-    """What does a task, made once in every process."""
+    """The function that does a task, made once in every process."""
     encoder: Encoder
     if plan.cut is not None:
         encoder = Words(plan.cut, plan.job.dtype)
@@ -189,7 +189,7 @@ def _ready(plan: Plan, mine: list[int], tokenizer: Tokenizer | None) -> Callable
 
 
 def _task(plan: Plan, mine: list[int], encoder: Encoder, index: int) -> Tokenised | str | None:
-    """What a chunk gave, or a source's SHA-256; None when another process has met an error."""
+    """What a chunk gave, or a source's SHA-256; None when another process has failed."""
     number, failed = mine[index], plan.job.staging / _FAILED
     if failed.exists():
         return None
@@ -218,7 +218,7 @@ def _sha256_once(plan: Plan, number: int) -> str:
 
 
 def _finish(plan: Plan, results: dict[int, Tokenised | str], about: dict, out: str) -> dict:
-    """Join the chunks' files, write the manifests and let everything appear."""
+    """Join the chunks' files, write the manifests and give everything its name."""
     job, count = plan.job, len(plan.chunks)
     for source in plan.sources:
         source.refuse_changed()
@@ -231,14 +231,14 @@ def _finish(plan: Plan, results: dict[int, Tokenised | str], about: dict, out: s
             **written[TRAIN]["left_out"],
             **{kind: bad["count"] for kind, bad in written[TRAIN]["skipped"].items()},
         }
-        said = ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number)
+        listed = ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number)
         raise InputError(
-            f"--input {' '.join(source.path for source in plan.sources[:8])}: not a single token in "
-            f"{len(plan.sources)} file(s){f' ({said})' if said else ''}; nothing to train on"
+            f"--input {' '.join(source.path for source in plan.sources[:8])}: no tokens in "
+            f"{len(plan.sources)} file(s){f' ({listed})' if listed else ''}; there is nothing to train on"
         )
     if VALID in written and not written[VALID]["documents"]:
         raise InputError(
-            f"--held-out {job.filters.held_out}: none of {written[TRAIN]['documents']} documents fell into it; give "
+            f"--held-out {job.filters.held_out}: none of {written[TRAIN]['documents']} documents were drawn; give "
             "a larger share, or another --seed"
         )
     publish(job.staging, out, written, CHAT_SUFFIXES if job.reading.chat else SUFFIXES)

@@ -1,6 +1,6 @@
-"""The documents of a chunk: lines of .jsonl, plain or compressed, parts of a .txt; columns.py has the rest.
+"""The documents of a chunk: lines of .jsonl, plain or compressed, texts of a .txt; columns.py has the other kinds.
 
-A document is a text, or a conversation in the one form of chat.py.
+A document is a text, or a conversation in the one form of chat_formats.py.
 """
 
 import io
@@ -25,7 +25,7 @@ _COMPRESSED_BLOCK = 1 << 12  # bytes at once: the most extreme zstd makes 128 Mi
 
 
 def documents(chunk: Chunk, reading: Reading) -> Iterator[tuple[int, str | Reject]]:
-    """(number, text) of each document, or what is wrong with it; `place` turns the number into file and line."""
+    """(number, text) of each document, or a Reject; `place` turns the number into file and line."""
     source = chunk.source
     if source.bytes == 0:
         yield 0, Reject("empty_file", "empty file")
@@ -42,7 +42,7 @@ def documents(chunk: Chunk, reading: Reading) -> Iterator[tuple[int, str | Rejec
 
 
 def place(chunk: Chunk, number: int) -> str:
-    """Where document `number` of the chunk stands, as a person looks for it: file:line, or file: row n."""
+    """Where document `number` of the chunk stands, for people: file:line, or file: row n."""
     source = chunk.source
     if number == 0:
         return source.path
@@ -124,7 +124,7 @@ def _conversation(line: bytes, asked: str) -> str | Reject:
 
 
 def _slowly(line: bytes, field: str | None = None) -> object:
-    """What orjson refused: Python's json takes some more of it (NaN), and says what is wrong with the rest."""
+    """A line that orjson refused: Python's json accepts more (NaN), and says what is wrong with the rest."""
     if not line.strip():
         return Reject("empty_line", f"empty line; expected a JSON object{f' with {field!r}' if field else ''}")
     try:
@@ -170,9 +170,9 @@ def _split_txt(chunk: Chunk, blank_lines: int) -> Iterator[tuple[int, str | Reje
             begin = following
 
 
-def _end_of_gap(gap: re.Pattern, content: mmap.mmap, at: int, least: int) -> int:
-    """Where the first gap from `at` on ends that does not end before `least`."""
-    while (found := gap.search(content, at)) and found.end() < least:
+def _end_of_gap(gap: re.Pattern, content: mmap.mmap, at: int, min_end: int) -> int:
+    """Where the first gap from `at` on ends that ends at `min_end` or later."""
+    while (found := gap.search(content, at)) and found.end() < min_end:
         at = found.end()
     return found.end() if found else len(content)
 

@@ -2,7 +2,7 @@
 
 Files of chunk 12 are 00012.bin, .lengths (int32) and .digests (16 bytes each), of conversations .mask.bin too; those of
 held-out documents are called 00012-valid.  They are complete when the record of the chunk is there, which is written
-after them and has their sizes and CRC-32.  A start that finds it so takes the chunk as done.
+after them and has their sizes and CRC-32.  A later start takes a chunk as done if its files agree with its record.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class Job:
 
     @property
     def streams(self) -> dict[str, np.dtype]:
-        """What is stored of every token: suffix of the file, dtype."""
+        """What is stored of each token: suffix of the file, dtype."""
         return {".bin": self.dtype, **({f"{MASK}.bin": np.dtype(np.uint8)} if self.reading.chat else {})}
 
     def chunk_file(self, number: int, output: str, suffix: str) -> Path:
@@ -72,9 +72,9 @@ class Tokenised:
 
 
 def tokenise_once(job: Job, number: int, chunk: Chunk, encoder: Encoder, joined: dict[str, int]) -> Tokenised:
-    """What a chunk gave: from its record if its files still are what that says, or of tokenising it now.
+    """What a chunk gave: read from its record if the files still agree with it, otherwise the chunk is tokenised.
 
-    The tokens of chunks before `joined` (by output and stream) are in the dataset already, and need no file.
+    The tokens of chunks before `joined` (by output and stream) are in the dataset already and need no file.
     """
     record = job.staging / f".piece_{number:05d}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -100,7 +100,7 @@ def _is_complete(staging: Path, file: dict) -> bool:
 
 
 def tokenise_chunk(job: Job, number: int, chunk: Chunk, encoder: Encoder) -> Tokenised:
-    """Tokenise one chunk into its files.  Raises InputError with the place of a reject, unless they are skipped."""
+    """Tokenise one chunk into its files.  Raises InputError with the place of a reject, unless rejects are skipped."""
     left_out = {"empty": 0, "too_short": 0, "too_long": 0}
     skipped, filters = Skipped(), job.filters
     bos, eos = (b"" if token is None else np.array(token, job.dtype).tobytes() for token in (job.bos, job.eos))

@@ -1,6 +1,6 @@
-"""What a run will train on, to look at before it costs anything: samples in words, and statistics of the sources.
+"""What a run will train on, to look at before it costs anything: samples as text, and statistics of the sources.
 
-`look` gathers everything as plain values (--json prints them), `page` puts them into words; picture.py draws rows.
+`look` gathers everything as plain values (--json prints them), `page` writes them for people; picture.py draws rows.
 """
 
 from dataclasses import asdict
@@ -33,11 +33,11 @@ def look(
     taken = consumed(dataset, len(dataset))["sources"]
     sources, lengths = [], []
     for source, counts in zip(sources_in(dataset), taken, strict=True):
-        held = read_idx(source.prefix).lengths
-        lengths.append(held[held >= data.min_document_tokens])
+        of_all = read_idx(source.prefix).lengths
+        lengths.append(of_all[of_all >= data.min_document_tokens])
         marks = {"context.physical": c.physical, "context.target": c.target}
         answers = (read_manifest(source.prefix) or {}).get("answer_tokens")
-        sources.append({**counts, **of_documents(held, marks), "answer_tokens": answers})
+        sources.append({**counts, **of_documents(of_all, marks), "answer_tokens": answers})
     enough, words = verdict(
         c.method, c.physical, c.target, data.document_ends, lengths, [counts["share"] for counts in taken]
     )
@@ -47,7 +47,7 @@ def look(
 
 def of_documents(lengths: np.ndarray, marks: dict[str, int]) -> dict[str, Any]:
     """{"lengths": statistics.Lengths as a dict, "at_least": {name: {tokens, documents, share}}} for each mark."""
-    reached = {name: (least, *at_least(lengths, least)) for name, least in marks.items()}
+    reached = {name: (tokens, *at_least(lengths, tokens)) for name, tokens in marks.items()}
     keys = ("tokens", "documents", "share")
     return {
         "lengths": lengths_of(lengths).as_dict(),
@@ -128,7 +128,7 @@ def _ends(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-# In words
+# For people
 
 
 def page(looked: dict[str, Any], document_ends: str) -> str:
@@ -173,12 +173,12 @@ def sample_in_words(sample: dict[str, Any]) -> str:
 
 def _excerpts(documents: list[dict[str, int]], shown: int = 6) -> str:
     """Documents of a sample with the tokens that it takes of each, and where in the row one ends."""
-    said = []
+    listed = []
     for each in documents[:shown]:
-        count = each["last"] - each["first"] + 1
-        part = "whole" if count == each["length"] else f"tokens {_range(each['first'], each['last'])}"
-        said.append(f"#{each['document']} ({part} of {each['length']:,}) at {_range(each['start'], each['stop'] - 1)}")
-    return ", ".join(said) + (f" and {len(documents) - shown} more" if len(documents) > shown else "")
+        first, last, length = each["first"], each["last"], each["length"]
+        tokens = "all" if last - first + 1 == length else f"tokens {_range(first, last)}"
+        listed.append(f"#{each['document']} ({tokens} of {length:,}) at {_range(each['start'], each['stop'] - 1)}")
+    return ", ".join(listed) + (f" and {len(documents) - shown} more" if len(documents) > shown else "")
 
 
 def _range(first: int, last: int) -> str:

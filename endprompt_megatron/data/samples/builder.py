@@ -110,7 +110,7 @@ class SampleBuilder:
         weights[a - 1 :], mask[a - 1 :] = spec.prompt_loss_weight, True
         weights[-1], mask[-1] = 0.0, False
         if recall is not None:
-            recall.places(a, 1, index=0, seed=self._seed)  # refuses a context without room for the span
+            recall.places(a, 1, index=0, seed=self._seed)  # refuses a context that is too short for the span
             weights[a - 1 : -1][torch.from_numpy(recall.is_key(self._copies))] = 0.0
         positions = torch.from_numpy(self._positions(a, b, 0))
         return _Form(a, tokens, weights, mask, None if self._method in VARYING else positions)

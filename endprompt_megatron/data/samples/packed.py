@@ -1,9 +1,8 @@
 """Rows of packed documents (`data.packing: documents`), read from an indexed dataset by the index of packing.py.
 
-A row is as long as a sample of the stream and holds several two-segment samples, one behind the other, each with
-positions, prompt and weights of its own; `cu_seqlens` says where each begins.  What pads a sample to its alignment
-stands at its end, where no real token sees it, and has weight 0; what is left of the row is one more sequence, of
-weight 0 throughout.
+A row is as long as a sample of the stream and holds several two-segment samples, one after the other, each with
+positions, prompt and weights of its own; `cu_seqlens` says where each begins.  Padding stands at the end of a sample,
+where no real token sees it, and has weight 0; what is left of the row is one more sequence, of weight 0 throughout.
 """
 
 import bisect
@@ -43,7 +42,7 @@ class Documents:
     def __init__(self, stream: np.ndarray, index: Index, first: int, stop: int, min_len: int = 0) -> None:
         self.stream, self._index, self.first, self._stop, self._min_len = stream, index, first, stop, min_len
         lengths = index.lengths[first:stop]
-        self.held = int(lengths.sum(dtype=np.int64))
+        self.tokens = int(lengths.sum(dtype=np.int64))
         self.lengths = np.where(lengths >= min_len, lengths, 0) if min_len else lengths
 
     def begin(self, document: int) -> int:
@@ -51,7 +50,7 @@ class Documents:
         return int(self._index.pointers[self.first + document]) // self.stream.itemsize
 
     def length(self, document: int) -> int:
-        """Tokens of a document, whatever part of it counts."""
+        """Tokens of a document, including those that no sample takes."""
         return int(self._index.lengths[self.first + document])
 
     def weigh(self, row: dict[str, np.ndarray], begin: int) -> None:
@@ -62,7 +61,7 @@ class Documents:
         return {"documents": [self.first, self._stop], "least": self._min_len}
 
     def left_out(self) -> str:
-        """What is left out or cut beside what the rows' counts tell, for the line that describes an epoch."""
+        """What is left out or cut besides what the rows' counts say, for the line that describes an epoch."""
         return ""
 
 
@@ -157,11 +156,11 @@ class PackedRows:
             if not rows:
                 break
             taken = min(rows, epoch.counts.rows)
-            parts = epoch.samples[: epoch.starts[taken]]
-            sizes = piece_sizes(self._documents.lengths[parts["document"]], parts["piece"], self.packing)
+            chosen = epoch.samples[: epoch.starts[taken]]
+            sizes = piece_sizes(self._documents.lengths[chosen["document"]], chosen["piece"], self.packing)
             context += int(sizes.sum(dtype=np.int64))
-            prompt += int(np.array(self.packing.prompt_lens)[parts["prompt"]].sum(dtype=np.int64))
-            samples += len(parts)
+            prompt += int(np.array(self.packing.prompt_lens)[chosen["prompt"]].sum(dtype=np.int64))
+            samples += len(chosen)
             epochs += taken / epoch.counts.rows
             rows -= taken
         return {
@@ -171,7 +170,7 @@ class PackedRows:
             "epochs": epochs,
             "epoch_samples": counts.rows,
             "epoch_documents": int(np.count_nonzero(self._documents.lengths)),
-            "left_out_tokens": self._documents.held - counts.context_tokens,
+            "left_out_tokens": self._documents.tokens - counts.context_tokens,
         }
 
     def excerpts(self, row: int) -> list[Excerpt]:
@@ -260,7 +259,7 @@ class PackedDataset(torch.utils.data.Dataset):
         return self, int(index)
 
     def prepare(self) -> None:
-        """Pack what is asked for, or find it in the cache."""
+        """Pack the rows that were asked for, or find them in the cache."""
         self.rows.prepare(self.size)
 
     def epoch(self, number: int) -> int:

@@ -1,6 +1,6 @@
 """Samples cut from the stream of a source's documents (`data.packing: stream`).
 
-windows.py says which tokens a sample takes, builder.py makes the sample of them.
+windows.py says which tokens a sample takes, builder.py makes the sample.
 """
 
 from pathlib import Path
@@ -69,7 +69,7 @@ class EndPromptDataset(torch.utils.data.Dataset):
         return self, int(index)
 
     def prepare(self) -> None:
-        """Put what belongs into the cache there."""
+        """Write to the cache what is kept there."""
         self.windows.prepare(self.size)
 
     def epoch(self, number: int) -> int:
@@ -78,10 +78,10 @@ class EndPromptDataset(torch.utils.data.Dataset):
 
     def excerpts(self, number: int) -> list[Excerpt]:
         """What the context of sample `number` consists of, in its order."""
-        room = self.builder.context_of(number)  # a longer prompt leaves room for fewer tokens than the window has
+        context_len = self.builder.context_of(number)  # a longer prompt takes the place of tokens of the window
         found, at = [], 0
         for begin, end in self.spans(number):
-            count = min(end - begin, room - at)
+            count = min(end - begin, context_len - at)
             if count > 0:
                 document, start, length = self.windows.document(begin)
                 found.append(Excerpt(document, length, begin - start, count, at))

@@ -1,8 +1,8 @@
 """Which tokens of an indexed dataset make which sample: windows of one size, cut anew and shuffled every epoch.
 
 numpy alone.  An epoch lays the dataset's documents in a drawn order into one stream, cuts that into windows and
-draws the order of the windows; both draws follow from (seed, epoch) and from nothing else, least of all from
-how many samples a run asks for.  The first epoch is, window for window, that of Megatron's GPTDataset.
+draws the order of the windows; both draws depend on (seed, epoch) alone, not on how many samples a run
+asks for.  The first epoch is, window for window, that of Megatron's GPTDataset.
 
 What is laid into the stream (`data.document_ends`):
 
@@ -29,7 +29,7 @@ from endprompt_megatron.data.indexed import Index
 
 DOCUMENT_ENDS = ("cross", "within")
 SMALL = 1 << 20  # numbers; an index up to it is made in memory, in tens of milliseconds
-_OPEN = 2  # epochs held at a time: ranks of a global batch may stand on both sides of an epoch's end
+_OPEN = 2  # epochs in memory at a time: a global batch may lie on both sides of an epoch's end
 _STRIDE = 0x9E3779B1  # between the seeds of two epochs; odd, so that 2**32 epochs differ
 
 
@@ -65,7 +65,7 @@ class Windows:
         self._index, self._cache, self._first, self._stop = index, cache, first, stop
         self._min_len = max(min_len, size if ends != "cross" else 0)
         lengths = index.lengths[first:stop]
-        held = int(lengths.sum(dtype=np.int64))
+        tokens = int(lengths.sum(dtype=np.int64))
         if self._min_len:
             lengths = lengths[lengths >= self._min_len]
         self.documents, self.tokens = len(lengths), int(lengths.sum(dtype=np.int64))
@@ -73,11 +73,11 @@ class Windows:
             self.count = int((lengths // size).sum(dtype=np.int64))
         else:
             self.count = len(lengths) if ends == "single" else self.tokens // size
-        self.left_out = held - self.count * size
+        self.left_out = tokens - self.count * size
         self._open: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def epochs(self, samples: int) -> int:
-        """Epochs, the last one perhaps in part, that so many samples take."""
+        """Epochs that so many samples take; the last one may be used in part."""
         return -(-samples // self.count)
 
     def spans(self, index: int) -> list[tuple[int, int]]:
