@@ -33,10 +33,11 @@ test: $(VENV)/.installed-dev ## Run the tests (installs Slurm and Chromium where
 	@tests/install.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider --durations=15 $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed-dev ## Check style and shell scripts
+lint: $(VENV)/.installed-dev ## Check style, the rings of imports, and shell scripts
 	@failed=0; \
 	$(PY) -m ruff check --no-cache . || failed=1; \
 	$(PY) -m ruff format --no-cache --check . || failed=1; \
+	$(VENV)/bin/lint-imports --no-cache --no-logo || failed=1; \
 	$(VENV)/bin/shellcheck --external-sources .ci/run $(wildcard slurm/*.sh tools/*.sh tests/*.sh tests/*/*.sh) || failed=1; \
 	if [ "$$failed" != 0 ]; then echo "make lint: the checks above failed" >&2; exit 1; fi; \
 	echo "lint: clean"

@@ -66,17 +66,18 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from endprompt_megatron import checkpoint
 from endprompt_megatron.distributed import runtime
-from endprompt_megatron.config.recipe import Parallel, Precision, Recipe
+from endprompt_megatron.config.recipe import LongLora, Parallel, Precision
+from endprompt_megatron.convert.direct import weights_at
 from endprompt_megatron.common.files import read_json
 from endprompt_megatron.model.shape import read_shape
 hf, source = Path({hf!r}), Path({source!r})
 runtime.start(1, 1, 1, 1, 1)
-from endprompt_megatron.model.llama import build_model
+from endprompt_megatron.model.llama import build_chunks
 shape = read_shape(hf)
-recipe = Recipe(parallel=Parallel(), precision=Precision())
-models = build_model(shape, recipe, read_json(hf / "config.json", "a config"))
+config = read_json(hf / "config.json", "a config")
+models = build_chunks(shape, config, Parallel(), Precision(), LongLora(), shared_positions=True)
 before = time.monotonic()
-checkpoint.initialise(source, shape, models, None, "benchmark")
+checkpoint.initialise(weights_at(source, shape, "benchmark"), models, None)
 print("seconds", time.monotonic() - before)
 """
 

@@ -62,8 +62,8 @@ def sample(recipe, vocab: int) -> dict:
 
 
 def ours(directory: Path, overrides: list[str]):
-    from endprompt_megatron.config.constraints.check import check
-    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.config.constraints.check import load_checked
+    from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.distributed import runtime, te
     from endprompt_megatron.distributed.hardware import here
 
@@ -72,8 +72,7 @@ def ours(directory: Path, overrides: list[str]):
         f"model: {{hf: {directory}}}\ncontext: {{target: {TARGET}, physical: {PHYSICAL}}}\ndata: {{train: none}}\n"
         f"train: {{steps: 100, global_batch_size: 1}}\ncheckpoint: {{dir: {directory}/run}}\n"
     )
-    recipe = load_recipe(path, overrides)
-    shape = check(recipe, "benchmark", world_size=1)
+    recipe, shape = load_checked(path, overrides, world_size=1)
     te.set_environment(recipe, "benchmark", here())
     runtime.start(1, 1, None, 1, seed=0)
     import torch
@@ -86,7 +85,7 @@ def ours(directory: Path, overrides: list[str]):
 
     c = recipe.context
     config = scaled_config(json.loads((directory / "config.json").read_text()), "linear", 8.0, 8192, TARGET, "")
-    models = wrap_models(build_model(shape, recipe, config), recipe)
+    models = wrap_models(build_model(shape, recipe, config, shared_positions=positions_are_shared(recipe)), recipe)
     with torch.no_grad():
         for parameter in models[0].parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
@@ -105,7 +104,7 @@ def transformers_step(directory: Path):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.config.load import load_recipe
     from endprompt_megatron.model.flops import flops_per_token
     from endprompt_megatron.model.shape import read_shape
 

@@ -36,7 +36,7 @@ METHODS = {"end_prompt": [], "full": [], "shifted": SHIFTED, "longlora": [*SHIFT
 
 
 def recipe_of(directory: Path, method: str, target: int, short: int):
-    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.config.load import load_recipe
 
     sequences = short if method == "end_prompt" else 1
     kind = "end_prompt" if method == "end_prompt" else "full"
@@ -144,8 +144,7 @@ def measure(directory: Path, target: int, args: argparse.Namespace) -> dict[str,
 
 def predicted(directory: Path, method: str, target: int, short: int) -> dict[str, float]:
     """FLOPs a token, seconds a step by the planner's clock (0 on a CPU), and GiB that should be allocated."""
-    from endprompt_megatron.config.recipe import has_transformer_engine
-    from endprompt_megatron.distributed.hardware import here
+    from endprompt_megatron.distributed.hardware import has_transformer_engine, here
     from endprompt_megatron.model.flops import flops_per_token
     from endprompt_megatron.model.shape import read_shape
     from endprompt_megatron.plan.memory import GIB, memory

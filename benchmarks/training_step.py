@@ -62,7 +62,7 @@ def sample(length: int) -> dict:
 
 
 def ours(directory: str, length: int):
-    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.config.load import load_recipe
     from endprompt_megatron.distributed import runtime
 
     runtime.start(1, 1, None, 1, seed=0)

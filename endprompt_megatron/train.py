@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from endprompt_megatron import checkpoint
-from endprompt_megatron.checkpoint import Progress
+from endprompt_megatron.checkpoint import Progress, RunState
 from endprompt_megatron.common.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
 from endprompt_megatron.common.files import read_json
 from endprompt_megatron.config.constraints.check import check
@@ -38,7 +38,9 @@ def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
 
 
 def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> int:
+    from endprompt_megatron.convert.direct import weights_to_start_from
     from endprompt_megatron.data.samples.feed import open_feed
+    from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.distributed.watchdog import Watch
     from endprompt_megatron.method.rope import scaled_config
     from endprompt_megatron.model.llama import build_model
@@ -58,19 +60,22 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     export_config = scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, where)
     feed = open_feed(recipe, where, shape.vocab_size)
     te.share_buffers(recipe, shape)
-    models = wrap_models(build_model(shape, recipe, export_config), recipe)
+    models = build_model(shape, recipe, export_config, shared_positions=positions_are_shared(recipe))
+    models = wrap_models(models, recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
+    state = RunState(models, optimizer, scheduler)
 
     checkpoints = recipe.run_dir / "checkpoints"
-    checkpoint.require_room(checkpoints, recipe, shape)
-    progress = checkpoint.resume(checkpoints, recipe, where, models, optimizer, scheduler)
+    checkpoint.require_disk_space(checkpoints, shape, recipe.longlora, recipe.precision.dtype)
+    progress = checkpoint.resume(checkpoints, recipe, where, state)
     if progress is None:
         if recipe.model.init_from is None:
             raise InputError(
                 f"{where}: model.init_from is missing; give what tools/convert_hf_to_megatron.py wrote, or the "
                 "directory of model.hf"
             )
-        checkpoint.initialise(Path(recipe.model.init_from), shape, models, optimizer, where)
+        weights = weights_to_start_from(Path(recipe.model.init_from), shape, f"{where}: model.init_from")
+        checkpoint.initialise(weights, models, optimizer)
         progress = Progress()
     if progress.step >= t.steps:
         runtime.print_rank_zero(f"{checkpoints}: all {t.steps} steps are done already")
@@ -86,7 +91,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         with whole_parameters(models):
             recorder.validated(progress.step, validation.run())
 
-    saver = checkpoint.Saver(checkpoints, recipe, models, optimizer, scheduler, shape, export_config, progress.step)
+    saver = checkpoint.Saver(checkpoints, recipe, export_config, state, progress.step)
     recorder = Recorder(recipe, shape, progress)
     validation = Validation(recipe, feed, models) if feed.valid is not None else None
     if t.valid_interval and progress.step == 0:

@@ -32,8 +32,9 @@ def main() -> None:
     import json
 
     from endprompt_megatron.common.files import disk_errors
-    from endprompt_megatron.config.recipe import load_recipe
-    from endprompt_megatron.method.coverage import coverage_of, draw, table
+    from endprompt_megatron.config.load import load_recipe
+    from endprompt_megatron.data.samples.terminal_segments import coverage_of
+    from endprompt_megatron.method.coverage import draw, table
 
     recipe = load_recipe(args.recipe, args.overrides)
     try:

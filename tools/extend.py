@@ -23,18 +23,18 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="start N ranks on this machine")
     args = parser.parse_intermixed_args()  # overrides may stand on both sides of --processes
 
-    from endprompt_megatron.config.constraints.check import check
-    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.config.constraints.check import load_checked
+    from endprompt_megatron.config.load import load_recipe
 
     if args.processes < 1:
         raise InputError(f"--processes {args.processes}: should be at least 1")
-    recipe = load_recipe(args.recipe, args.overrides)
     if args.processes > 1 and "RANK" not in os.environ:
         from endprompt_megatron.distributed.launch import spawn
 
-        # Said once, here, and not once a rank.
-        check(recipe, args.recipe, world_size=args.processes)
+        # An error is reported once, here, instead of once a rank.
+        load_checked(args.recipe, args.overrides, world_size=args.processes)
         return spawn([__file__, args.recipe, *args.overrides, "--processes", str(args.processes)], args.processes)
+    recipe = load_recipe(args.recipe, args.overrides)
     from endprompt_megatron.distributed.signals import StopSignal
 
     # From here on a signal means: checkpoint and exit 75, even while libraries are still being imported.

@@ -45,7 +45,7 @@ def _samples(args: argparse.Namespace) -> None:
 
     from endprompt_megatron.common.files import disk_errors
     from endprompt_megatron.config.constraints.check import check_data
-    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.config.load import load_recipe
     from endprompt_megatron.data.describe.describe_data import look, page
     from endprompt_megatron.data.samples.of_recipe import datasets_of
     from endprompt_megatron.model.shape import read_shape

@@ -39,7 +39,8 @@ def main() -> None:
 
     import json
 
-    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.config.load import load_recipe
+    from endprompt_megatron.config.resolve import resolve
     from endprompt_megatron.distributed.hardware import of_kind
     from endprompt_megatron.model.published_shapes import shape_for
     from endprompt_megatron.plan.plan import make_plan
@@ -48,7 +49,8 @@ def main() -> None:
 
     hardware = of_kind(args.gpu)
     recipe = load_recipe(args.recipe, args.overrides)
-    shape, published = shape_for(recipe, args.recipe)
+    shape, published = shape_for(recipe.model.hf, args.recipe)
+    resolve(recipe, shape)
     if not args.search:
         plan = make_plan(recipe, args.recipe, shape, hardware, gpus, published)
         print(json.dumps(plan.as_dict(), indent=2) if args.json else page(plan))

@@ -18,7 +18,6 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json, write_json, write_text
 from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.model.shape import ModelShape
-from endprompt_megatron.tokenizer.tokenizer_files import size_of_model
 
 MANIFEST = "endprompt.json"
 HF_DIRECTORY = "hf"
@@ -171,36 +170,6 @@ def refuse_other_model(held: ModelShape, shape: ModelShape, source: str, other: 
             raise InputError(
                 f"{source} holds another model: {name}={getattr(held, name)}, {other} has {getattr(shape, name)}"
             )
-
-
-def check_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Raise InputError if the tokenizer in `directory` (if any) has ids that the model has no embedding for."""
-    for name, highest in _highest_ids(directory):
-        if highest >= vocab_size:
-            raise InputError(
-                f"{directory / name}: token id {highest} is outside the model's vocabulary (config.json has "
-                f"vocab_size={vocab_size}); use the tokenizer that belongs to the model"
-            )
-
-
-def _highest_ids(directory: Path) -> list[tuple[str, int]]:
-    found = []
-    if (directory / "tokenizer.json").is_file():
-        value = read_json(directory / "tokenizer.json", "a tokenizer")
-        model = value.get("model")
-        vocabulary = model.get("vocab", {}) if isinstance(model, dict) else {}
-        # Unigram models keep a list of [piece, score], the others a map from piece to id.
-        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
-        ids += [token["id"] for token in value.get("added_tokens") or []]
-        found.append(("tokenizer.json", max(ids, default=-1)))
-    elif (directory / "vocab.json").is_file():
-        found.append(("vocab.json", max(read_json(directory / "vocab.json", "a vocabulary").values(), default=-1)))
-    elif (directory / "tokenizer.model").is_file():
-        found.append(("tokenizer.model", size_of_model(directory / "tokenizer.model") - 1))
-    if (directory / "added_tokens.json").is_file():
-        added = read_json(directory / "added_tokens.json", "added tokens")
-        found.append(("added_tokens.json", max(added.values(), default=-1)))
-    return found
 
 
 def require_space(out: Path, count: int, flag: str = "--out") -> None:

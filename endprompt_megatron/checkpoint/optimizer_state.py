@@ -22,12 +22,6 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.distributed.runtime import device
 
 
-def torch_adamw(optimizer: ChainedOptimizer) -> list[torch.optim.AdamW]:
-    """torch's AdamW inside Megatron's optimizer, which is there without Transformer Engine and Apex."""
-    inner = [part.optimizer for part in _parts(optimizer)]
-    return [optimizer for optimizer in inner if isinstance(optimizer, torch.optim.AdamW)]
-
-
 def stored_state(optimizer: ChainedOptimizer, weights: list[Weight]) -> list[Stored]:
     """This rank's state, to be written.  Tensors are fetched one at a time, when they are written or staged."""
     _allocate(optimizer)
@@ -66,11 +60,11 @@ def read_state(optimizer: ChainedOptimizer, weights: list[Weight], checkpoint: C
                     read = checkpoint.read(key, offset, shape, dtype, zero_outside=place.padded)
                     value[begin : begin + math.prod(shape)] = read.view(-1)
             loaded[name] = value.to(current.device)
-        if isinstance(part.optimizer, torch.optim.AdamW):
+        if _is_torch_adamw(part):
             loaded["step"] = torch.tensor(float(updates))
         _set_states(part, parameter, loaded)
     for part in _parts(optimizer):
-        if not isinstance(part.optimizer, torch.optim.AdamW):
+        if not _is_torch_adamw(part):
             for group in part.optimizer.param_groups:  # where fused AdamWs count
                 group["step"] = updates
 
@@ -89,6 +83,11 @@ def updates_of(optimizer: ChainedOptimizer) -> int:
 
 def _parts(optimizer: Any) -> list:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _is_torch_adamw(part: Any) -> bool:
+    """Whether Megatron's optimizer holds torch's AdamW, which counts updates by parameter instead of by group."""
+    return isinstance(part.optimizer, torch.optim.AdamW)
 
 
 def _owned(optimizer: ChainedOptimizer) -> Iterator[tuple[Any, torch.nn.Parameter, int, int]]:
@@ -186,6 +185,6 @@ def _allocate(optimizer: ChainedOptimizer) -> None:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
                     inner.initialize_state(parameter, remainders and parameter.dtype == torch.bfloat16)
-    for inner in torch_adamw(optimizer):
-        for state in inner.state.values():
+    for part in filter(_is_torch_adamw, _parts(optimizer)):
+        for state in part.optimizer.state.values():
             state.setdefault("step", torch.zeros(()))

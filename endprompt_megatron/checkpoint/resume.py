@@ -14,28 +14,17 @@ from endprompt_megatron.checkpoint.layout import (
     read_manifest,
 )
 from endprompt_megatron.checkpoint.optimizer_state import read_state
-from endprompt_megatron.checkpoint.run_progress import Progress
+from endprompt_megatron.checkpoint.run_state import Progress, RunState
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
-from endprompt_megatron.checkpoint.weights import read_objects, read_weights, weights_of
+from endprompt_megatron.checkpoint.weights import WeightSource, read_objects, read_weights, weights_of
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.keys import get, keys_of
 from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.convert import lora_merge
-from endprompt_megatron.convert.direct import weights_at
 from endprompt_megatron.distributed import runtime
 from endprompt_megatron.model.longlora import ADAPTER
-from endprompt_megatron.model.shape import ModelShape
-
-# Keys that decide what a step does.  A run that goes on with others would be neither one nor the other.
-_FIXED = (
-    "context.method context.target context.physical context.prompts context.prompt_loss_weight context.chunks "
-    "context.anchors context.curriculum_samples context.recall context.rope.type context.rope.factor "
-    "context.content_skip data.train data.kind data.long data.packing data.align data.document_ends "
-    "data.min_document_tokens train.global_batch_size train.seed precision.dtype longlora.shifted longlora.groups "
-    "longlora.rank longlora.alpha longlora.train_embeddings longlora.train_norms"
-).split()
 
 
-def resume(root: Path, recipe: Recipe, where: str, models: list, optimizer: Any, scheduler: Any) -> Progress | None:
+def resume(root: Path, recipe: Recipe, where: str, state: RunState) -> Progress | None:
     """Load the newest checkpoint of this run that is whole; None if there is none yet.  All ranks must call.
 
     A damaged one is renamed and the one before is taken; what that loses is said, and stands in the progress.
@@ -48,13 +37,13 @@ def resume(root: Path, recipe: Recipe, where: str, models: list, optimizer: Any,
     manifest = read_manifest(directory)
     refuse_other_recipe(manifest["recipe"] or {}, recipe, where, directory)
     checkpoint = Checkpoint(directory)
-    weights = weights_of(models)
+    weights = weights_of(state.models)
     read_weights(weights, checkpoint)
     with runtime.raise_on_all_ranks():
-        read_objects(models, checkpoint)
+        read_objects(state.models, checkpoint)
         common = torch.load(directory / "common.pt", map_location="cpu", weights_only=True)
-        read_state(optimizer, weights, checkpoint, common["optimizer"]["updates"])
-    scheduler.load_state_dict(common["scheduler"])
+        read_state(state.optimizer, weights, checkpoint, common["optimizer"]["updates"])
+    state.scheduler.load_state_dict(common["scheduler"])
     return Progress(manifest["step"], manifest["consumed_samples"], lost)
 
 
@@ -115,40 +104,24 @@ def _from_first(value: Any) -> Any:
     return held[0]
 
 
-def initialise(source: Path, shape: ModelShape, models: list, optimizer: Any | None, where: str) -> None:
-    """Weights from `model.init_from`, a converted checkpoint or Hugging Face's own; the master weights follow.
-
-    LoRA's adapters start as they were built.  Raises InputError if it is neither, not complete, of another model, or
-    has adapters of its own.
-    """
-    held = weights_at(source, shape, f"{where}: model.init_from")
-    if isinstance(held, Checkpoint) and lora_merge.adapted(held):
-        raise InputError(
-            f"{where}: model.init_from={source} holds LoRA's adapters beside the weights: merge them by "
-            "tools/convert_megatron_to_hf.py and start from the result"
-        )
-    read_weights([weight for weight in weights_of(models) if ADAPTER not in weight.key], held)
-    read_objects(models, held)
+def initialise(source: WeightSource, models: list, optimizer: Any | None) -> None:
+    """Weights to begin with; the master weights follow.  LoRA's adapters start as they were built."""
+    read_weights([weight for weight in weights_of(models) if ADAPTER not in weight.key], source)
+    read_objects(models, source)
     if optimizer is not None:
         optimizer.reload_model_params()
 
 
 def refuse_other_recipe(old: dict, recipe: Recipe, where: str, directory: Path) -> None:
     """Raise InputError if a key that decides steps is another one than in `old`, the checkpoint's recipe."""
-    new = recipe.as_dict()
-    for key in _FIXED:
-        before, now = _get(old, key), _get(new, key)
-        if before is None:  # a checkpoint from before there was such a key was trained as its default has it
-            before = _get(Recipe().as_dict(), key)
+    for declared in keys_of(type(recipe)):
+        if not declared.key.fixed:
+            continue
+        key = declared.dotted
+        # A checkpoint from before there was such a key was trained as its default has it.
+        before, now = get(old, key, declared.default), get(recipe, key)
         if before != now:
             raise InputError(
                 f"{where}: {key}={now} but {directory} was trained with {before}: "
                 "go on with that value, or choose another checkpoint.dir"
             )
-
-
-def _get(tree: dict, dotted: str) -> Any:
-    node: Any = tree
-    for name in dotted.split("."):
-        node = node.get(name) if isinstance(node, dict) else None
-    return node

@@ -26,11 +26,11 @@ from endprompt_megatron.checkpoint.layout import (
     write_manifest,
 )
 from endprompt_megatron.checkpoint.optimizer_state import stored_state, updates_of
-from endprompt_megatron.checkpoint.run_progress import Progress
+from endprompt_megatron.checkpoint.run_state import Progress, RunState
 from endprompt_megatron.checkpoint.weights import stored_objects, stored_weights, weights_of
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import disk_errors, write_json
-from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.config.recipe import LongLora, Recipe
 from endprompt_megatron.distributed import runtime
 from endprompt_megatron.model.longlora import checkpoint_bytes
 from endprompt_megatron.model.shape import ModelShape
@@ -49,16 +49,13 @@ class Saver:
         self,
         root: Path,
         recipe: Recipe,
-        models: list,
-        optimizer: Any,
-        scheduler: Any,
-        shape: ModelShape,
         export_config: dict,
+        state: RunState,
         newest: int = 0,
     ) -> None:
-        self.root, self.recipe, self.models, self.shape = root, recipe, models, shape
-        self.optimizer, self.scheduler, self.export_config = optimizer, scheduler, export_config
-        self.newest = newest
+        """`export_config` is the Hugging Face config that the model will be exported with (rope.scaled_config)."""
+        self.root, self.recipe, self.export_config = root, recipe, export_config
+        self.state, self.newest = state, newest
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._thread: threading.Thread | None = None
         self._abandoned = threading.Event()
@@ -82,10 +79,11 @@ class Saver:
         """
         self.wait()
         self._step = progress.step
-        weights = weights_of(self.models)
-        tensors = [*stored_weights(weights), *stored_state(self.optimizer, weights)]
-        objects = stored_objects(self.models)
-        common = {"scheduler": self.scheduler.state_dict(), "optimizer": {"updates": updates_of(self.optimizer)}}
+        weights = weights_of(self.state.models)
+        tensors = [*stored_weights(weights), *stored_state(self.state.optimizer, weights)]
+        objects = stored_objects(self.state.models)
+        updates = updates_of(self.state.optimizer)
+        common = {"scheduler": self.state.scheduler.state_dict(), "optimizer": {"updates": updates}}
         staging = self.root / f".{iteration_dir(self.root, progress.step).name}.partial"
         if self.rank == 0:
             self._noting_errors(on_disk.begin, self.root, progress.step)
@@ -159,7 +157,7 @@ class Saver:
             step=step,
             consumed_samples=consumed_samples,
             recipe=self.recipe.as_dict(),
-            vocab_size=self.shape.vocab_size,
+            vocab_size=self.export_config["vocab_size"],
             dtype=self.recipe.precision.dtype,
             source=str(self.recipe.model.hf),
             files=files,
@@ -209,20 +207,20 @@ def save(
     root: Path,
     progress: Progress,
     recipe: Recipe,
-    models: list,
-    optimizer: Any,
-    scheduler: Any,
-    shape: ModelShape,
     export_config: dict,
+    state: RunState,
 ) -> Path:
     """Write `root`/iter_NNNNNNN and return its path when it is complete.  Raises as Saver.save does."""
-    with Saver(root, recipe, models, optimizer, scheduler, shape, export_config) as saver:
+    with Saver(root, recipe, export_config, state) as saver:
         saver.save(progress)
         saver.wait()
     return iteration_dir(root, progress.step)
 
 
-def require_room(root: Path, recipe: Recipe, shape: ModelShape) -> None:
-    """Raise InputError if the disk has no room for one checkpoint: better before the training than after it."""
-    weight = 2 if recipe.precision.dtype == "bfloat16" else 4
-    require_space(root, checkpoint_bytes(shape, recipe.longlora, weight), "checkpoint.dir")
+def require_disk_space(root: Path, shape: ModelShape, longlora: LongLora, dtype: str) -> None:
+    """Raise InputError if the disk cannot take one checkpoint: better before the training than after it.
+
+    `dtype`: the recipe's precision.dtype.
+    """
+    weight = 2 if dtype == "bfloat16" else 4
+    require_space(root, checkpoint_bytes(shape, longlora, weight), "checkpoint.dir")

@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,30 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.utils import unwrap_model
 
 from endprompt_megatron.checkpoint.data_files import Stored
-from endprompt_megatron.checkpoint.torch_dist import Checkpoint
-from endprompt_megatron.convert.direct import HfSource
 from endprompt_megatron.distributed.runtime import raise_on_all_ranks
+
+
+class WeightSource(Protocol):
+    """Weights to read from, by Megatron's names: torch_dist.Checkpoint, or convert.direct.HfSource."""
+
+    def read(
+        self,
+        key: str,
+        offset: tuple[int, ...],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        zero_outside: bool = False,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The shard of the tensor `key` that starts at `offset` and has `shape`, cast to `dtype`, on the CPU.
+
+        With `zero_outside`, what lies outside the stored tensor (a padded vocabulary) is zero.  `into` is memory to
+        use, of that shape and dtype.  Raises InputError if there is no such shard.
+        """
+
+    def read_object(self, key: str) -> object | None:
+        """What was stored under `key` beside the tensors; None if nothing was."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +113,7 @@ def stored_weights(weights: list[Weight]) -> list[Stored]:
     ]
 
 
-def read_weights(weights: list[Weight], checkpoint: Checkpoint | HfSource) -> None:
+def read_weights(weights: list[Weight], source: WeightSource) -> None:
     """Fill the weights: each data-parallel rank reads its part from the files, the others get it from there.
 
     Raises InputError where the files do not hold a tensor.
@@ -103,15 +125,15 @@ def read_weights(weights: list[Weight], checkpoint: Checkpoint | HfSource) -> No
             if reader == group.rank():
                 tensor = weight.tensor
                 into = tensor.data if tensor.device.type == "cpu" and tensor.is_contiguous() else None
-                value = checkpoint.read(
+                value = source.read(
                     weight.key, weight.offset, weight.shape, tensor.dtype, zero_outside=weight.padded, into=into
                 )
                 if into is None:
                     tensor.copy_(value)
     if group.size() > 1:
-        sources = dist.get_process_group_ranks(group)
+        ranks = dist.get_process_group_ranks(group)
         for weight, reader in zip(weights, readers, strict=True):
-            dist.broadcast(weight.tensor, src=sources[reader], group=group)
+            dist.broadcast(weight.tensor, src=ranks[reader], group=group)
 
 
 def _shared_out(sizes: list[int], count: int) -> list[int]:
@@ -137,13 +159,13 @@ def _replica(replica_id: int | tuple[int, ...]) -> tuple[int, ...]:
     return (replica_id,) if isinstance(replica_id, int) else tuple(replica_id)
 
 
-def read_objects(models: list, checkpoint: Checkpoint | HfSource) -> None:
+def read_objects(models: list, source: WeightSource) -> None:
     """Give modules back what `stored_objects` stored; where a checkpoint has nothing, they keep what they have."""
     for chunk in unwrap_model(models):
         found = {}
         for name, entry in chunk.sharded_state_dict().items():
             if isinstance(entry, ShardedObject):
-                value = checkpoint.read_object(entry.unique_key)
+                value = source.read_object(entry.unique_key)
                 if value is not None:
                     found[name] = value.seek(0) or value if isinstance(value, io.BytesIO) else value
         if found:

@@ -85,7 +85,7 @@ class HfSource:
 
 
 def weights_at(source: Path, shape: ModelShape, flag: str) -> "HfSource | Checkpoint":
-    """What training starts from: a Hugging Face directory, or a Megatron checkpoint.  `flag` opens messages.
+    """The weights in a Hugging Face directory, or in a Megatron checkpoint.  `flag` opens messages.
 
     Raises InputError if `source` is neither, not complete, or of another model than `shape`.
     """
@@ -97,3 +97,17 @@ def weights_at(source: Path, shape: ModelShape, flag: str) -> "HfSource | Checkp
     directory = layout.find_checkpoint(source, flag=flag)
     layout.refuse_other_model(read_shape(directory / layout.HF_DIRECTORY), shape, f"{flag}={source}")
     return Checkpoint(directory)
+
+
+def weights_to_start_from(source: Path, shape: ModelShape, flag: str) -> "HfSource | Checkpoint":
+    """`weights_at`, for training.  Raises InputError as well for LoRA's adapters: those of a run start anew."""
+    from endprompt_megatron.checkpoint.torch_dist import Checkpoint
+    from endprompt_megatron.convert.lora_merge import adapted
+
+    weights = weights_at(source, shape, flag)
+    if isinstance(weights, Checkpoint) and adapted(weights):
+        raise InputError(
+            f"{flag}={source} holds LoRA's adapters beside the weights: merge them by "
+            "tools/convert_megatron_to_hf.py and start from the result"
+        )
+    return weights

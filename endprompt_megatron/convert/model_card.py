@@ -2,21 +2,11 @@
 
 from pathlib import PurePath
 
+from endprompt_megatron.config.keys import get
+from endprompt_megatron.method.positions import MAPS
 from endprompt_megatron.model.shape import ModelShape
 
-_TITLES = {
-    "end_prompt": "EndPrompt (a short context and a terminal prompt at the end of the target window)",
-    "end_prompt_random": "EndPrompt with the terminal prompt at a random place",
-    "end_prompt_log": "EndPrompt with the terminal prompt at a log-uniform distance",
-    "end_prompt_curriculum": "EndPrompt with the terminal prompt moving from near to the end",
-    "end_prompt_multi": "EndPrompt with several terminal prompts at growing distances",
-    "end_prompt_near": "a terminal prompt directly after the context (a control)",
-    "end_prompt_pose": "EndPrompt with the terminal prompt split into shifted chunks",
-    "pose": "PoSE (chunks with skipped positions)",
-    "full": "full-length fine-tuning",
-    "short": "short-context fine-tuning (the control: no terminal prompt)",
-    "sft": "supervised fine-tuning on conversations, with a loss on the answers alone",
-}
+_SFT = "supervised fine-tuning on conversations, with a loss on the answers alone"
 
 # Rows of the table: what it is called, and the recipe's key.
 _ROWS = (
@@ -45,16 +35,16 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
     """README.md with front matter.  A checkpoint without a recipe was converted and not trained: the card says so."""
     recipe = manifest["recipe"]
     # Where it lay on someone's disk is of no use to a reader; a relative name may be that of a hub.
-    base = str(_value(recipe, "model.hf") or manifest["source"])
+    base = str(get(recipe, "model.hf") or manifest["source"])
     name = PurePath(base).name if base.startswith(("/", ".", "~")) else base
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    method = _value(recipe, "context.method")
-    if _value(recipe, "data.kind") == "chat":
+    method = get(recipe, "context.method")
+    if get(recipe, "data.kind") == "chat":
         method = "sft"
-    kept = _value(recipe, "context.rope.type") == "keep"
+    kept = get(recipe, "context.rope.type") == "keep"
     if recipe:
         lines += ["tags:", "- long-context", f"- {str(method or 'endprompt').replace('_', '-')}"]
-    target = _value(recipe, "context.target")
+    target = get(recipe, "context.target")
     done = ", fine-tuned" if kept else f", extended to {target} tokens" if target else ""
     title = f"# {PurePath(base).name}{done}"
     lines += ["---", "", title, ""]
@@ -62,17 +52,17 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
         lines += ["The weights of the source, converted to Megatron-Core and back; not trained further.", ""]
     table = [("Base model", name)]
     if method:
-        table.append(("Method", _TITLES.get(method, method)))
-    if _value(recipe, "longlora.shifted"):
-        groups = _value(recipe, "longlora.groups")
+        table.append(("Method", _SFT if method == "sft" else _summary(method)))
+    if get(recipe, "longlora.shifted"):
+        groups = get(recipe, "longlora.groups")
         table.append(("Attention in training", f"shifted sparse attention, {groups} groups; plain attention since"))
-    rank = _value(recipe, "longlora.rank")
+    rank = get(recipe, "longlora.rank")
     if rank:
-        beside = [name for name in ("embeddings", "norms") if _value(recipe, f"longlora.train_{name}")]
-        lora = f"rank {rank}, alpha {_value(recipe, 'longlora.alpha')} on q, k, v and o, merged"
+        beside = [name for name in ("embeddings", "norms") if get(recipe, f"longlora.train_{name}")]
+        lora = f"rank {rank}, alpha {get(recipe, 'longlora.alpha')} on q, k, v and o, merged"
         table.append(("LoRA", lora + (f"; {' and '.join(beside)} trained beside it" if beside else "")))
     for label, key in _ROWS if recipe else ():
-        value = _value(recipe, key)
+        value = get(recipe, key)
         if kept and key in _OF_EXTENSION:
             continue
         if value is not None:
@@ -86,12 +76,9 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
     return "\n".join(lines)
 
 
-def _value(recipe: dict | None, key: str) -> object:
-    """The value under a dotted key; None if it is not there."""
-    value = recipe
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+def _summary(method: str) -> str:
+    """What the position map is; the name itself of one that is not known here."""
+    return MAPS[method].summary if method in MAPS else method
 
 
 def _escaped(value: object) -> str:

@@ -29,6 +29,7 @@ from endprompt_megatron.convert.model_card import model_card
 from endprompt_megatron.convert.to_megatron import Written
 from endprompt_megatron.convert.units import identity, write_units
 from endprompt_megatron.model.shape import ModelShape, read_shape, shape_of
+from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
 
 DEFAULT_SHARD = "5GB"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -62,7 +63,7 @@ def convert_megatron_to_hf(
         shape = shape_of(config, str(hf / "config.json"))
         limit = parse_size(max_shard_size)
         refuse_existing(out, "--out")
-        layout.check_tokenizer(hf, shape.vocab_size)
+        check_vocabulary(hf, shape.vocab_size)
         pieces = list(mapping.pieces(shape))
         checkpoint = Checkpoint(source)
         _check(checkpoint, manifest, shape, pieces)

@@ -20,6 +20,7 @@ from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource
 from endprompt_megatron.convert.units import identity, write_units
 from endprompt_megatron.model.shape import ModelShape, read_shape
+from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
 
 _BOX_BYTES = 64 << 20
 _FILE_BYTES = 512 << 20
@@ -54,7 +55,7 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
     with ranks_agree(comm):
         shape = read_shape(hf)
         refuse_existing(out, "--out")
-        layout.check_tokenizer(hf, shape.vocab_size)
+        check_vocabulary(hf, shape.vocab_size)
         dtype = layout.parse_dtype(dtype)
         found = HfSource(hf).dtypes
         if dtype is None and len(found) > 1:

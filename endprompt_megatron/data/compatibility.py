@@ -12,7 +12,7 @@ from endprompt_megatron.data.indexed import CHAT, read_manifest
 from endprompt_megatron.tokenizer import load_tokenizer
 from endprompt_megatron.tokenizer.chat_template import digest_of_template
 from endprompt_megatron.tokenizer.fingerprint import FORMAT, fingerprint_of
-from endprompt_megatron.tokenizer.tokenizer_files import TOKENIZER_MODEL
+from endprompt_megatron.tokenizer.tokenizer import TOKENIZER_MODEL
 
 _SHOWN = len(FORMAT) + 8  # characters of a fingerprint
 

@@ -81,6 +81,11 @@ def _this_gpu(properties: object) -> Gpu:
     return Gpu(name, (properties.major, properties.minor), memory, 0.0, None, 0.0, 0.0, 0.0)
 
 
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can be imported (it is not imported here)."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
 @dataclass(frozen=True)
 class VisibleGpu:
     """A GPU that this process sees: the driver's name for it and its memory in GiB."""
@@ -121,7 +126,7 @@ def cuda_libraries() -> dict[str, str]:
 
 def te_version() -> tuple[int, ...] | None:
     """Transformer Engine's version as numbers, (2, 13, 0); None where it cannot be imported."""
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not has_transformer_engine():
         return None
     for name in ("transformer-engine", "transformer-engine-cu13", "transformer-engine-cu12"):
         try:

@@ -48,6 +48,17 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def device_options(*, virtual_pipeline: bool) -> dict[str, bool]:
+    """Those arguments of Megatron's TransformerConfig that follow from the device."""
+    cuda = has_cuda()
+    return {
+        "use_cpu_initialization": not cuda,
+        # Between virtual stages sends and receives go on behind the computation; Gloo has no batches of them.
+        "overlap_p2p_comm": cuda and virtual_pipeline,
+        "batch_p2p_comm": cuda and not virtual_pipeline,
+    }
+
+
 @dataclass(frozen=True)
 class Launch:
     """Where this process stands among those started together."""

@@ -1,12 +1,11 @@
 """What Transformer Engine must be told outside its layers: environment variables and shared buffers.
 
-The layers themselves are Megatron-Core's (model.py), and what is legal is in precision_rules.py.
+The layers themselves are Megatron-Core's (model/llama.py); config/constraints/precision_rules.py says what is legal.
 """
 
 import os
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.config.constraints.precision_rules import attention_environment
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.hardware import Hardware
 from endprompt_megatron.model.shape import ModelShape
@@ -33,6 +32,19 @@ def set_environment(recipe: Recipe, where: str, hardware: Hardware) -> None:
     os.environ.update(wanted)
     if wanted and launched_as().rank == 0:
         print_rank_zero("set " + " ".join(f"{name}={value}" for name, value in wanted.items()))
+
+
+def attention_environment(recipe: Recipe, hardware: Hardware) -> dict[str, str]:
+    """Environment variables that make a legal combination work; to be set before Transformer Engine is imported.
+
+    On Hopper there is no FP8 attention with current scaling: the switch keeps current scaling for the matrix
+    products and gives the attention delayed scaling.  Blackwell has both, and keeps what the recipe says.
+    """
+    p = recipe.precision
+    hopper = hardware.gpu is not None and hardware.gpu.hopper
+    if p.fp8_attention and p.fp8_recipe == "tensorwise" and hopper:
+        return {"NVTE_DPA_FP8_RECIPE": "DelayedScaling"}
+    return {}
 
 
 def share_buffers(recipe: Recipe, shape: ModelShape) -> None:

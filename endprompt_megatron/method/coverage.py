@@ -1,6 +1,6 @@
-"""Which relative distances a recipe's training supervises, how often, and what it never sees.
+"""Which relative distances a training supervises, how often, and what it never sees.
 
-Counts come from positions.py, averaged over samples and prompts; here they become bands for a table and
+Counts come from distances.py, averaged over samples and prompts; here they become bands for a table and
 a picture.  matplotlib is imported only to draw.
 """
 
@@ -9,18 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.method.positions import (
-    VARYING,
-    counts_of_bends,
-    distance_bends,
-    gaps,
-    position_ids,
-    segment_lengths,
-    supervised_ranges,
-)
-from endprompt_megatron.method.recipe_prompts import terminals
+from endprompt_megatron.method.distances import counts_of_bends, distance_bends, gaps, supervised_ranges
+from endprompt_megatron.method.positions import known, position_ids, segment_lengths
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,7 @@ def coverage(
     """
     lens = prompt_lens or [0]
     shares = shares or [1 / len(lens)] * len(lens)
-    drawn = min(samples, of or samples) if method in VARYING else 1
+    drawn = min(samples, of or samples) if known(method).varies else 1
     indices = np.linspace(0, (of or drawn) - 1, drawn).astype(np.int64).tolist()
     counts = np.zeros(target_len)
     segments, examples = [], []
@@ -125,29 +115,6 @@ def coverage(
                 examples.append(positions)
         counts += share / drawn * counts_of_bends(bends)
     return Coverage(method, target_len, segments, shares, drawn, counts, examples)
-
-
-def coverage_of(recipe: Recipe, *, samples: int = 2000, prompt_len: int | None = None) -> Coverage:
-    """Coverage of a recipe's training: its sources' prompts and recall prompts by their shares, its method's knobs.
-
-    `prompt_len` stands for the length of each prompt where there is no tokenizer.  Raises InputError.
-    """
-    c, t = recipe.context, recipe.train
-    found = terminals(recipe, prompt_len)
-    try:
-        return coverage(
-            c.method,
-            c.physical,
-            c.target,
-            [terminal.length for terminal in found],
-            shares=[terminal.share for terminal in found],
-            samples=samples,
-            of=t.steps * t.global_batch_size if t.steps else None,
-            seed=t.seed,
-            **c.knobs,
-        )
-    except ValueError as error:
-        raise InputError(f"context.method={c.method}: {error}") from None
 
 
 def table(result: Coverage) -> str:

@@ -2,12 +2,15 @@
 
 The published three are here by name; a recipe's `context.prompts` lists names, or `text:...` for a text of
 one's own.  They are tokenised once, without special tokens and without padding: a prompt is as many tokens
-as its text gives with the model's tokenizer.
+as its text gives with the model's tokenizer.  A sample ends with a terminal segment: copies of a prompt, or of a
+recall prompt (recall.py).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.method.recall import Recall
 from endprompt_megatron.tokenizer import Tokenizer, load_tokenizer
 
 PROMPTS = {
@@ -45,3 +48,28 @@ def _tokenise(tokenizer: Tokenizer, name: str) -> list[int]:
         token = tokenizer.eos_id if token is None else token
         return [] if token is None else [token]
     return tokenizer.encode_prompt(name.removeprefix(CUSTOM) if name.startswith(CUSTOM) else PROMPTS[name])
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """A terminal segment: ids of one copy (0 where a span goes), tokens of all copies, its share of the samples."""
+
+    prompt: tuple[int, ...]
+    length: int
+    share: float
+
+
+def terminals(sources: list[tuple[float, list[list[int]]]], recall: Recall | None, copies: int) -> list[Terminal]:
+    """Every terminal segment that samples end with, once each.
+
+    `sources`: each one's share of the samples, and the prompts that its samples draw from; `recall` takes its share
+    of the samples from all of them; `copies`: how often a prompt stands in a segment.
+    """
+    recalling = recall.share if recall is not None else 0.0
+    shares: dict[tuple[int, ...], float] = {}
+    for share, prompts in sources if recalling < 1 else []:
+        for prompt in map(tuple, prompts):
+            shares[prompt] = shares.get(prompt, 0.0) + (1 - recalling) * share / len(prompts)
+    if recall is not None:
+        shares[tuple(recall.prompt)] = recalling
+    return [Terminal(prompt, copies * len(prompt), share) for prompt, share in shares.items()]

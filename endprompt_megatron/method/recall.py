@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from endprompt_megatron.method.positions import RECALL_STREAM, draws, generator
+from endprompt_megatron.method.random_streams import RECALL_STREAM, draws, generator
 
 _PARTS = 1 << 24  # in which `share` is counted
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from endprompt_megatron.data.samples.batches import rank_order
+from endprompt_megatron.model.context_parallel import rank_order
 from endprompt_megatron.model.packed_sequences import PackedSequences
 
 

@@ -26,16 +26,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from endprompt_megatron.config.recipe import (
-    LongLora,
-    Parallel,
-    Precision,
-    Recipe,
-    has_transformer_engine,
-)
-from endprompt_megatron.distributed.runtime import has_cuda
-from endprompt_megatron.method.positions import shared_positions
-from endprompt_megatron.method.recipe_prompts import kinds
+from endprompt_megatron.config.recipe import LongLora, Parallel, Precision, Recipe
+from endprompt_megatron.distributed.hardware import has_transformer_engine
+from endprompt_megatron.distributed.runtime import device_options
 from endprompt_megatron.method.rope import PositionRotary, transformers_config
 from endprompt_megatron.model.attention import RMSNorm, SdpaAttention
 from endprompt_megatron.model.cross_entropy import vocab_cross_entropy
@@ -47,13 +40,19 @@ from endprompt_megatron.model.shifted_attention import shifted_attention
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def transformer_config(shape: ModelShape, recipe: Recipe, attention_factor: float = 1.0) -> TransformerConfig:
-    """Megatron's config for this shape and recipe.
+def transformer_config(
+    shape: ModelShape,
+    parallel: Parallel,
+    precision: Precision,
+    *,
+    shared_positions: bool,
+    attention_factor: float = 1.0,
+) -> TransformerConfig:
+    """Megatron's config for this shape and these sections of a recipe.  `shared_positions`: see build_chunks.
 
     YaRN multiplies cos and sin by an attention factor; scores then carry its square.  It goes into the
     softmax scale, which is the same product and leaves fused RoPE usable.
     """
-    precision = recipe.precision
     dtype = DTYPES[precision.dtype]
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -74,13 +73,12 @@ def transformer_config(shape: ModelShape, recipe: Recipe, attention_factor: floa
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=not has_cuda(),
         perform_initialization=False,  # weights come from a checkpoint, always
         calculate_per_token_loss=True,  # loss.py normalises over the global batch; Megatron divides by nothing
-        **_parallel(recipe.parallel),
-        **_recompute(recipe.parallel),
+        **_parallel(parallel),
+        **_recompute(parallel),
         **_fp8(precision),
-        **_fusions(recipe),
+        **_fusions(shared_positions),
     )
 
 
@@ -97,9 +95,7 @@ def _parallel(p: Parallel) -> dict[str, Any]:
         sequence_parallel=p.sequence,
         tp_comm_overlap=p.overlap_tensor,
         deallocate_pipeline_outputs=True,
-        # Between virtual stages sends and receives go on behind the computation; Gloo has no batches of them.
-        overlap_p2p_comm=has_cuda() and virtual is not None,
-        batch_p2p_comm=has_cuda() and virtual is None,
+        **device_options(virtual_pipeline=virtual is not None),
     )
 
 
@@ -131,18 +127,17 @@ def _fp8(p: Precision) -> dict[str, Any]:
     )
 
 
-def _fusions(recipe: Recipe) -> dict[str, Any]:
+def _fusions(shared_positions: bool) -> dict[str, Any]:
     """Kernels that do several steps at once.  All but the last need Transformer Engine."""
     te = has_transformer_engine()
-    shared = shared_positions(recipe.context.method, kinds(recipe))
     return dict(
         bias_activation_fusion=te,
         masked_softmax_fusion=te,
         persist_layer_norm=te,
         cross_entropy_loss_fusion=te,
         cross_entropy_fusion_impl="te",
-        # TE's fused kernel takes one row of phases for the micro-batch, which packed documents are.
-        apply_rope_fusion=te and (recipe.train.micro_batch_size == 1 or recipe.data.packing == "documents" or shared),
+        # TE's fused kernel takes one row of phases for the micro-batch, which packed documents are too.
+        apply_rope_fusion=te and shared_positions,
         # Gradients added to their sum inside the GEMM.  For the output layer that is an extension of Apex.
         gradient_accumulation_fusion=te and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )
@@ -269,18 +264,46 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
             module.weight.partition_dim = 1 if isinstance(module, RowParallelLinear) else 0
 
 
-def build_model(shape: ModelShape, recipe: Recipe, export_config: dict) -> list[LlamaModel]:
+def build_model(
+    shape: ModelShape, recipe: Recipe, export_config: dict, *, shared_positions: bool = False
+) -> list[LlamaModel]:
+    """`build_chunks` of what a recipe trains; `shared_positions`: all its samples have the same position ids."""
+    one_sequence = recipe.train.micro_batch_size == 1 or recipe.data.packing == "documents"
+    return build_chunks(
+        shape,
+        export_config,
+        recipe.parallel,
+        recipe.precision,
+        recipe.longlora,
+        shared_positions=one_sequence or shared_positions,
+        seed=recipe.train.seed,
+    )
+
+
+def build_chunks(
+    shape: ModelShape,
+    export_config: dict,
+    parallel: Parallel,
+    precision: Precision,
+    longlora: LongLora,
+    *,
+    shared_positions: bool,
+    seed: int = 0,
+) -> list[LlamaModel]:
     """This rank's model chunks (one, or one a virtual pipeline stage), on the CPU or the GPU.
 
-    Weights are not set, but for LoRA's adapters, which no checkpoint that training starts from has.
+    Weights are not set, but for LoRA's adapters, by `seed`: no checkpoint that training starts from has any.
 
-    `export_config` is the HF config that will be exported (rope.scaled_config).  Needs parallel_state.
+    `export_config` is the HF config that will be exported (rope.scaled_config).  `shared_positions`: every
+    micro-batch comes with one row of position ids, [1, s].  Needs parallel_state.
     """
     from endprompt_megatron.method.rope import frequencies
 
     hf_config = transformers_config(export_config)
     _, attention_factor = frequencies(hf_config)
-    config = transformer_config(shape, recipe, attention_factor)
+    config = transformer_config(
+        shape, parallel, precision, shared_positions=shared_positions, attention_factor=attention_factor
+    )
     chunks = config.virtual_pipeline_model_parallel_size
     models = []
     for stage in range(chunks or 1):
@@ -289,12 +312,12 @@ def build_model(shape: ModelShape, recipe: Recipe, export_config: dict) -> list[
             shape,
             hf_config,
             config,
-            transformer_layer_spec=layer_spec(shape, config, vp_stage, recipe.longlora),
+            transformer_layer_spec=layer_spec(shape, config, vp_stage, longlora),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
         )
-        if recipe.longlora.rank:
-            start_adapters(model, recipe.longlora, recipe.train.seed)
+        if longlora.rank:
+            start_adapters(model, longlora, seed)
         models.append(model)
     return models

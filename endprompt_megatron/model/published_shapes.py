@@ -5,10 +5,9 @@ took a shape from here; training never does.
 """
 
 import re
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.model.shape import ModelShape, read_shape, shape_of
 
 
@@ -82,24 +81,22 @@ def plain_name(name: str) -> str:
     return plain
 
 
-def shape_for(recipe: Recipe, where: str) -> tuple[ModelShape, bool]:
-    """Shape of the recipe's model, and whether it is the published one because model.hf is not here.
+def shape_for(hf: str, where: str) -> tuple[ModelShape, bool]:
+    """Shape of the model that model.hf names, and whether it is the published one because the directory is not here.
 
     Raises InputError where there is neither a directory nor a published model of that name.
     """
-    directory = PurePath(recipe.model.hf)
-    config = published_config(recipe.model.hf)
+    directory = Path(hf)
+    config = published_config(hf)
     try:
         return read_shape(directory), False
     except InputError:
-        import os
-
-        if os.path.exists(directory):  # it is there and wrong: say that
+        if directory.exists():  # it is there and wrong: say that
             raise
     if config is None:
         known = ", ".join(sorted(CONFIGS))
         raise InputError(
-            f"{where}: model.hf={recipe.model.hf}: no such directory, and no published model of that name; "
+            f"{where}: model.hf={hf}: no such directory, and no published model of that name; "
             f"published shapes are {known}"
         )
-    return shape_of(config, recipe.model.hf), True
+    return shape_of(config, hf), True

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from endprompt_megatron.common.units import format_bytes, format_duration, format_number
 from endprompt_megatron.config.recipe import Parallel, Recipe
+from endprompt_megatron.method.positions import MAPS
 from endprompt_megatron.model.longlora import trained_parameters
 from endprompt_megatron.plan.estimate import Estimate
 from endprompt_megatron.plan.memory import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL_GIB
@@ -11,18 +12,6 @@ from endprompt_megatron.plan.plan import Plan
 from endprompt_megatron.plan.step_time import EFFICIENCY, NODE
 
 WIDTH = 120
-_METHODS = {
-    "end_prompt": "EndPrompt",
-    "end_prompt_random": "EndPrompt, random place",
-    "end_prompt_log": "EndPrompt, log-uniform place",
-    "end_prompt_curriculum": "EndPrompt, near to far",
-    "end_prompt_multi": "EndPrompt, several prompts",
-    "end_prompt_near": "short training with a prompt (a control)",
-    "end_prompt_pose": "EndPrompt with PoSE chunks",
-    "pose": "PoSE",
-    "full": "full-length training",
-    "short": "short training without a prompt (the control)",
-}
 _KINDS = {
     "gemm": "matrix products",
     "attention": "attention",
@@ -94,7 +83,7 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _method(recipe: Recipe) -> str:
-    name = _METHODS[recipe.context.method]
+    name = MAPS[recipe.context.method].title
     name += ", recall" if recipe.context.recall.tokens else ""
     return f"{name}, shifted attention" if recipe.longlora.shifted else name
 
@@ -218,10 +207,9 @@ def _savings(plan: Plan) -> list[str]:
             plan.full_same_samples / ours.gpu_hours,
         ),
     ]
-    name = _METHODS[c.method].split(",")[0].split(" ")[0]
     lines = [
         f"What is saved: sequences of {c.physical:,} tokens instead of {c.target:,}, as many a step",
-        f"  {'':<40} {name:>22} {'full length':>26}  ratio",
+        f"  {'':<40} {c.method:>22} {'full length':>26}  ratio",
     ]
     for what, here, there, ratio in rows:
         lines.append(f"  {what:<40} {here:>22} {there:>26}" + (f"  {ratio:.1f}x" if ratio else ""))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.common.errors import EXIT_INPUT, InputError
-from endprompt_megatron.config.recipe import Recipe, load_recipe
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.config.resolve import load_resolved
 from endprompt_megatron.distributed.runtime import launched_as, quiet_libraries
 from endprompt_megatron.model.shape import ModelShape, read_shape
 from endprompt_megatron.preflight import allreduce, cluster, filesystem, gpu_memory, node
@@ -49,7 +50,7 @@ def run(where: str, overrides: list[str], options: Options) -> Outcome:
     launch = launched_as()
     recipe = problem = None
     try:
-        recipe = load_recipe(where, overrides)
+        recipe = load_resolved(where, overrides)
     except InputError as error:
         problem = str(error)
     if problem and launch.world_size == 1:
@@ -105,8 +106,8 @@ def _silent(meeting: Meeting, facts: dict) -> list[Finding]:
 
 def _machine(recipe: Recipe, where: str, options: Options, meeting: Meeting, facts: dict, parts: dict) -> list[Finding]:
     """Whether the recipe is legal here, and the machines as training wants them."""
-    from endprompt_megatron.config.constraints.precision_rules import attention_environment
     from endprompt_megatron.distributed.hardware import here
+    from endprompt_megatron.distributed.te import attention_environment
 
     on_gpu = any(part["visible"] for part in parts.values())
     world, said = processes_of_the_run(recipe, meeting, options)

@@ -19,11 +19,12 @@ from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.hf_weights import INDEX, OLD_INDEX, OLD_SINGLE, SINGLE
 from endprompt_megatron.data.samples.blend import prompts_used
-from endprompt_megatron.method.positions import WITH_PROMPT, copies, segment_lengths
+from endprompt_megatron.data.samples.terminal_segments import recall_of
+from endprompt_megatron.method.positions import MAPS, copies, segment_lengths
 from endprompt_megatron.method.prompts import tokenise_prompts
-from endprompt_megatron.method.recipe_prompts import recall_of
 from endprompt_megatron.model.shape import ModelShape, read_shape
 from endprompt_megatron.preflight.table import FAIL, OK, WARN, Finding, many, some
+from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
 
 HF, CONVERTED, TOKENIZER = "HF checkpoint", "converted checkpoint", "tokenizer"
 _BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2}
@@ -216,12 +217,12 @@ def _refuse_short(directory: Path, lengths: dict[str, int]) -> None:
 def tokenizer(recipe: Recipe, shape: ModelShape) -> Finding:
     """Its ids have embeddings, and the recipe's end prompts fit the sequence."""
     directory = Path(recipe.model.hf)
-    layout.check_tokenizer(directory, shape.vocab_size)
+    check_vocabulary(directory, shape.vocab_size)
     lengths = context_lengths(recipe, shape)
     prompts = f", end prompts of {some(recipe.context.physical - a for a in lengths)} tokens"
     return Finding(
         TOKENIZER,
-        f"fits the vocabulary of {shape.vocab_size}" + (prompts if recipe.context.method in WITH_PROMPT else ""),
+        f"fits the vocabulary of {shape.vocab_size}" + (prompts if MAPS[recipe.context.method].has_prompt else ""),
         OK,
     )
 
@@ -230,11 +231,11 @@ def context_lengths(recipe: Recipe, shape: ModelShape) -> list[int]:
     """Context tokens of a sample, for each prompt of the recipe and its sources.  Raises InputError."""
     c = recipe.context
     prompts: list[list[int]] = [[]]
-    if c.method in WITH_PROMPT:
+    if MAPS[c.method].has_prompt:
         recall = recall_of(recipe)
         prompts = [] if recall and recall.share == 1 else tokenise_prompts(recipe.model.hf, prompts_used(recipe))
         prompts += [recall.prompt] if recall else []
-    count = copies(c.method, c.anchors)
+    count = copies(c.method, **c.knobs)
     highest = max((max(prompt) for prompt in prompts if prompt), default=-1)
     if highest >= shape.vocab_size:
         raise InputError(

@@ -1,31 +1,21 @@
-"""The report's pictures: inline SVG whose colours are CSS variables, so that they follow light and dark mode.
+"""The report's pictures of a training run and the palette of its page; evaluate/plots.py draws an evaluation's."""
 
-Evaluation pictures are those of evaluate/plots.py; this module adds the ones of a training run.
-"""
-
-import io
 import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from endprompt_megatron.common.inline_svg import RUNS, STAND_INS
 from endprompt_megatron.evaluate.plots import DASHES, MARKERS, Palette, dress, legend, length_axis, level_axis, short
-from endprompt_megatron.report.load import MOST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# matplotlib wants real colours; these are unlikely ones, each replaced by a variable of the page's style sheet.
-_RUNS = tuple(f"run{number}" for number in range(2, MOST + 1))
-_PURPOSES = ("ink", "muted", "grid", "baseline", "extended", "control", "untrained", *_RUNS)
-_STAND_INS = {name: f"#0102{index:02x}" for index, name in enumerate(_PURPOSES)}
 # Told apart without colour too, on paper and by those who do not see it.
-_RUN_MARKERS = dict(zip(_RUNS, "vPX*h", strict=True))
+_RUN_MARKERS = dict(zip(RUNS, "vPX*h", strict=True))
 _RUN_DASHES = dict(
-    zip(_RUNS, [(0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (2, 1)), (0, (8, 2, 1, 2)), (0, (5, 3))], strict=True)
+    zip(RUNS, [(0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (2, 1)), (0, (8, 2, 1, 2)), (0, (5, 3))], strict=True)
 )
 
 
@@ -36,7 +26,7 @@ class PagePalette(Palette):
     names: dict[str, str] = field(default_factory=dict)
 
     def of(self, label: str) -> str:
-        return _STAND_INS.get(label, self.baseline if label.startswith("baseline") else self.ink)
+        return STAND_INS.get(label, self.baseline if label.startswith("baseline") else self.ink)
 
     def line(self, label: str) -> dict:
         return super().line(label) | {
@@ -46,7 +36,7 @@ class PagePalette(Palette):
         }
 
 
-_COLOURS = {name: colour for name, colour in _STAND_INS.items() if name not in _RUNS}
+_COLOURS = {name: colour for name, colour in STAND_INS.items() if name not in RUNS}
 PAGE = PagePalette(**_COLOURS)
 
 
@@ -55,33 +45,6 @@ def page_palette(names: dict[str, str]) -> PagePalette:
     # A leading underscore would hide a line from matplotlib's legend, a dollar sign would begin mathematics.
     names = {key: name.lstrip("_").replace("$", "\\$") or key for key, name in names.items()}
     return PagePalette(**_COLOURS, names=names)
-
-
-def svg(draw: Callable[["Axes"], None], title: str, number: int, size: tuple[float, float]) -> str:
-    """An <svg> element that scales with its column.  `number` keeps its ids apart from other pictures'."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": str(number)}):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure.subplots())
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    head, rest = text.split(">", 1)
-    head = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", head)
-    text = f"{head}>{rest}"
-    text = text.replace("xlink:href", "href")
-    text = re.sub(r'\bid="([^"]+)"', rf'id="f{number}-\1"', text)
-    text = re.sub(r"url\(#", f"url(#f{number}-", text)
-    text = re.sub(r'href="#', f'href="#f{number}-', text)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    text = re.sub(r"font: (\w+) ([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", text)
-    for name, colour in _STAND_INS.items():
-        text = text.replace(colour, f"var(--{name})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
 def smooth(values: list[float], weight: float = 0.85) -> list[float]:

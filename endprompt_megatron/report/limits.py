@@ -1,10 +1,10 @@
 """What a page does not show, as far as that follows from what was run, and how what it shows was made."""
 
 from collections.abc import Iterator
-from html import escape
 
 from endprompt_megatron import __version__
-from endprompt_megatron.report.html import details, section
+from endprompt_megatron.common.html_page import Bullets, Code, Details, Section
+from endprompt_megatron.method.positions import MAPS, PositionMap
 from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.models import Measured, Model
 
@@ -15,17 +15,16 @@ _QUESTIONS = {
 }
 
 
-def not_shown(runs: Runs, measured: Measured) -> str:
+def not_shown(runs: Runs, measured: Measured) -> Section:
     """The limits of what the page says."""
     points = [point for of_run in _by_run(runs, measured) for point in of_run]
     points += _of_all(runs, measured)
-    listed = "".join(f"<li>{point}</li>" for point in dict.fromkeys(points))
-    return section("limits", "What is not shown", f"<ul>{listed}</ul>")
+    return Section("limits", "What is not shown", [Bullets(list(dict.fromkeys(points)))])
 
 
 def _by_run(runs: Runs, measured: Measured) -> Iterator[list[str]]:
     for run in runs.runs:
-        name = f"<strong>{escape(run.name)}</strong>: " if runs.several else ""
+        name = f"**{run.name}**: " if runs.several else ""
         model = next((m for m in measured.models if m.run is run and m.key.startswith(("extended", "run"))), None)
         yield [name + point for point in (_of_model(run, model, measured) if model else _of_nothing())]
 
@@ -65,7 +64,7 @@ def _of_model(run: Run, model: Model, measured: Measured) -> list[str]:
     if missing:
         points.append(f"Not run: {'; '.join(missing)}.")
     for what, reason in ((run.evaluation or {}).get("left_out") or {}).items():
-        points.append(f"Asked for and left out: {escape(what)} ({escape(reason)}).")
+        points.append(f"Asked for and left out: {what} ({reason}).")
     if "ruler" in there and (there["ruler"].get("left_out") or there["ruler"].get("notes")):
         points.append("RULER's published benchmark: it was asked in part or from other sources, as its section says.")
     if "longbench" in there and not (there["longbench"].get("mean_21") or {}).get("complete", False):
@@ -86,43 +85,52 @@ def _real_lengths(model: Model) -> list[int]:
 
 def _of_all(runs: Runs, measured: Measured) -> list[str]:
     points = []
-    prompted = [run for run in runs.runs if str(run.value("context.method")).startswith("end_prompt")]
-    shorts = [run for run in runs.runs if run.value("context.method") == "short"]
+    prompted = [run for run in runs.runs if _map(run) is not None and _map(run).has_prompt]
+    shorts = [run for run in runs.runs if _map(run) is not None and _map(run).plain]
     if runs.control is None and prompted and not shorts:
+        plain = " or ".join(name for name, position_map in MAPS.items() if position_map.plain)
         points.append(
             "What the terminal prompt contributes: no control was given. The same training without it (method "
-            "<code>short</code>) has to stand beside this run before anything is credited to the prompt."
+            f"`{plain}`) has to stand beside this run before anything is credited to the prompt."
         )
     if runs.control is not None:
-        method = escape(str(runs.control.value("context.method", "unknown")))
+        method = runs.control.value("context.method", "unknown")
         for run in runs.runs:
             other, mine = runs.control.final("loss_context"), run.final("loss_context")
             pair = f" Last context loss: control {other:.3f}, this run {mine:.3f}." if None not in (other, mine) else ""
             points.append(
-                f"More than the tables' difference between {escape(run.name)} and its control, "
-                f"{escape(runs.control.name)} (<code>{method}</code>).{pair}"
+                f"More than the tables' difference between {run.name} and its control, "
+                f"{runs.control.name} (`{method}`).{pair}"
             )
     if any(model.measured for model in measured.models):
         points.append("How another seed of the training would come out: the intervals are of the questions asked.")
     return points
 
 
-def provenance(runs: Runs) -> str:
+def _map(run: Run) -> PositionMap | None:
+    """The position map of a run's recipe; None where it says none that is known."""
+    return MAPS.get(str(run.value("context.method")))
+
+
+def provenance(runs: Runs) -> Section:
     """The recipes, and how the evaluations can be repeated."""
     import yaml
 
-    parts = []
+    blocks = []
     for run in runs.all:
-        name = f"{escape(run.name)}: " if len(runs.all) > 1 else ""
+        name = f"{run.name}: " if len(runs.all) > 1 else ""
         if run.recipe_text:
-            text = f"<pre>{escape(run.recipe_text.strip())}</pre>"
-            parts.append(details(f"{name}recipe.yaml, as resolved", text, printed=False))
+            recipe = Code(run.recipe_text.strip())
+            blocks.append(Details(f"{name}recipe.yaml, as resolved", [recipe], printed=False))
         if run.evaluation is not None:
             kept = {
                 key: run.evaluation.get(key) for key in ("created", "seconds", "settings", "text", "models", "versions")
             }
-            text = escape(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).strip())
-            parts.append(details(f"{name}evaluation: settings, models, versions", f"<pre>{text}</pre>", printed=False))
-    places = ", ".join(escape(str(run.directory)) for run in runs.all)
-    footer = f"<footer>endprompt_megatron {escape(__version__)}. {places}</footer>"
-    return section("made", "How it was made", *parts) + footer
+            text = Code(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).strip())
+            blocks.append(Details(f"{name}evaluation: settings, models, versions", [text], printed=False))
+    return Section("made", "How it was made", blocks)
+
+
+def footer(runs: Runs) -> str:
+    """The version, and where the runs are."""
+    return f"endprompt_megatron {__version__}. {', '.join(str(run.directory) for run in runs.all)}"

@@ -8,6 +8,7 @@ import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
+from endprompt_megatron.config.keys import get
 
 RESULTS = "results.json"
 MOST = 6  # runs on a page: colours and line styles that can be told apart
@@ -29,10 +30,7 @@ class Run:
 
     def value(self, key: str, default: object = None) -> object:
         """A dotted recipe key; `default` where the recipe does not have it."""
-        node: object = self.recipe
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
-        return default if node is None else node
+        return get(self.recipe, key, default)
 
     def final(self, key: str, over: int = 10) -> float | None:
         """Mean of a metric over the last `over` logged steps."""

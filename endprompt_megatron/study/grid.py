@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.config.recipe import Recipe, load_recipe
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.config.resolve import load_resolved
 from endprompt_megatron.evaluate.settings import Settings, parse_suites
 
 OVER = "seed"  # the axis that is averaged over
@@ -106,7 +107,7 @@ def read_study(path: Path) -> Study:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{path}: two cells are named {name}; rename a level or an untrained model")
-    model = load_recipe(base, [*shared, f"checkpoint.dir={out}"]).model.hf
+    model = load_resolved(base, [*shared, f"checkpoint.dir={out}"]).model.hf
     study = Study(
         path=path,
         out=out,
@@ -227,7 +228,7 @@ def _grid(path: Path, base: Path, out: Path, shared: list[str], axes: dict, excl
 
 def _recipe(path: Path, name: str, base: Path, out: Path, overrides: list[str]) -> Recipe:
     try:
-        return load_recipe(base, [*overrides, f"checkpoint.dir={cell_directory(out, name) / 'run'}"])
+        return load_resolved(base, [*overrides, f"checkpoint.dir={cell_directory(out, name) / 'run'}"])
     except InputError as error:
         raise InputError(f"{path}: cell {name}: {error}") from None
 

@@ -12,8 +12,7 @@ No special token is ever added here, and none is found in a text: prepare.py and
 from pathlib import Path
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.tokenizer.base_tokenizer import Tokenizer
-from endprompt_megatron.tokenizer.tokenizer_files import HUGGING_FACE, TIKTOKEN, find
+from endprompt_megatron.tokenizer.tokenizer import HUGGING_FACE, TIKTOKEN, Tokenizer, find
 
 __all__ = ["Tokenizer", "load_tokenizer"]
 

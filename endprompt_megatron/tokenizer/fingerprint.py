@@ -9,7 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from endprompt_megatron.tokenizer.base_tokenizer import Tokenizer
+from endprompt_megatron.tokenizer.tokenizer import Tokenizer
 
 # Stands before the checksum, so that another form of it would be told apart.
 FORMAT = "ids1:"

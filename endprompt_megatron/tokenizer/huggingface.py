@@ -11,10 +11,14 @@ from typing import Any
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
-from endprompt_megatron.tokenizer.base_tokenizer import Tokenizer, refuse_surrogates
 from endprompt_megatron.tokenizer.chat_template import ChatTemplate
 from endprompt_megatron.tokenizer.fingerprint import pruned, sum_of_files
-from endprompt_megatron.tokenizer.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON
+from endprompt_megatron.tokenizer.tokenizer import (
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    Tokenizer,
+    refuse_surrogates,
+)
 
 
 class HuggingFace(Tokenizer):

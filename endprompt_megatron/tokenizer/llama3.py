@@ -18,9 +18,13 @@ from pathlib import Path
 import tiktoken
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.tokenizer.base_tokenizer import Tokenizer, refuse_surrogates
 from endprompt_megatron.tokenizer.fingerprint import pruned
-from endprompt_megatron.tokenizer.tokenizer_files import LLAMA3_RANKS, LLAMA3_SPECIAL
+from endprompt_megatron.tokenizer.tokenizer import (
+    LLAMA3_RANKS,
+    LLAMA3_SPECIAL,
+    Tokenizer,
+    refuse_surrogates,
+)
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

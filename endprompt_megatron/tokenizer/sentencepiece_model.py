@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from endprompt_megatron.tokenizer.base_tokenizer import Tokenizer, refuse_surrogates
+from endprompt_megatron.tokenizer.tokenizer import Tokenizer, refuse_surrogates
 
 
 class SentencePiece(Tokenizer):

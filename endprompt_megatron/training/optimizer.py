@@ -16,7 +16,6 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from endprompt_megatron.checkpoint.optimizer_state import torch_adamw
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.runtime import overlaps_communication
 
@@ -99,9 +98,10 @@ def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamSc
         **_low_precision(recipe),
     )
     optimizer = get_megatron_optimizer(config, models)
-    for inner in torch_adamw(optimizer):
-        for group in inner.param_groups:
-            group.update(fused=True, foreach=False)  # one pass over each parameter instead of about ten
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):  # where neither Transformer Engine nor Apex is installed
+            for group in part.optimizer.param_groups:
+                group.update(fused=True, foreach=False)  # one pass over each parameter instead of about ten
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -1,6 +1,6 @@
 """Validation during training: the loss on held-out samples, and the virtual-distance probe.
 
-The probe is that of evaluate/virtual.py, run through the Megatron model in place.
+The probe is that of method/virtual_probe.py, run through the Megatron model in place.
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ from megatron.core import parallel_state
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.data.samples.batches import rank_order
 from endprompt_megatron.data.samples.feed import Feed
 from endprompt_megatron.distributed.runtime import device
-from endprompt_megatron.evaluate.suites.virtual import probe_inputs, summarise
+from endprompt_megatron.method.virtual_probe import probe_inputs, summarise
+from endprompt_megatron.model.context_parallel import rank_order
 from endprompt_megatron.training.step import run_batch, token_losses
 
 PROBE_SAMPLES = 4  # of each distance and kind; the same text at every step, so that steps can be compared

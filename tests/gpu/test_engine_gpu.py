@@ -36,8 +36,8 @@ def with_rope_fused(recipe, samples, fused: bool):
 
     original = llama.transformer_config
 
-    def config(*args):
-        made = original(*args)
+    def config(*args, **options):
+        made = original(*args, **options)
         made.apply_rope_fusion = fused
         return made
 

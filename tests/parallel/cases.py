@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from endprompt_megatron.config.recipe import Recipe, load_recipe
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.config.resolve import load_resolved
 from endprompt_megatron.method.positions import copies, position_ids, segment_lengths
 from endprompt_megatron.model.shape import ModelShape, read_shape
 
@@ -68,7 +69,7 @@ def recipe_for(directory: Path, hf: Path, megatron: Path, *overrides: str) -> Re
             "precision: {dtype: float32}\n"
             f"checkpoint: {{dir: {directory / 'run'}}}\n"
         )
-    return load_recipe(path, overrides)
+    return load_resolved(path, overrides)
 
 
 def make_samples(recipe: Recipe, vocab: int, count: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -77,7 +78,7 @@ def make_samples(recipe: Recipe, vocab: int, count: int, seed: int = 0) -> dict[
     c = recipe.context
     samples = []
     for index in range(count):
-        length = (PROMPT_LENS[index % 2] + c.recall.tokens) * copies(c.method, c.anchors)
+        length = (PROMPT_LENS[index % 2] + c.recall.tokens) * copies(c.method, **c.knobs)
         a, b = segment_lengths(c.method, c.physical, length, c.target)
         samples.append(one_sample(recipe, generator.integers(0, vocab, a + b), b, index))
     return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
@@ -90,7 +91,7 @@ def one_sample(recipe: Recipe, tokens: np.ndarray, b: int, index: int) -> dict[s
     """
     c, a = recipe.context, len(tokens) - b
     recalled, key = c.recall.tokens, np.zeros(a + b, bool)
-    for end in range(a + b, a, -b // copies(c.method, c.anchors)) if recalled else []:
+    for end in range(a + b, a, -b // copies(c.method, **c.knobs)) if recalled else []:
         begin, place = end - recalled, (5 * index + end) % (a - recalled)
         tokens[begin:end] = tokens[place : place + recalled]
         key[begin - 1 : begin - 1 + c.recall.key] = True  # of targets
@@ -144,13 +145,17 @@ def build(recipe: Recipe):
 
     p = recipe.parallel
     runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
+    from endprompt_megatron.convert.direct import weights_to_start_from
+    from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.model.llama import build_model
     from endprompt_megatron.training.optimizer import build_optimizer, wrap_models
 
     shape = read_shape(recipe.model.hf)
-    models = wrap_models(build_model(shape, recipe, exported(recipe)), recipe)
+    shared = positions_are_shared(recipe)
+    models = wrap_models(build_model(shape, recipe, exported(recipe), shared_positions=shared), recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
-    checkpoint.initialise(Path(recipe.model.init_from), shape, models, optimizer, "test")
+    weights = weights_to_start_from(Path(recipe.model.init_from), shape, "test: model.init_from")
+    checkpoint.initialise(weights, models, optimizer)
     return shape, models, optimizer, scheduler
 
 
@@ -179,8 +184,9 @@ def micro_batches(recipe: Recipe, samples: dict[str, np.ndarray] | list) -> list
     import torch
     from megatron.core import parallel_state
 
-    from endprompt_megatron.data.samples.batches import join_rows, zigzag_slice
+    from endprompt_megatron.data.samples.batches import join_rows
     from endprompt_megatron.distributed.runtime import device
+    from endprompt_megatron.model.context_parallel import zigzag_slice
 
     cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 from endprompt_megatron import train as loop  # noqa: E402
 from endprompt_megatron.common.errors import run_cli  # noqa: E402
-from endprompt_megatron.config.recipe import load_recipe  # noqa: E402
+from endprompt_megatron.config.load import load_recipe  # noqa: E402
 from endprompt_megatron.data.samples.feed import Feed  # noqa: E402
 from endprompt_megatron.distributed.signals import StopSignal  # noqa: E402
 from endprompt_megatron.method.rope import scaled_config  # noqa: E402, F401

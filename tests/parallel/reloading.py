@@ -21,7 +21,7 @@ def reload(checkpoint: Path, hf: Path, save: Path, layout: tuple[int, int, int],
     """
     import torch
 
-    from endprompt_megatron.config.recipe import Parallel, Precision, Recipe
+    from endprompt_megatron.config.recipe import LongLora, Parallel, Precision
     from endprompt_megatron.distributed import runtime
     from endprompt_megatron.model.shape import read_shape
 
@@ -30,12 +30,12 @@ def reload(checkpoint: Path, hf: Path, save: Path, layout: tuple[int, int, int],
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    from endprompt_megatron.model.llama import build_model
+    from endprompt_megatron.model.llama import build_chunks
 
     shape = read_shape(hf)
     parallel = Parallel(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual)
-    recipe = Recipe(parallel=parallel, precision=Precision(dtype=dtype))
-    models = build_model(shape, recipe, json.loads((hf / "config.json").read_text()))
+    config = json.loads((hf / "config.json").read_text())
+    models = build_chunks(shape, config, parallel, Precision(dtype=dtype), LongLora(), shared_positions=True)
     state = {f"model{index}": model.sharded_state_dict() for index, model in enumerate(models)}
     state, left, absent = dist_checkpointing.load(state, str(checkpoint), strict=StrictHandling.RETURN_ALL)
     # Transformer Engine's norm has an extra state; a training run saves its optimizer's.

@@ -37,8 +37,9 @@ def train_and_save(recipe, batches, root):
     from endprompt_megatron.training.optimizer import update, zero_grad
     from endprompt_megatron.training.step import run_batch
 
-    shape, models, optimizer, scheduler = build(recipe)
-    progress = checkpoint.resume(root, recipe, "test", models, optimizer, scheduler) or checkpoint.Progress()
+    _, models, optimizer, scheduler = build(recipe)
+    state = checkpoint.RunState(models, optimizer, scheduler)
+    progress = checkpoint.resume(root, recipe, "test", state) or checkpoint.Progress()
     seen = []
     for samples in batches:
         zero_grad(models, optimizer)
@@ -49,7 +50,7 @@ def train_and_save(recipe, batches, root):
         seen.append((losses.total, norm))
     if not batches:
         progress.step += 1
-    checkpoint.save(root, progress, recipe, models, optimizer, scheduler, shape, exported(recipe))
+    checkpoint.save(root, progress, recipe, exported(recipe), state)
     return seen
 
 
@@ -170,7 +171,8 @@ def memory_of_a_save(recipe, root):
     from endprompt_megatron.checkpoint.optimizer_state import stored_state
     from endprompt_megatron.checkpoint.weights import stored_weights, weights_of
 
-    shape, models, optimizer, scheduler = build(recipe)
+    _, models, optimizer, scheduler = build(recipe)
+    state = checkpoint.RunState(models, optimizer, scheduler)
     weights = weights_of(models)
     parts = [*stored_weights(weights), *stored_state(optimizer, weights)]
     own = sum(part.load().add_(0).nbytes for part in parts)  # written to once: zeros take no memory before
@@ -188,7 +190,7 @@ def memory_of_a_save(recipe, root):
     looking = threading.Thread(target=look)
     before = anonymous()
     looking.start()
-    checkpoint.save(root, checkpoint.Progress(1, 0), recipe, models, optimizer, scheduler, shape, exported(recipe))
+    checkpoint.save(root, checkpoint.Progress(1, 0), recipe, exported(recipe), state)
     ended.set()
     looking.join()
     return own, peak[0] - before

@@ -30,8 +30,9 @@ def start_and_save(recipe, root):
     """On a rank: load, and save without a step, with optimizer state."""
     from endprompt_megatron import checkpoint
 
-    shape, models, optimizer, scheduler = build(recipe)
-    checkpoint.save(root, checkpoint.Progress(step=3), recipe, models, optimizer, scheduler, shape, exported(recipe))
+    _, models, optimizer, scheduler = build(recipe)
+    state = checkpoint.RunState(models, optimizer, scheduler)
+    checkpoint.save(root, checkpoint.Progress(step=3), recipe, exported(recipe), state)
 
 
 def keys(layout):

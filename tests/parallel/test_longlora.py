@@ -247,7 +247,8 @@ def logits_of(recipe, root, tokens) -> np.ndarray:
     from endprompt_megatron import checkpoint
 
     _, models, optimizer, scheduler = build(recipe)
-    assert checkpoint.resume(root, recipe, "test", models, optimizer, scheduler) is not None
+    state = checkpoint.RunState(models, optimizer, scheduler)
+    assert checkpoint.resume(root, recipe, "test", state) is not None
     model = models[0].eval()
     positions = torch.arange(len(tokens))[None]
     with torch.no_grad():

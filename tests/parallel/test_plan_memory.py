@@ -206,13 +206,18 @@ def parameters_of(name: str) -> int:
     import torch
 
     from endprompt_megatron.distributed import runtime
-    from endprompt_megatron.model.llama import build_model
+    from endprompt_megatron.model.llama import build_chunks
 
     runtime.start(1, 1, None, 1, 0)
     recipe = Recipe()
     with torch.device("meta"):
-        (model,) = build_model(
-            shape_of(CONFIGS[name], name), recipe, {**CONFIGS[name], "architectures": ["LlamaForCausalLM"]}
+        (model,) = build_chunks(
+            shape_of(CONFIGS[name], name),
+            {**CONFIGS[name], "architectures": ["LlamaForCausalLM"]},
+            recipe.parallel,
+            recipe.precision,
+            recipe.longlora,
+            shared_positions=True,
         )
     return sum(p.numel() for p in model.parameters())
 

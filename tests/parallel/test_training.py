@@ -42,7 +42,7 @@ def train_steps(recipe, batches, root=None):
     from endprompt_megatron.training.optimizer import update, zero_grad
     from endprompt_megatron.training.step import run_batch
 
-    shape, models, optimizer, scheduler = build(recipe)
+    _, models, optimizer, scheduler = build(recipe)
     seen = []
     for samples in batches:
         zero_grad(models, optimizer)
@@ -52,7 +52,8 @@ def train_steps(recipe, batches, root=None):
         seen.append((losses.total, norm, updated, float(sum(p.double().sum() for p in models[0].parameters()))))
     if root is not None:
         progress = checkpoint.Progress(len(batches), 0)
-        checkpoint.save(root, progress, recipe, models, optimizer, scheduler, shape, exported(recipe))
+        state = checkpoint.RunState(models, optimizer, scheduler)
+        checkpoint.save(root, progress, recipe, exported(recipe), state)
     return seen
 
 

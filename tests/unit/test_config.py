@@ -6,7 +6,8 @@ import pytest
 from small import assert_one_line_error
 from unit.starting import RECIPE
 
-from endprompt_megatron.config.recipe import has_transformer_engine, load_recipe
+from endprompt_megatron.config.resolve import load_resolved
+from endprompt_megatron.distributed.hardware import has_transformer_engine
 
 # name: (overrides, what the line says)
 KEYS = {
@@ -183,7 +184,7 @@ def test_inherit_cycle_of_two_is_refused(place, extend):
 
 def load(place: Path, monkeypatch, *overrides: str, recipe: str = "recipe.yaml"):
     monkeypatch.chdir(place)
-    return load_recipe(recipe, overrides)
+    return load_resolved(recipe, overrides)
 
 
 def test_defaults_follow_from_the_model_and_the_lengths(ground, monkeypatch):

@@ -5,9 +5,10 @@ import torch
 from small import small_llama
 
 from endprompt_megatron.common.files import read_json
-from endprompt_megatron.data.samples.batches import KEYS, zigzag_slice
-from endprompt_megatron.method.positions import METHODS, position_ids, segment_lengths
+from endprompt_megatron.data.samples.batches import KEYS
+from endprompt_megatron.method.positions import MAPS, position_ids, segment_lengths
 from endprompt_megatron.method.rope import PositionRotary, scaled_config, transformers_config
+from endprompt_megatron.model.context_parallel import zigzag_slice
 from endprompt_megatron.model.loss import weighted_loss
 
 TARGET, PHYSICAL, PROMPT = 65536, 48, 8
@@ -39,7 +40,7 @@ def gathered(shares: list[torch.Tensor], dim: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MAPS)
 def test_shares_gathered_are_the_whole_sample(method, size):
     whole = batch(method)
     assert set(whole) == set(KEYS)

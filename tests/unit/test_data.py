@@ -15,8 +15,10 @@ from unit.building import build
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.indexed import write_idx
-from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, zigzag_slice
-from endprompt_megatron.method.positions import METHODS, PROMPT_STREAM, copies, position_ids
+from endprompt_megatron.data.samples.batches import KEYS, MicroBatches
+from endprompt_megatron.method.positions import MAPS, copies, position_ids
+from endprompt_megatron.method.random_streams import PROMPT_STREAM
+from endprompt_megatron.model.context_parallel import zigzag_slice
 
 PROMPTS = [[1500, 1501, 1502, 1503, 1504], [1550], [1570, 1571, 1572]]  # no token of the stream
 LENGTHS = (7, 40, 1, 1, 200, 33, 24, 90, 5, 64, 128, 24, 24, 300)
@@ -87,7 +89,7 @@ def plain_sample(window, prompts, index, *, physical, target, method, weight, se
         prompt = []
     else:
         chosen = plain_prompt_number(seed, index, len(prompts))
-        prompt = prompts[chosen] * copies(method, 2)
+        prompt = prompts[chosen] * copies(method, anchors=2)
     b, a = len(prompt), physical - len(prompt)
     tokens = window[:a] + prompt
     if method == "end_prompt":
@@ -104,9 +106,9 @@ def plain_sample(window, prompts, index, *, physical, target, method, weight, se
     return dict(zip(KEYS, (tokens, labels, positions, weights, mask), strict=True))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MAPS)
 @pytest.mark.parametrize("several", [False, True])
-def test_samples_equal_a_plain_reconstruction(tmp_path, method, several):
+def test_samples_of_the_stream_equal_a_plain_reconstruction(tmp_path, method, several):
     documents = write_dataset(tmp_path / "corpus")
     prompts = PROMPTS if several else PROMPTS[:1]
     if method == "end_prompt_pose":
@@ -116,7 +118,7 @@ def test_samples_equal_a_plain_reconstruction(tmp_path, method, several):
     knobs = {"anchors": 2, "curriculum_samples": 9}
     lengths = {"physical_len": physical, "target_len": target}
     dataset = train_set(tmp_path / "corpus", method=method, prompts=prompts, knobs=knobs, **lengths)
-    shortest = 0 if method in ("pose", "full", "short") else min(map(len, prompts)) * copies(method, 2)
+    shortest = min(map(len, prompts)) * copies(method, anchors=2) if MAPS[method].has_prompt else 0
     windows = plain_windows(documents, physical - shortest)
     for index in range(min(len(dataset), len(windows))):
         expected = plain_sample(
@@ -138,7 +140,7 @@ def test_samples_equal_a_plain_reconstruction(tmp_path, method, several):
     assert dtypes == dict(zip(KEYS, (torch.int64, torch.int64, torch.int64, torch.float32, torch.bool), strict=True))
 
 
-def test_one_epoch_reads_every_token_once(prefix):
+def test_an_epoch_of_the_stream_reads_every_token_once(prefix):
     dataset = train_set(prefix, method="short", train_samples=sum(LENGTHS) // 24)
     seen = torch.cat([dataset[index]["tokens"] for index in range(len(dataset))]).tolist()
     assert len(seen) == len(set(seen)) == sum(LENGTHS) // 24 * 24
@@ -163,7 +165,7 @@ def test_prompts_are_drawn_uniformly_and_purely(prefix):
     assert counts.min() > 70
 
 
-def test_changing_a_sample_does_not_change_the_next_read(prefix):
+def test_changing_a_sample_does_not_change_how_it_is_read_again(prefix):
     dataset = train_set(prefix)
     before = {key: value.clone() for key, value in dataset[3].items()}
     for value in dataset[3].values():
@@ -171,7 +173,7 @@ def test_changing_a_sample_does_not_change_the_next_read(prefix):
     assert all(torch.equal(before[key], dataset[3][key]) for key in KEYS)
 
 
-def test_int32_tokens_and_the_models_vocabulary(tmp_path):
+def test_int32_tokens_are_read_and_checked_against_the_models_vocabulary(tmp_path):
     write_dataset(tmp_path / "big", first_token=70000, dtype=np.int32)
     dataset = train_set(tmp_path / "big", method="short", vocab_size=71000)
     assert int(dataset[0]["tokens"].min()) >= 70000
@@ -188,7 +190,7 @@ def test_split_holds_out_the_last_documents(prefix):
     assert min(int(valid[index]["tokens"].min()) for index in range(len(valid))) >= held_out
 
 
-def test_separate_validation_and_blend_by_weights(tmp_path):
+def test_a_blend_keeps_its_weights_beside_a_validation_dataset(tmp_path):
     for name, first in (("one", 0), ("two", 2000), ("valid", 4000)):
         write_dataset(tmp_path / name, first_token=first)
     train, valid = build(
@@ -233,7 +235,7 @@ def test_blends_of_many_small_shares_are_built(tmp_path):
         ({"seed": -1}, ["train.seed=-1"]),
     ],
 )
-def test_impossible_settings_are_refused(prefix, changes, needles):
+def test_impossible_settings_of_samples_are_refused(prefix, changes, needles):
     with pytest.raises(InputError) as refused:
         train_set(prefix, **changes)
     for needle in needles:
@@ -277,7 +279,7 @@ def test_micro_batches_of_all_ranks_are_the_run_in_order(prefix):
         next(ends)
 
 
-def test_zigzag_slices_put_the_sequence_back_together(prefix):
+def test_zigzag_slices_of_all_ranks_make_up_the_sequence(prefix):
     sequence = torch.arange(24).view(1, 24)
     assert torch.equal(zigzag_slice(sequence, 0, 1, dim=1), sequence)
     assert zigzag_slice(sequence, 0, 2, dim=1).tolist() == [[*range(6), *range(18, 24)]]

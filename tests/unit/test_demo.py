@@ -16,7 +16,7 @@ from small import assert_one_line_error, run_tool
 from endprompt_megatron.common import packages
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.constraints.check import check
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.demo import assets as demo_assets
 from endprompt_megatron.demo import stages as demo
 from endprompt_megatron.demo import summary as demo_summary

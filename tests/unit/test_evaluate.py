@@ -16,6 +16,7 @@ from endprompt_megatron.evaluate.preparation import Model
 from endprompt_megatron.evaluate.requests import answered
 from endprompt_megatron.evaluate.settings import Settings
 from endprompt_megatron.evaluate.suites import needle, perplexity, virtual
+from endprompt_megatron.method import virtual_probe
 from endprompt_megatron.tokenizer import load_tokenizer
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
@@ -151,7 +152,7 @@ def test_virtual_summary_counts_only_what_is_scored():
     losses = np.array([[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]])
     correct = np.array([[True, False, True], [False, False, False]])
     scored = np.array([[False, True, True], [False, False, True]])
-    assert virtual.summarise(losses, correct, scored) == {"loss": 4.0, "accuracy": pytest.approx(1 / 3)}
+    assert virtual_probe.summarise(losses, correct, scored) == {"loss": 4.0, "accuracy": pytest.approx(1 / 3)}
 
 
 @pytest.mark.parametrize(

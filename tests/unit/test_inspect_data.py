@@ -8,7 +8,7 @@ import pytest
 from small import assert_one_line_error, run_tool, small_llama, text
 from unit.test_data import write_dataset
 
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.data.describe.describe_data import describe
 from endprompt_megatron.data.describe.document_lengths import at_least, lengths_of, percent, verdict
 from endprompt_megatron.data.describe.segments import Segment, segments, weight_runs
@@ -45,7 +45,7 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-def test_segments_of_one_sample():
+def test_segments_of_a_row_with_one_sample():
     builder = SampleBuilder(SampleSpec("end_prompt", 24, 100, [[1, 2, 3]], 0.5, 0))
     sample = builder.build(np.arange(21), 0)
     assert segments(sample) == [
@@ -84,7 +84,7 @@ def test_segments_of_a_packed_row(said_by):
     ]
 
 
-def test_a_sample_is_described_as_it_is_trained_on(place):
+def test_inspect_data_describes_a_sample_as_it_is_trained_on(place):
     recipe = load_recipe(place / "recipe.yaml")
     dataset, _ = datasets_of(recipe, "recipe", 320, None)
     tokenizer = load_tokenizer(place / "hf")
@@ -111,7 +111,7 @@ def test_a_sample_is_described_as_it_is_trained_on(place):
     assert crossing > 2
 
 
-def test_the_tool_shows_samples_sources_and_a_picture(place, tmp_path):
+def test_inspect_data_shows_samples_sources_and_a_picture(place, tmp_path):
     done = run_tool("inspect_data", place / "recipe.yaml", "--samples", 2, "--picture", tmp_path / "rows.png")
     assert done.returncode == 0, done.stderr
     for needle in (
@@ -140,7 +140,7 @@ def test_the_tool_shows_samples_sources_and_a_picture(place, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["end_prompt_random", "end_prompt_pose", "pose", "full", "short"])
-def test_every_method_can_be_drawn(place, tmp_path, method):
+def test_inspect_data_draws_every_method(place, tmp_path, method):
     from endprompt_megatron.data.describe.picture import draw
 
     overrides = [f"context.method={method}"]
@@ -156,7 +156,7 @@ def test_every_method_can_be_drawn(place, tmp_path, method):
     assert (tmp_path / "rows.png").stat().st_size > 10_000
 
 
-def test_packed_rows_are_shown_sample_by_sample(place, tmp_path):
+def test_inspect_data_shows_packed_rows_sample_by_sample(place, tmp_path):
     keys = ["data.packing=documents", f"data.train={place / 'prefix'}", "context.physical=512"]
     done = run_tool("inspect_data", place / "recipe.yaml", *keys, "--samples", 2, "--picture", tmp_path / "rows.png")
     assert done.returncode == 0, done.stderr
@@ -176,7 +176,7 @@ def test_packed_rows_are_shown_sample_by_sample(place, tmp_path):
     assert most > 1
 
 
-def test_a_dataset_can_be_looked_at_by_itself(place):
+def test_inspect_data_shows_a_dataset_without_a_recipe(place):
     done = run_tool(
         "inspect_data", "--prefix", place / "other", "--tokenizer", place / "hf", "--start", 1, "--samples", 2
     )
@@ -208,14 +208,14 @@ def test_a_dataset_can_be_looked_at_by_itself(place):
         (["RECIPE", "data.train={OTHER: {weight: 1, prompts: [EP_9]}}"], ["prompts of", "=EP_9: unknown prompt"]),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(place, arguments, needles):
+def test_inspect_data_refuses_wrong_arguments_in_one_line(place, arguments, needles):
     names = {"RECIPE": "recipe.yaml", "HF": "hf", "OTHER": "other"}
     for name, file in names.items():
         arguments = [argument.replace(name, str(place / file)) for argument in arguments]
     assert_one_line_error(run_tool("inspect_data", *arguments), *needles)
 
 
-def test_statistics_count_every_document_and_token(tmp_path):
+def test_document_statistics_count_every_document_and_token(tmp_path):
     rng = np.random.default_rng(0)
     lengths = np.concatenate((rng.integers(0, 3000, 500), [0, 127, 128, 255, 256, 70000])).astype(np.int32)
     found = lengths_of(lengths)
@@ -229,7 +229,7 @@ def test_statistics_count_every_document_and_token(tmp_path):
     assert lengths_of(np.array([], dtype=np.int32)).documents == 0
 
 
-def test_the_verdict_depends_on_what_the_method_wants_of_documents():
+def test_the_verdict_on_document_lengths_depends_on_the_method():
     short, long = np.full(100, 900, dtype=np.int32), np.full(3, 70000, dtype=np.int32)
     for method in ("end_prompt", "end_prompt_random", "short"):
         assert verdict(method, 8192, 65536, "cross", [short], [1.0])[0]
@@ -265,7 +265,7 @@ def test_preflight_says_when_documents_are_short_for_the_method(place):
     assert epochs == pytest.approx(24 / dataset.windows.count, abs=0.005)
 
 
-def test_empty_documents_belong_to_no_window(tmp_path):
+def test_empty_documents_are_in_no_window(tmp_path):
     write_dataset(tmp_path / "corpus", lengths=(0, 5, 0, 0, 30, 0))
     from endprompt_megatron.data.indexed import read_idx
     from endprompt_megatron.data.samples.windows import Windows
@@ -278,7 +278,7 @@ def test_empty_documents_belong_to_no_window(tmp_path):
             assert first <= start < stop <= first + length
 
 
-def test_recall_prompts_are_shown_with_what_they_recall(place, tmp_path):
+def test_inspect_data_shows_what_recall_prompts_recall(place, tmp_path):
     keys = ["context.recall={tokens: 30, key: 6, cue: 'Again:'}", f"data.train={place / 'prefix'}"]
     recipe = load_recipe(place / "recipe.yaml", keys)
     dataset, _ = datasets_of(recipe, "recipe", 320, None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small import ROOT
 
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.method.rope import frequencies, scaled_config, transformers_config
 from endprompt_megatron.model.published_shapes import published_config
 

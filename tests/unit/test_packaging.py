@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))

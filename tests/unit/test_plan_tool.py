@@ -8,7 +8,7 @@ from small import ROOT, assert_one_line_error, run_tool
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.constraints.check import check_for
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.model.published_shapes import shape_for
 from endprompt_megatron.plan.plan import estimate, make_plan, min_gpus
@@ -23,7 +23,7 @@ H100 = of_kind("h100")
 
 def planned(*overrides: str, gpus: int | None = None, hardware=H100):
     recipe = load_recipe(RECIPE, list(overrides))
-    shape, published = shape_for(recipe, str(RECIPE))
+    shape, published = shape_for(recipe.model.hf, str(RECIPE))
     return make_plan(recipe, str(RECIPE), shape, hardware, gpus, published)
 
 
@@ -97,7 +97,7 @@ def test_keys_of_another_method_do_not_hide_what_full_length_costs(keys):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_legal_and_fits_on_some_number_of_h100s(path):
     recipe = load_recipe(path)
-    shape, _ = shape_for(recipe, str(path))
+    shape, _ = shape_for(recipe.model.hf, str(path))
     counts = [min_gpus(recipe) * replicas for replicas in (1, 2, 4, 8, 16, 32)]
     plans = []
     for gpus in counts:
@@ -139,7 +139,7 @@ def test_a_remedy_for_what_does_not_fit_makes_it_fit(overrides, least):
 @pytest.mark.parametrize(("kind", "gpus"), [("h100", 8), ("h200", 8), ("a100", 16), ("b200", 8)])
 def test_what_a_search_finds_is_legal_and_fits_and_is_sorted(kind, gpus):
     recipe = load_recipe(RECIPE)
-    shape, _ = shape_for(recipe, "recipe")
+    shape, _ = shape_for(recipe.model.hf, "recipe")
     hardware = of_kind(kind)
     found = search(shape, recipe, hardware, gpus)
     assert found
@@ -158,7 +158,7 @@ def test_the_keys_that_a_search_prints_give_the_layout_it_found():
     assert result.returncode == 0, result.stderr
     keys = result.stdout.rstrip().splitlines()[-1].split()[1:]
     recipe = load_recipe(RECIPE, overrides)
-    shape, _ = shape_for(recipe, "recipe")
+    shape, _ = shape_for(recipe.model.hf, "recipe")
     best = search(shape, recipe, H100, 64)[0]
     assert keys == layout_keys(recipe, best.recipe)
     assert planned(*overrides, *keys, gpus=64).estimate.step_seconds == pytest.approx(best.step_seconds)

@@ -5,25 +5,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from endprompt_megatron.method.positions import (
-    METHODS,
-    RANDOM,
-    VARYING,
-    WITH_PROMPT,
-    copies,
+from endprompt_megatron.method.distances import (
     counts_of_bends,
     distance_bends,
     distance_counts,
     gaps,
-    position_ids,
-    segment_lengths,
     supervised_distances,
     supervised_ranges,
 )
+from endprompt_megatron.method.positions import MAPS, copies, position_ids, segment_lengths
+
+WITH_PROMPT = [name for name, position_map in MAPS.items() if position_map.has_prompt]
 
 
 @st.composite
-def cases(draw, methods=METHODS):
+def cases(draw, methods=tuple(MAPS)):
     """(method, a, b, L, keywords) that the method can place."""
     method = draw(st.sampled_from(methods))
     target = draw(st.integers(8, 400))
@@ -31,8 +27,9 @@ def cases(draw, methods=METHODS):
     if method == "full":
         a, b = target, 0
     elif method in WITH_PROMPT:
-        b = draw(st.integers(chunks if method == "end_prompt_pose" else 1, (target - 1) // copies(method, anchors)))
-        b *= copies(method, anchors)
+        fewest = chunks if "chunks" in MAPS[method].knobs else 1
+        b = draw(st.integers(fewest, (target - 1) // copies(method, anchors=anchors)))
+        b *= copies(method, anchors=anchors)
         a = draw(st.integers(1, target - b))
     else:
         a, b = draw(st.integers(chunks, target)), 0
@@ -199,7 +196,7 @@ def test_pose_with_two_chunks_follows_the_published_ranges():
     assert shifts == set(range(target - c + 1))  # u ~ U{0 .. T-c}
 
 
-@pytest.mark.parametrize("method", RANDOM)
+@pytest.mark.parametrize("method", ["end_prompt_random", "end_prompt_log", "end_prompt_pose", "pose"])
 def test_random_maps_depend_on_index_and_on_seed(method):
     a, b = (40, 0) if method == "pose" else (30, 10)
     draws = {
@@ -211,7 +208,7 @@ def test_random_maps_depend_on_index_and_on_seed(method):
 
 
 def test_maps_without_chance_ignore_index_and_seed():
-    for method in set(METHODS) - set(VARYING):
+    for method in [name for name, position_map in MAPS.items() if not position_map.varies]:
         a, b = (50, 0) if method == "full" else (20, 0) if method == "short" else (20, 8)
         first = position_ids(method, a, b, 50, index=1, seed=1)
         np.testing.assert_array_equal(first, position_ids(method, a, b, 50, index=2, seed=9))

@@ -9,7 +9,7 @@ import pytest
 from small import ROOT, assert_one_line_error, file_system_of, run_tool
 from unit.starting import PREFLIGHT_CHECKS
 
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.preflight.disk_space import checkpoint_bytes, checkpoints_kept
 from endprompt_megatron.preflight.gpu_memory import fits

@@ -79,7 +79,7 @@ def slow() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random_moments_and_called_again_it_ends_with_the_same_bytes(place, tmp_path, seed):
+def test_preparing_killed_at_random_moments_ends_with_the_same_bytes(place, tmp_path, seed):
     generator, kills, staging = random.Random(seed), 0, tmp_path / ".out.partial"
     ended = False
     while not ended:
@@ -126,7 +126,7 @@ class Steps:
         return step
 
 
-def test_interrupted_before_any_step_it_goes_on_to_the_same_bytes(place, tmp_path):
+def test_preparing_interrupted_before_any_step_ends_with_the_same_bytes(place, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         steps = Steps(patch)
         call(place, tmp_path / "all" / "out")
@@ -170,7 +170,7 @@ def tokenised(monkeypatch) -> list[int]:
     return numbers
 
 
-def test_pieces_that_are_whole_are_kept_and_damaged_ones_done_again(place, tmp_path, tokenised):
+def test_complete_chunks_are_kept_and_damaged_ones_tokenised_again(place, tmp_path, tokenised):
     staging = interrupted(place, tmp_path / "out", tokenise, "tokenise_chunk", 7)
     records = sorted(staging.glob(".piece_*.json"))
     done = [int(path.stem.split("_")[1]) for path in records]
@@ -192,7 +192,7 @@ def test_pieces_that_are_whole_are_kept_and_damaged_ones_done_again(place, tmp_p
 
 
 @pytest.mark.parametrize("damage", [None, "cut", "flipped", "gone"])
-def test_killed_while_joining_it_goes_on_from_what_is_joined(place, tmp_path, tokenised, damage):
+def test_preparing_killed_while_joining_continues_from_what_is_joined(place, tmp_path, tokenised, damage):
     staging = interrupted(place, tmp_path / "out", finish, "_copy", 6)
     joined = staging / "joined.bin"
     done = json.loads((staging / ".joined.json").read_text())
@@ -213,7 +213,7 @@ def test_killed_while_joining_it_goes_on_from_what_is_joined(place, tmp_path, to
 
 
 @pytest.mark.parametrize("change", ["input", "touched", "order", "options", "tokenizer", "workers"])
-def test_another_job_begins_anew_and_the_same_does_not(place, tmp_path, tokenised, change, monkeypatch):
+def test_preparing_begins_anew_only_when_arguments_or_inputs_changed(place, tmp_path, tokenised, change, monkeypatch):
     here = tmp_path / "here"
     shutil.copytree(place, here)
     files = [*inputs(here), str(here / "more.jsonl")]
@@ -245,7 +245,7 @@ def test_another_job_begins_anew_and_the_same_does_not(place, tmp_path, tokenise
     assert sorted(path.name for path in out.parent.iterdir())[0] == "out-valid.bin"
 
 
-def test_wrong_input_leaves_nothing_of_an_earlier_start(place, tmp_path):
+def test_wrong_input_removes_what_an_earlier_start_left(place, tmp_path):
     interrupted(place, tmp_path / "out", tokenise, "tokenise_chunk", 3)
     (tmp_path / "bad.jsonl").write_text("{oops\n")
     with pytest.raises(InputError, match="not JSON"):
@@ -253,7 +253,7 @@ def test_wrong_input_leaves_nothing_of_an_earlier_start(place, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
-def test_a_second_run_of_one_output_is_refused_while_the_first_runs(place, tmp_path):
+def test_preparing_an_output_twice_at_once_is_refused(place, tmp_path):
     staging = interrupted(place, tmp_path / "out", tokenise, "tokenise_chunk", 3)
     with open(staging / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -266,7 +266,7 @@ def test_a_second_run_of_one_output_is_refused_while_the_first_runs(place, tmp_p
         call(place, tmp_path / "out")
 
 
-def test_two_tools_at_once_give_one_dataset_and_one_line(place, tmp_path):
+def test_two_prepare_data_at_once_give_one_dataset_and_one_error_line(place, tmp_path):
     command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--input", *inputs(place)]
     command += ["--tokenizer", str(place / "tokenizer"), "--out", str(tmp_path / "out"), "--workers", "1"]
     first, second = (subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2))
@@ -278,7 +278,7 @@ def test_two_tools_at_once_give_one_dataset_and_one_line(place, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_two_workers_are_killed_with_their_parent_and_it_goes_on(place, tmp_path, monkeypatch):
+def test_workers_end_with_their_killed_parent_and_preparing_continues(place, tmp_path, monkeypatch):
     """All at once: nothing is left running, and the lock is free."""
     big = tmp_path / "big.jsonl"
     big.write_bytes((place / "two.jsonl").read_bytes() * 400)
@@ -307,7 +307,7 @@ def test_two_workers_are_killed_with_their_parent_and_it_goes_on(place, tmp_path
 
 
 @pytest.mark.parametrize("share", [0.3, 1.3], ids=["tokenising", "joining"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(place, tmp_path, share):
+def test_a_full_disk_while_preparing_is_one_line_and_leaves_nothing(place, tmp_path, share):
     big = tmp_path / "big.jsonl"
     big.write_bytes((place / "two.jsonl").read_bytes() * 100)
     arguments = ["--input", big, "--tokenizer", place / "tokenizer", "--workers", 1, "--out"]

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from endprompt_megatron.checkpoint import Progress
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.training.metrics import Recorder, cut_metrics
 from endprompt_megatron.training.step import Losses

@@ -9,7 +9,7 @@ import small
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.evaluate.suites import perplexity
-from endprompt_megatron.method.positions import METHODS
+from endprompt_megatron.method.positions import MAPS
 from endprompt_megatron.report import load as report_run
 from endprompt_megatron.report.page import write_report
 from endprompt_megatron.report.sections import distances as report_distances
@@ -184,7 +184,7 @@ def test_missing_pieces_are_said_not_failed_over(run):
     assert "no baseline was measured" in text
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MAPS)
 def test_distances_of_every_method(run, method):
     (run / "recipe.yaml").write_text(RECIPE.replace("METHOD", method))
     found = report_distances.distance_coverage(report_run.read_run(run))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from endprompt_megatron.report.style import DARK, LIGHT
 from unit import reports
 
 from endprompt_megatron.report.page import write_report
-from endprompt_megatron.report.style import DARK, LIGHT
 
 
 def installed():

@@ -11,7 +11,7 @@ import yaml
 from unit import reports
 from unit.test_report import checked
 
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.evaluate.intervals import compare_intervals
 from endprompt_megatron.method import positions
@@ -208,7 +208,7 @@ def test_the_plan_is_tools_plans(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "processes": 8, "step_time_s": 1.0}\n')
     run = read_run(tmp_path)
     found = cost.planned(run, cost.spent(run)).estimate
-    plan = make_plan(recipe, "", *shape_for(recipe, "")[:1], of_kind("h100"), 8)
+    plan = make_plan(recipe, "", *shape_for(recipe.model.hf, "")[:1], of_kind("h100"), 8)
     assert found.as_dict() == plan.estimate.as_dict()
 
 

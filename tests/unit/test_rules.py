@@ -1,17 +1,17 @@
 """Which recipes are legal where: layouts and precisions of real model shapes on GPUs that need not be here."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from small import ROOT
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.constraints.check import check_for
-from endprompt_megatron.config.constraints.precision_rules import attention_environment
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.distributed.hardware import GPUS, Hardware, of_kind
 from endprompt_megatron.distributed.pipeline import chunk_layers
-from endprompt_megatron.method import positions
+from endprompt_megatron.distributed.te import attention_environment
 from endprompt_megatron.model.published_shapes import published_config
 from endprompt_megatron.model.shape import ModelShape, shape_of
 from endprompt_megatron.plan.estimate import estimate
@@ -268,10 +268,10 @@ ILLEGAL = {
 
 
 @pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(BASE)
-    return lambda overrides: load_recipe(path, overrides)
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(BASE)
+    return lambda overrides: load_recipe("recipe.yaml", overrides)
 
 
 @pytest.mark.parametrize("case", LEGAL)
@@ -368,11 +368,3 @@ def test_fp8_twin_differs_in_precision_and_layout_alone(name):
 def test_no_recipe_is_forgotten():
     files = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
     assert files == {*EVERY_RECIPE, "smollm2_135m_demo", *SFT}
-
-
-def test_every_method_has_a_name_in_plans_and_model_cards():
-    from endprompt_megatron.convert import model_card
-    from endprompt_megatron.plan import plan_page
-
-    assert set(positions.METHODS) <= set(plan_page._METHODS)
-    assert set(positions.METHODS) <= set(model_card._TITLES)

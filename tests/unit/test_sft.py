@@ -14,7 +14,7 @@ from unit.starting import write_tokens
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.constraints.check import check_data, check_for
-from endprompt_megatron.config.recipe import load_recipe
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.data.corpus.prepare import prepare
 from endprompt_megatron.data.describe.describe_data import look, look_at_documents, page
 from endprompt_megatron.data.describe.segments import segments
@@ -60,7 +60,7 @@ def dataset_of(*overrides: str):
     return datasets_of(recipe, "recipe.yaml", 320, None, valid_samples=4)
 
 
-def test_a_row_holds_conversations_with_the_weights_of_their_answers(place):
+def test_a_packed_row_of_conversations_weighs_only_their_answers(place):
     ids, masks = stored_documents("chats"), stored_documents("chats.mask")
     train, _ = dataset_of("train.steps=8", "data.align=4")
     seen = set()
@@ -105,7 +105,7 @@ def test_long_conversations_are_left_out_or_cut_and_counted(place):
         dataset_of("context.physical=8")
 
 
-def test_rows_and_a_split_are_those_of_the_kept_cache(place, tmp_path):
+def test_rows_of_conversations_come_from_the_cache_of_their_settings(place, tmp_path):
     recipe = load_recipe("recipe.yaml", ["data.valid=3,1", "data.long=cut", "context.physical=72"])
     for _ in range(2):
         train, valid = datasets_of(recipe, "recipe.yaml", 320, tmp_path / "cache", valid_samples=2)
@@ -118,7 +118,7 @@ def test_rows_and_a_split_are_those_of_the_kept_cache(place, tmp_path):
     assert "cut" not in train.describe()
 
 
-def test_segments_tell_answers_from_what_is_not_supervised(place):
+def test_segments_of_conversations_tell_answers_from_unsupervised_tokens(place):
     train, _ = dataset_of("data.align=8")
     masks = stored_documents("chats.mask")
     row = train[0]
@@ -147,7 +147,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_go_with_conversations_is_refused(place, name):
+def test_settings_that_conversations_do_not_support_are_refused(place, name):
     overrides, needles = REFUSED[name]
 
     def run():
@@ -162,7 +162,7 @@ def test_what_does_not_go_with_conversations_is_refused(place, name):
         assert needle in str(error.value)
 
 
-def test_data_that_lost_its_mask_or_has_another_template_is_refused(ground, tmp_path, monkeypatch):
+def test_conversations_without_their_mask_or_with_another_template_are_refused(ground, tmp_path, monkeypatch):
     for file in ground.glob("chats.*"):
         shutil.copy(file, tmp_path)
     shutil.copytree(ground / "hf", tmp_path / "hf")
@@ -200,7 +200,7 @@ SCALINGS = {
 
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize("form", ["transformers-5", "transformers-4"])
-def test_a_kept_rope_is_exported_and_trained_with_as_it_is(name, form):
+def test_rope_type_keep_trains_with_and_exports_the_models_own_scaling(name, form):
     rope = SCALINGS[name]
     given = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
     if form == "transformers-5":
@@ -241,7 +241,7 @@ def logits_of(directory: Path) -> np.ndarray:
         return model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.numpy()
 
 
-def test_a_run_that_learns_nothing_exports_the_model_that_it_began_with(process, place):
+def test_fine_tuning_that_changes_no_weight_exports_the_model_that_it_began_with(process, place):
     # AdamW moves nothing that is not larger than the last bit of a float32.
     exported = run_of(process, place, "optim.lr=1.0e-30", "train.steps=1")
     before, after = (json.loads((path / "config.json").read_text()) for path in (place / "hf", exported))
@@ -255,7 +255,7 @@ def test_a_run_that_learns_nothing_exports_the_model_that_it_began_with(process,
     assert "RoPE factor" not in card
 
 
-def test_from_a_file_of_conversations_to_a_model_that_answers(process, place):
+def test_fine_tuning_takes_a_file_of_conversations_to_a_model_that_answers(process, place):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -278,7 +278,7 @@ def test_from_a_file_of_conversations_to_a_model_that_answers(process, place):
     assert answer.shape[1] > asked["input_ids"].shape[1]
 
 
-def test_a_look_at_the_data_shows_which_tokens_have_a_loss(place):
+def test_inspect_data_shows_which_tokens_of_conversations_have_a_loss(place):
     recipe, tokenizer = load_recipe("recipe.yaml"), load_tokenizer("hf")
     dataset, _ = dataset_of()
     shown = page(look(recipe.context, recipe.data, dataset, tokenizer, 0, 2), recipe.data.document_ends)
@@ -288,7 +288,7 @@ def test_a_look_at_the_data_shows_which_tokens_have_a_loss(place):
     assert fourth["answer_tokens"] == sum(stored_documents("chats.mask")[3])
 
 
-def test_a_base_model_that_was_not_extended_is_refused_by_its_window(place, extend, tmp_path):
+def test_fine_tuning_beyond_the_models_window_is_refused(place, extend, tmp_path):
     shutil.copytree(place / "hf", tmp_path / "hf")
     edit_json(tmp_path / "hf" / "config.json", max_position_embeddings=64, rope_parameters=None)
     shutil.copy(place / "recipe.yaml", tmp_path)

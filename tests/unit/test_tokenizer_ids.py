@@ -17,10 +17,10 @@ from tokenizer_files import (
     take,
 )
 
-from endprompt_megatron.checkpoint.layout import check_tokenizer
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.tokenizer import load_tokenizer
 from endprompt_megatron.tokenizer.fingerprint import fingerprint_of
+from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
 
 TEXT = Path(__file__).with_name("multilingual.txt").read_bytes().decode()
 # The whole, its lines, and pieces that begin and end anywhere, in the middle of words, blanks and emoji.
@@ -165,6 +165,6 @@ def test_a_file_of_another_model_is_refused(tmp_path):
 
 def test_conversion_knows_the_highest_id_of_a_tiktoken_file(place, reference):
     directory = (place / LLAMA_3).parent
-    check_tokenizer(directory, 128256)
+    check_vocabulary(directory, 128256)
     with pytest.raises(InputError, match="token id 128255 is outside the model's vocabulary"):
-        check_tokenizer(directory, 128255)
+        check_vocabulary(directory, 128255)

@@ -17,7 +17,8 @@ from endprompt_megatron.data.samples.batches import KEYS, MicroBatches
 from endprompt_megatron.data.samples.blend import sources_of, turns
 from endprompt_megatron.data.samples.dataset import consumed
 from endprompt_megatron.data.samples.windows import Windows, epoch_seed
-from endprompt_megatron.method.positions import draws, generator, position_ids
+from endprompt_megatron.method.positions import position_ids
+from endprompt_megatron.method.random_streams import draws, generator
 
 MANY = tuple(int(n) for n in np.random.default_rng(5).integers(0, 400, 300))
 
@@ -33,7 +34,7 @@ def tokens_of(windows: Windows, stream: list[int], index: int) -> list[int]:
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_an_epoch_is_megatrons_with_its_seed(tmp_path, epoch):
+def test_windows_of_an_epoch_are_those_of_megatrons_dataset_with_its_seed(tmp_path, epoch):
     """GPTDataset, built by megatron-core for one epoch, gives the same windows in the same order."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -139,7 +140,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_the_order_does_not_depend_on_how_many_samples_are_asked_for(tmp_path, cut):
+def test_the_order_of_samples_does_not_depend_on_how_many_are_asked_for(tmp_path, cut):
     few, _ = build(**blend_of_three(tmp_path, train_samples=90, **CUTS[cut]))
     many, _ = build(**blend_of_three(tmp_path, train_samples=1000, **CUTS[cut]))
     assert (len(few), len(many)) == (90, 1000)
@@ -174,7 +175,7 @@ def test_global_batches_are_the_same_on_any_number_of_ranks_and_after_a_resume(t
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0], [8.0, 2.0, 1.0], [3.0, 0.004, 1.0, 1.0, 9.5]])
-def test_turns_come_as_they_are_due_and_keep_the_shares(weights):
+def test_sources_of_a_blend_take_turns_by_their_shares(weights):
     shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
     due = sorted(((Fraction(2 * j + 1, 2) / share, k, j) for k, share in enumerate(shares) for j in range(400)))[:300]
     source, within = turns(weights, 300)
@@ -220,7 +221,7 @@ def test_what_a_run_consumed_is_what_was_read(tmp_path, cut, count):
         assert source["share"] == (counts["samples"] / count if count else 0)
 
 
-def test_what_was_seen_without_a_blend(prefix):
+def test_what_a_run_consumed_is_counted_without_a_blend(prefix):
     dataset = train_set(prefix, method="short", train_samples=100)
     [source] = consumed(dataset, 50)["sources"]
     assert (source["samples"], source["context_tokens"], source["prompt_tokens"]) == (50, 50 * 24, 0)
@@ -261,7 +262,7 @@ def test_pose_takes_its_chunks_from_different_places_of_one_document(tmp_path):
     assert apart > 2 * len(long)
 
 
-def test_large_indices_are_cached_whole_and_follow_the_data(prefix, monkeypatch):
+def test_large_window_indices_are_cached_and_follow_the_data(prefix, monkeypatch):
     in_memory = train_set(prefix, train_samples=200)
     cache = prefix.parent / "cache"
     assert not cache.exists()  # nothing that is quickly made again is kept
@@ -286,7 +287,7 @@ def test_large_indices_are_cached_whole_and_follow_the_data(prefix, monkeypatch)
     assert [other.spans(index) for index in range(200)] == [expected.spans(index) for index in range(200)]
 
 
-def test_draws_are_uniform_and_apart_for_seeds_and_streams():
+def test_draws_are_uniform_and_independent_of_other_seeds_and_streams():
     indices = np.arange(30000)
     first = draws(1, indices, 1, 3)
     assert np.bincount(first).tolist() == pytest.approx([10000] * 3, rel=0.03)

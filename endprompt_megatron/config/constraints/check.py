@@ -1,8 +1,7 @@
 """What a recipe may not ask for: every rule that can be checked before a GPU is touched.
 
 `check` ends in one line that names the key, the value and what would be legal.  What can be said without
-the model's shape and the number of processes, recipe.py says when it reads the recipe; the rules of
-parallel layouts are in layout.py, those of FP8 and Transformer Engine in precision_rules.py.
+the model's shape and the number of processes, load.py says when it reads the recipe.
 """
 
 import os
@@ -15,15 +14,25 @@ from endprompt_megatron.config.constraints.longlora_rules import check_longlora
 from endprompt_megatron.config.constraints.packing_rules import check_packing
 from endprompt_megatron.config.constraints.parallel_rules import check_layout
 from endprompt_megatron.config.constraints.precision_rules import check_precision
-from endprompt_megatron.config.recipe import Recipe, one_of
-from endprompt_megatron.data.samples.windows import DOCUMENT_ENDS
+from endprompt_megatron.config.load import load_recipe
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.config.resolve import resolve
 from endprompt_megatron.distributed import hardware as machine
 from endprompt_megatron.distributed.hardware import Hardware
+from endprompt_megatron.method.positions import MAPS
 from endprompt_megatron.model.shape import ModelShape, read_shape
 
 
+def load_checked(
+    path: Path | str, overrides: list[str] | tuple[str, ...] = (), *, world_size: int
+) -> tuple[Recipe, ModelShape]:
+    """Read a recipe, resolve it against its model and check it for this machine.  Raises InputError."""
+    recipe = load_recipe(path, overrides)
+    return recipe, check(recipe, str(path), world_size=world_size)
+
+
 def check(recipe: Recipe, where: str, *, world_size: int) -> ModelShape:
-    """Refuse what cannot work here, before anything is built; returns the model's shape.
+    """Resolve the recipe and refuse what cannot work here, before anything is built; returns the model's shape.
 
     `world_size` is the number of processes.  Raises InputError.
     """
@@ -37,6 +46,7 @@ def check(recipe: Recipe, where: str, *, world_size: int) -> ModelShape:
 
 def check_for(recipe: Recipe, where: str, shape: ModelShape, *, world_size: int, hardware: Hardware) -> None:
     """The same for a model of that shape on other hardware than this, no file looked at.  Raises InputError."""
+    resolve(recipe, shape)
     _check_context(recipe, where, shape)
     check_packing(recipe, where, hardware)
     check_longlora(recipe, where)
@@ -81,7 +91,6 @@ def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
 def check_data(recipe: Recipe, where: str) -> None:
     """The rules of data.* and of what samples are made of.  Raises InputError."""
     d = recipe.data
-    one_of(where, "data.document_ends", d.document_ends, DOCUMENT_ENDS)
     _check_content_skip(recipe, where)
     check_chat(recipe, where)
     if not d.train:
@@ -90,7 +99,6 @@ def check_data(recipe: Recipe, where: str) -> None:
 
 def _check_training(recipe: Recipe, where: str) -> None:
     t, o, d = recipe.train, recipe.optim, recipe.data
-    one_of(where, "optim.schedule", o.schedule, ("constant", "cosine"))
     if o.warmup_steps < 0 or (o.warmup_steps and o.warmup_steps >= t.steps):
         raise InputError(f"{where}: optim.warmup_steps={o.warmup_steps} should be at least 0 and below {t.steps} steps")
     if len(o.betas) != 2 or not all(0 <= beta < 1 for beta in o.betas):
@@ -114,10 +122,11 @@ def _check_content_skip(recipe: Recipe, where: str) -> None:
     c, d = recipe.context, recipe.data
     if not c.content_skip:
         return
-    if c.method != "pose" or c.chunks != 2:
+    if not MAPS[c.method].content_skip or c.chunks != 2:
+        able = " or ".join(name for name, position_map in MAPS.items() if position_map.content_skip)
         raise InputError(
             f"{where}: context.content_skip=true is PoSE's with two chunks: context.method={c.method} with "
-            f"context.chunks={c.chunks} should be pose with 2"
+            f"context.chunks={c.chunks} should be {able} with 2"
         )
     if d.document_ends != "within":
         raise InputError(

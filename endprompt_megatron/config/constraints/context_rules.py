@@ -2,23 +2,25 @@
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recall, Recipe
-from endprompt_megatron.method.positions import WITH_PROMPT, copies
+from endprompt_megatron.method.positions import MAPS, copies
 
 
 def check_methods(recipe: Recipe, where: str) -> None:
     """Raise InputError for keys that the method cannot do with; the line names what it can."""
     c = recipe.context
-    if c.method == "full" and c.physical != c.target:
+    position_map = MAPS[c.method]
+    if position_map.whole_window and c.physical != c.target:
         raise InputError(
-            f"{where}: context.method=full trains at full length: context.physical={c.physical} should be {c.target}"
+            f"{where}: context.method={c.method} trains at full length: context.physical={c.physical} should be "
+            f"{c.target}"
         )
-    if c.method in WITH_PROMPT and not c.prompts:
+    if position_map.has_prompt and not c.prompts:
         raise InputError(f"{where}: context.prompts is empty; {c.method} needs at least one, such as [EP_1]")
-    if c.prompt_loss_weight < 0 or (c.method in WITH_PROMPT and c.prompt_loss_weight == 0):
+    if c.prompt_loss_weight < 0 or (position_map.has_prompt and c.prompt_loss_weight == 0):
         raise InputError(f"{where}: context.prompt_loss_weight={c.prompt_loss_weight} should be above 0")
-    if c.method in ("pose", "end_prompt_pose") and c.chunks < 2:
+    if "chunks" in position_map.knobs and c.chunks < 2:
         raise InputError(f"{where}: context.chunks={c.chunks} should be at least 2 for {c.method}")
-    if c.method == "end_prompt_curriculum" and c.curriculum_samples is None:
+    if "curriculum_samples" in position_map.knobs and c.curriculum_samples is None:
         raise InputError(
             f"{where}: context.curriculum_samples is missing: after how many samples has the prompt arrived at the end "
             f"of the window?  The run has {recipe.train.steps * recipe.train.global_batch_size}"
@@ -35,12 +37,12 @@ def _check_recall(recipe: Recipe, where: str) -> None:
                 "such as 53, or leave out context.recall"
             )
         return
-    if c.method not in WITH_PROMPT:
+    if not MAPS[c.method].has_prompt:
         raise InputError(
             f"{where}: context.recall.tokens={r.tokens} with context.method={c.method}, which has no terminal prompt: "
             "use end_prompt or end_prompt_near (the control)"
         )
-    most = (c.physical - 1) // (copies(c.method, c.anchors) + 1)
+    most = (c.physical - 1) // (copies(c.method, **c.knobs) + 1)
     if r.tokens > most:
         raise InputError(
             f"{where}: context.recall.tokens={r.tokens} leaves no context to recall it from in context.physical="

@@ -4,10 +4,10 @@ Transformer Engine's part is read from the sources of 2.9 to 2.18.
 """
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.config.recipe import Recipe, one_of
+from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.hardware import Hardware
+from endprompt_megatron.method.positions import MAPS
 
-PACKINGS = ("stream", "documents")
 # The Transformer Engine from which each exchange of keys and values takes packed sequences.
 _PACKED_COMM = {"p2p": (2, 9), "a2a": (2, 10), "all_gather": (2, 18)}
 
@@ -18,7 +18,6 @@ def check_packing(recipe: Recipe, where: str, hardware: Hardware) -> None:
     FP8 attention is refused with the other rules of its precision.
     """
     d, c, p = recipe.data, recipe.context, recipe.parallel
-    one_of(where, "data.packing", d.packing, PACKINGS)
     if d.packing == "stream":
         if d.align is not None:
             raise InputError(f"{where}: data.align={d.align} belongs to data.packing=documents: leave it out")
@@ -33,10 +32,10 @@ def check_packing(recipe: Recipe, where: str, hardware: Hardware) -> None:
             f"{asked} with context.recall.tokens={c.recall.tokens}: a short document has no span to recall; "
             "use packing=stream"
         )
-    if c.method == "full":
+    if MAPS[c.method].whole_window:
         raise InputError(
-            f"{asked} with context.method=full: a document is as long as it is, not as the target; use method=short "
-            f"with physical={c.target}, or packing=stream"
+            f"{asked} with context.method={c.method}: a document is as long as it is, not as the target; use "
+            f"method=short with physical={c.target}, or packing=stream"
         )
     if c.rope.type == "dynamic":
         raise InputError(

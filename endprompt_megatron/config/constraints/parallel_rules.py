@@ -3,13 +3,10 @@
 from pathlib import Path
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.config.recipe import Parallel, Recipe, one_of
+from endprompt_megatron.config.recipe import Parallel, Recipe
 from endprompt_megatron.distributed.hardware import Hardware
 from endprompt_megatron.distributed.pipeline import chunk_layers
 from endprompt_megatron.model.shape import ModelShape
-
-RECOMPUTE = ("none", "selective", "block", "full")
-CONTEXT_COMM = ("p2p", "all_gather", "a2a")
 
 
 def check_layout(recipe: Recipe, where: str, shape: ModelShape, world_size: int, hardware: Hardware) -> None:
@@ -105,7 +102,6 @@ def _pipeline_remedy(layers: int, pipeline: int, total: int) -> str:
 
 def _check_context(recipe: Recipe, where: str, shape: ModelShape, name: str) -> None:
     p, length = recipe.parallel, recipe.context.physical
-    one_of(where, "parallel.context_comm", p.context_comm, CONTEXT_COMM)
     if p.context == 1:
         return
     if length % (2 * p.context):
@@ -126,7 +122,6 @@ def _check_context(recipe: Recipe, where: str, shape: ModelShape, name: str) -> 
 
 
 def _check_recompute(p: Parallel, where: str, shape: ModelShape) -> None:
-    one_of(where, "parallel.recompute", p.recompute, RECOMPUTE)
     if p.recompute == "block" and p.recompute_layers is None:
         raise InputError(
             f"{where}: parallel.recompute_layers is missing: with recompute=block, how many layers of each stage"

@@ -5,13 +5,11 @@ silence.  Read from the sources of 2.9 to 2.13.
 """
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.config.recipe import Recipe, one_of
+from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.hardware import Hardware
 from endprompt_megatron.model.shape import ModelShape
 
 OLDEST_ENGINE = (2, 9)
-FP8 = ("hybrid", "e4m3")
-FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 # What a tensor's dimensions should be multiples of: (all but the last together, the last).
 _MULTIPLES = {"delayed": (8, 16), "tensorwise": (8, 16), "blockwise": (128, 128), "mxfp8": (32, 32)}
 
@@ -19,9 +17,6 @@ _MULTIPLES = {"delayed": (8, 16), "tensorwise": (8, 16), "blockwise": (128, 128)
 def check_precision(recipe: Recipe, where: str, shape: ModelShape, hardware: Hardware) -> None:
     """Raise InputError for what cannot run in this precision; the line gives the reason and the nearest legal one."""
     p = recipe.precision
-    one_of(where, "precision.dtype", p.dtype, ("bfloat16", "float32"))
-    one_of(where, "precision.grad_reduce", p.grad_reduce, ("float32", "bfloat16"))
-    one_of(where, "optim.moments_dtype", recipe.optim.moments_dtype, ("float32", "bfloat16", "fp8"))
     if p.grad_reduce == "bfloat16" and p.dtype == "float32":
         raise InputError(
             f"{where}: precision.grad_reduce=bfloat16 with dtype=float32: gradients of float32 weights stay float32; "
@@ -45,8 +40,6 @@ def check_precision(recipe: Recipe, where: str, shape: ModelShape, hardware: Har
                 "is not set: use 0"
             )
         return
-    one_of(where, "precision.fp8", p.fp8, FP8)
-    one_of(where, "precision.fp8_recipe", p.fp8_recipe, FP8_RECIPES)
     _check_machine(recipe, where, hardware)
     if p.dtype == "float32":
         raise InputError(f"{where}: precision.fp8={p.fp8} computes in BF16 around its FP8: use dtype=bfloat16")
@@ -151,16 +144,3 @@ def _check_attention(recipe: Recipe, where: str, shape: ModelShape, hardware: Ha
         raise InputError(f"{asked} with parallel.context_comm=all_gather: not in FP8; use p2p or a2a")
     if hardware.gpu is not None and hardware.gpu.capability < (9, 0):
         raise InputError(f"{asked} needs Hopper, this is an {hardware.gpu.name}: use false")
-
-
-def attention_environment(recipe: Recipe, hardware: Hardware) -> dict[str, str]:
-    """Environment variables that make a legal combination work; to be set before Transformer Engine is imported.
-
-    On Hopper there is no FP8 attention with current scaling: the switch keeps current scaling for the matrix
-    products and gives the attention delayed scaling.  Blackwell has both, and keeps what the recipe says.
-    """
-    p = recipe.precision
-    hopper = hardware.gpu is not None and hardware.gpu.hopper
-    if p.fp8_attention and p.fp8_recipe == "tensorwise" and hopper:
-        return {"NVTE_DPA_FP8_RECIPE": "DelayedScaling"}
-    return {}

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from endprompt_megatron.method.positions import known
+
 ENOUGH = 0.5  # share of the tokens that should lie in documents as long as the method's reach
 _SHORTEST_BIN = 128
 
@@ -65,10 +67,14 @@ def at_least(lengths: np.ndarray, tokens: int) -> tuple[int, float]:
 def reach(method: str, physical: int, target: int) -> int:
     """Tokens of a document that a method takes the text of one sample from, to teach what it is meant to.
 
-    `full` meets its distances in the text itself; `pose` takes its chunks from one document; the others take any
-    text up to the physical length, and their far distances from position ids.  0 for those.
+    One that trains on the whole window meets its distances in the text itself; PoSE takes its chunks from one
+    document; the others take any text up to the physical length, and their far distances from position ids.  0 for
+    those.
     """
-    return {"full": target, "pose": physical}.get(method, 0)
+    position_map = known(method)
+    if position_map.whole_window:
+        return target
+    return physical if position_map.context_chunks else 0
 
 
 def verdict(

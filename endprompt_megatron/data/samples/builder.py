@@ -13,15 +13,8 @@ import torch
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.samples.packing import Packing
-from endprompt_megatron.method.positions import (
-    PROMPT_STREAM,
-    VARYING,
-    WITH_PROMPT,
-    copies,
-    draws,
-    position_ids,
-    segment_lengths,
-)
+from endprompt_megatron.method.positions import context_chunks, copies, known, position_ids, segment_lengths
+from endprompt_megatron.method.random_streams import PROMPT_STREAM, draws
 from endprompt_megatron.method.recall import Recall
 
 
@@ -84,12 +77,12 @@ class SampleBuilder:
 
     def __init__(self, spec: SampleSpec) -> None:
         self._spec, self._method, self._seed, self._recall = spec, spec.method, spec.seed, spec.recall
-        self._copies = copies(spec.method, spec.knobs.get("anchors", 4))
+        self._copies = copies(spec.method, **spec.knobs)
         if not 0 <= spec.seed < 2**32:
             raise InputError(f"train.seed={spec.seed} should lie between 0 and {2**32 - 1}")
-        if spec.method in WITH_PROMPT and not spec.prompts:
+        if known(spec.method).has_prompt and not spec.prompts:
             raise InputError(f"context.prompts is empty; {spec.method} needs at least one end prompt")
-        used = spec.prompts if spec.method in WITH_PROMPT else [[]]
+        used = spec.prompts if known(spec.method).has_prompt else [[]]
         used = [] if spec.recall is not None and spec.recall.share == 1 else used
         try:
             self._forms = [self._form(prompt) for prompt in used]
@@ -113,7 +106,7 @@ class SampleBuilder:
             recall.places(a, 1, index=0, seed=self._seed)  # refuses a context that is too short for the span
             weights[a - 1 : -1][torch.from_numpy(recall.is_key(self._copies))] = 0.0
         positions = torch.from_numpy(self._positions(a, b, 0))
-        return _Form(a, tokens, weights, mask, None if self._method in VARYING else positions)
+        return _Form(a, tokens, weights, mask, None if known(self._method).varies else positions)
 
     def _positions(self, a: int, b: int, index: int) -> np.ndarray:
         spec = self._spec
@@ -181,17 +174,17 @@ class SampleBuilder:
 
         Raises InputError, naming the recipe's keys, where they cannot.
         """
-        if self._method == "full":
+        if known(self._method).whole_window:
             raise InputError(
-                "context.method=full with data.packing=documents: a document is as long as it is, not as the target; "
-                "use short with context.physical at the target's length, or stream"
+                f"context.method={self._method} with data.packing=documents: a document is as long as it is, not "
+                "as the target; use short with context.physical at the target's length, or stream"
             )
         if self._recall is not None:
             raise InputError(
                 "context.recall.tokens with data.packing=documents: a short document has no span to recall; use stream"
             )
         # With one token a sample would have no target in its context, and a chunk is at least one token.
-        shortest = max(2, self._spec.knobs.get("chunks", 2)) if self._method == "pose" else 2
+        shortest = max(2, context_chunks(self._method, **self._spec.knobs))
         longest = self.length - max(self.prompt_lens)
         if longest < shortest:
             raise InputError(

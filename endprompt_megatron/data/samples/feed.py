@@ -8,11 +8,12 @@ from megatron.core import parallel_state
 
 from endprompt_megatron.common.files import write_json
 from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.data.samples.batches import MicroBatches, zigzag_slice
+from endprompt_megatron.data.samples.batches import MicroBatches
 from endprompt_megatron.data.samples.dataset import Dataset, consumed, sources_in
 from endprompt_megatron.data.samples.of_recipe import datasets_of
 from endprompt_megatron.data.samples.packed import PackedDataset, context_tokens
 from endprompt_megatron.distributed.runtime import device, print_rank_zero
+from endprompt_megatron.model.context_parallel import zigzag_slice
 
 CONSUMED_FILE = "data_seen.json"
 

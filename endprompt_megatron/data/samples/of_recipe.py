@@ -10,9 +10,9 @@ from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.data.samples.blend import is_split, sources_of
 from endprompt_megatron.data.samples.builder import SampleSpec
 from endprompt_megatron.data.samples.dataset import Dataset, DataSpec, WeightedDataset, build_datasets
-from endprompt_megatron.method.positions import WITH_PROMPT
+from endprompt_megatron.data.samples.terminal_segments import recall_of
+from endprompt_megatron.method.positions import MAPS
 from endprompt_megatron.method.prompts import tokenise_prompts
-from endprompt_megatron.method.recipe_prompts import recall_of
 
 
 def datasets_of(
@@ -37,7 +37,7 @@ def datasets_of(
 def sample_spec(recipe: Recipe) -> SampleSpec:
     """What a sample of the recipe is, its prompts tokenised.  Raises InputError."""
     c = recipe.context
-    with_prompt = c.method in WITH_PROMPT
+    with_prompt = MAPS[c.method].has_prompt
     return SampleSpec(
         method=c.method,
         physical_len=c.physical,
@@ -72,7 +72,7 @@ def _blend_of(value: Any, key: str, recipe: Recipe) -> list[WeightedDataset]:
     blend = []
     for source in sources_of(value, key):
         prompts = None
-        if source.prompts is not None and recipe.context.method in WITH_PROMPT:
+        if source.prompts is not None and MAPS[recipe.context.method].has_prompt:
             prompts = tokenise_prompts(recipe.model.hf, list(source.prompts), f"{key}: prompts of {source.prefix}")
         blend.append(WeightedDataset(source.prefix, source.weight, prompts))
     return blend

@@ -15,7 +15,7 @@ import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json, replacing, write_json
-from endprompt_megatron.method.positions import generator
+from endprompt_megatron.method.random_streams import generator
 
 WINDOW = 1 << 20  # pieces that are packed together: whatever the size of the corpus, a window takes a second
 SAMPLE = np.dtype([("document", np.int32), ("piece", np.int32), ("prompt", np.int32)])

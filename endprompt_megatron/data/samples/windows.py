@@ -27,7 +27,6 @@ import numpy as np
 from endprompt_megatron.common.files import replacing
 from endprompt_megatron.data.indexed import Index
 
-DOCUMENT_ENDS = ("cross", "within")
 SMALL = 1 << 20  # numbers; an index up to it is made in memory, in tens of milliseconds
 _OPEN = 2  # epochs in memory at a time: a global batch may lie on both sides of an epoch's end
 _STRIDE = 0x9E3779B1  # between the seeds of two epochs; odd, so that 2**32 epochs differ
@@ -59,7 +58,7 @@ class Windows:
         cache: Path | None = None,
     ) -> None:
         stop = len(index.lengths) if stop is None else stop
-        if ends not in (*DOCUMENT_ENDS, "single"):
+        if ends not in ("cross", "within", "single"):
             raise ValueError(f"ends={ends} should be cross, within or single")
         self.size, self.seed, self.ends = size, seed, ends
         self._index, self._cache, self._first, self._stop = index, cache, first, stop

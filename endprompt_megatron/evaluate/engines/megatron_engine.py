@@ -21,7 +21,7 @@ from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.checkpoint.weights import read_objects, read_weights, weights_of
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
-from endprompt_megatron.config.recipe import LongLora, Recipe
+from endprompt_megatron.config.recipe import LongLora, Parallel, Precision
 from endprompt_megatron.convert.direct import weights_at
 from endprompt_megatron.convert.lora_merge import longlora_of
 from endprompt_megatron.distributed import runtime
@@ -64,21 +64,26 @@ class MegatronEngine:
 
     def __init__(self, weights: Path, config: Path, *, dtype: str = "bfloat16", piece: int = 2048) -> None:
         """`config`: the Hugging Face config beside the weights.  Raises InputError for weights that cannot be used."""
-        from endprompt_megatron.model.llama import build_model
+        from endprompt_megatron.model.llama import build_chunks
 
         if dtype not in ("bfloat16", "float32"):
             raise InputError(f"--dtype {dtype}: Megatron's models are built in bfloat16 or float32")
         self.directory, self.shape, self.dtype = weights, read_shape(config), dtype
         started = time.monotonic()
-        recipe = Recipe()
-        recipe.precision.dtype = dtype
-        recipe.parallel.tensor = parallel_state.get_tensor_model_parallel_world_size()
-        recipe.parallel.pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+        tensor = parallel_state.get_tensor_model_parallel_world_size()
+        pipeline = parallel_state.get_pipeline_model_parallel_world_size()
         exported = read_json(config / "config.json", "a Hugging Face config")
         held = weights_at(weights, self.shape, "--hf" if weights == config else "--megatron")
-        if isinstance(held, Checkpoint):  # with LoRA's adapters, if it was trained with them
-            recipe.longlora = LongLora(**longlora_of(held.directory))
-        (self.model,) = models = build_model(self.shape, recipe, exported)
+        # With LoRA's adapters, if it was trained with them.
+        longlora = LongLora(**longlora_of(held.directory)) if isinstance(held, Checkpoint) else LongLora()
+        (self.model,) = models = build_chunks(
+            self.shape,
+            exported,
+            Parallel(tensor=tensor, pipeline=pipeline),
+            Precision(dtype=dtype),
+            longlora,
+            shared_positions=True,
+        )
         read_weights(weights_of(models), held)
         read_objects(models, held)
         self.model.to(runtime.device()).eval()

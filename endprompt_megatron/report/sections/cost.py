@@ -3,10 +3,10 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.html_page import Row
 from endprompt_megatron.common.units import format_duration, format_number
 from endprompt_megatron.report.load import Run
 
@@ -70,12 +70,12 @@ def spent(run: Run) -> Spent:
     )
 
 
-def rows(every: Sequence[Spent]) -> list[tuple[str, list[str]]]:
-    """The table's rows, a cell a run."""
+def spent_rows(every: Sequence[Spent]) -> list[Row]:
+    """The rows of what was spent, a cell a run."""
     unit = "GPU" if every and all(each.gpus for each in every) else "process"
 
-    def row(name: str, cell: Callable[[Spent], str | None]) -> tuple[str, list[str]]:
-        return name, [cell(each) or NONE for each in every]
+    def row(name: str, cell: Callable[[Spent], str | None]) -> Row:
+        return Row(name, [cell(each) or NONE for each in every])
 
     return [
         row("steps", lambda s: f"{s.steps:,}"),
@@ -105,7 +105,7 @@ class Planned:
 def planned(run: Run, each: Spent, gpu: str = "h100") -> Planned:
     """The recipe as resolved on as many GPUs as the run had processes (its layout's least where that is not known)."""
     from endprompt_megatron.config.constraints import check as rules
-    from endprompt_megatron.config.recipe import load_recipe
+    from endprompt_megatron.config.load import load_recipe
     from endprompt_megatron.distributed.hardware import of_kind
     from endprompt_megatron.model.published_shapes import shape_for
     from endprompt_megatron.plan.plan import estimate, min_gpus
@@ -115,7 +115,7 @@ def planned(run: Run, each: Spent, gpu: str = "h100") -> Planned:
         return Planned(None, "no recipe")
     try:
         recipe = load_recipe(path)
-        shape, _ = shape_for(recipe, str(path))
+        shape, _ = shape_for(recipe.model.hf, str(path))
         count = each.processes or min_gpus(recipe)
         hardware = of_kind(gpu)
         rules.check_for(recipe, str(path), shape, world_size=count, hardware=hardware)
@@ -124,11 +124,12 @@ def planned(run: Run, each: Spent, gpu: str = "h100") -> Planned:
         return Planned(None, str(error))
 
 
-def plan_rows(plans: Sequence[Planned]) -> list[tuple[str, list[str]]]:
+def plan_rows(plans: Sequence[Planned]) -> list[Row]:
     """The planner's rows, a cell a run."""
 
-    def row(name: str, cell: Callable[["Estimate"], str]) -> tuple[str, list[str]]:
-        return f"planned: {name}", [cell(plan.estimate) if plan.estimate else NONE for plan in plans]
+    def row(name: str, cell: Callable[["Estimate"], str]) -> Row:
+        cells = [cell(plan.estimate) if plan.estimate else NONE for plan in plans]
+        return Row(f"planned: {name}", cells, kind="paper")
 
     return [
         row("on", lambda e: f"{e.gpus} {e.gpu.name}"),
@@ -147,9 +148,9 @@ def notes(every: Sequence[Spent], plans: Sequence[Planned]) -> list[str]:
         words.append("The number of processes was not logged by every run.")
     if any(plan.estimate for plan in plans):
         words.append(
-            "Planned: what <code>tools/plan.py</code> says of the recipe on as many H100, for all of its steps"
+            "Planned: what `tools/plan.py` says of the recipe on as many H100, for all of its steps"
             + ("." if all(each.gpus for each in every) else "; the run was not on GPUs whose peak is known.")
         )
     reasons = {plan.reason for plan in plans if plan.reason and plan.reason != "no recipe"}
-    words += [f"No plan: {escape(reason)}." for reason in sorted(reasons)]
+    words += [f"No plan: {reason}." for reason in sorted(reasons)]
     return words

@@ -1,15 +1,27 @@
 """Which relative distances a training saw, the gap it left, and how smooth RoPE is across it (equation 3)."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.html_page import (
+    Block,
+    Figure,
+    Group,
+    Heading,
+    Paragraph,
+    Row,
+    Section,
+    Table,
+    missing,
+    note,
+)
+from endprompt_megatron.common.inline_svg import NORMAL, WIDE
 from endprompt_megatron.method.smoothness import Smoothness
-from endprompt_megatron.report.html import SIZE, WIDE, Figures, group, missing, note, section, table
 from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.sections.cells import NONE
 
@@ -42,12 +54,12 @@ class Distances:
 
 def distance_coverage(run: Run) -> Distances | None:
     """What the recipe supervises, sources with prompts of their own by their weights.  None where it does not say."""
-    from endprompt_megatron.config.recipe import recipe_of
-    from endprompt_megatron.method import positions
-    from endprompt_megatron.method.coverage import coverage_of
+    from endprompt_megatron.config.load import recipe_of
+    from endprompt_megatron.data.samples.terminal_segments import coverage_of
+    from endprompt_megatron.method.positions import MAPS
 
     method, physical, target = (run.value(f"context.{key}") for key in ("method", "physical", "target"))
-    if method not in positions.METHODS or not isinstance(physical, int) or not isinstance(target, int):
+    if method not in MAPS or not isinstance(physical, int) or not isinstance(target, int):
         return None
     try:
         recipe = recipe_of(run.recipe)
@@ -64,7 +76,7 @@ def distance_coverage(run: Run) -> Distances | None:
             return None
     lengths = sorted({b for _, b in found.segments if b})
     context = max(a for a, _ in found.segments)
-    drawn = method in positions.VARYING
+    drawn = MAPS[method].varies
     return Distances(found.counts, found.gaps, lengths, context, guessed and bool(lengths), drawn)
 
 
@@ -99,38 +111,36 @@ def smoothness(run: Run) -> tuple[Smoothness, Smoothness, float] | None:
     return Smoothness(before.double().numpy()), Smoothness(after.double().numpy()), attention
 
 
-def distances(runs: Runs, figures: Figures) -> str:
+def distances(runs: Runs) -> Section:
     """Coverage and smoothness, one part a run."""
     from endprompt_megatron.report.figures import PAGE, coverage, wavelengths
 
-    parts, bounds = [], []
     recipes = [run for run in runs.all if run.recipe]
-    drawn: list[str] = []
+    if not recipes:
+        return Section("distances", "Distances trained", [missing("No recipe says which distances were trained.")])
+    several = len(recipes) > 1
+    said: list[Block] = []
+    drawn, bounds = [], []
     for run in recipes:
         found = distance_coverage(run)
-        name = f"<strong>{escape(run.name)}</strong>: " if len(recipes) > 1 else ""
+        name = f"**{run.name}**: " if several else ""
         if found is None:
-            parts.append(f"<p>{name}The recipe does not say which distances were trained.</p>")
+            said.append(Paragraph(f"{name}The recipe does not say which distances were trained."))
             continue
-        parts.append(f"<p>{name}{_words(found)}</p>")
-        title = "Relative distances in training" + (f", {run.name}" if name else "")
-        alone = len(recipes) == 1
+        said.append(Paragraph(f"{name}{_words(found)}"))
         drawn.append(
-            figures.figure(
+            Figure(
                 lambda axes, found=found: coverage(axes, found.counts, found.gaps, PAGE),
-                title,
-                run.name if name else "",
-                size=WIDE if alone else SIZE,
+                "Relative distances in training" + (f", {run.name}" if several else ""),
+                run.name if several else "",
+                size=NORMAL if several else WIDE,
             )
         )
         smooth = smoothness(run)
         if smooth is not None:
             bounds.append((run, found, *smooth))
-    if not recipes:
-        return section("distances", "Distances trained", missing("No recipe says which distances were trained."))
-    shown = "".join(parts) + (drawn[0] if len(drawn) == 1 else group(drawn) if drawn else "")
     waves = [
-        figures.figure(
+        Figure(
             lambda axes, before=before, after=after, found=found: wavelengths(
                 axes, before.wavelengths, after.wavelengths, found.gap, PAGE
             ),
@@ -139,7 +149,8 @@ def distances(runs: Runs, figures: Figures) -> str:
         )
         for run, found, before, after, _ in bounds
     ]
-    return section("distances", "Distances trained", shown, _smooth(bounds, waves, bool(recipes)))
+    shown = drawn if len(drawn) == 1 else [Group(drawn)] if drawn else []
+    return Section("distances", "Distances trained", [*said, *shown, *_smooth(bounds, waves)])
 
 
 def _words(found: Distances) -> str:
@@ -160,41 +171,45 @@ def _words(found: Distances) -> str:
     return words
 
 
-def _smooth(bounds: list[tuple[Run, Distances, Smoothness, Smoothness, float]], waves: list[str], recipes: bool) -> str:
+def _smooth(bounds: list[tuple[Run, Distances, Smoothness, Smoothness, float]], waves: list[Figure]) -> list[Block]:
     """Equation 3 for the recipes' frequencies, and what it does not say."""
-    title = "<h3>Smoothness: the paper's equation 3</h3>"
+    title = Heading("Smoothness: the paper's equation 3")
     if not bounds:
         words = "The model's config is not here and no published model has its name: its frequencies are not known."
-        return title + missing(words) if recipes else ""
+        return [title, missing(words)]
     head, columns = [], []
     for number, (run, found, before, after, _) in enumerate(bounds):
-        kind = escape(str(run.value("context.rope.type", "linear")))
+        kind = run.value("context.rope.type", "linear")
         if number == 0 or not np.array_equal(before.frequencies, bounds[0][2].frequencies):
-            head.append("before scaling" if number == 0 else f"before scaling, {escape(run.name)}")
+            head.append("before scaling" if number == 0 else f"before scaling, {run.name}")
             columns.append((before, found.context, found.width if len(bounds) == 1 else None))
-        head.append(f"after ({kind})" if len(bounds) == 1 else f"{escape(run.name)} ({kind})")
+        head.append(f"after ({kind})" if len(bounds) == 1 else f"{run.name} ({kind})")
         columns.append((after, found.context, found.width))
     rows = [
-        ("highest frequency, radians a token", [f"{s.slope:.4g}" for s, _, _ in columns]),
-        ("most that a score of size 1 changes in 1 token", [f"{s.change(1):.3g}" for s, _, _ in columns]),
-        ("most that its slope changes in 1 token", [f"{s.curvature:.3g}" for s, _, _ in columns]),
-        ("fewest tokens from its lowest to its highest value", [f"{s.swing:,.1f}" for s, _, _ in columns]),
+        Row("highest frequency, radians a token", [f"{s.slope:.4g}" for s, _, _ in columns]),
+        Row("largest change of a score of size 1 in 1 token", [f"{s.change(1):.3g}" for s, _, _ in columns]),
+        Row("largest change of its slope in 1 token", [f"{s.curvature:.3g}" for s, _, _ in columns]),
+        Row("fewest tokens from its lowest to its highest value", [f"{s.swing:,.1f}" for s, _, _ in columns]),
     ]
     if any(width for _, _, width in columns):
+
+        def across(name: str, value: Callable[[Smoothness, int], str]) -> Row:
+            return Row(name, [value(s, width) if width else NONE for s, _, width in columns])
+
         rows += [
-            ("width of the gap, tokens", [f"{w:,}" if w else NONE for _, _, w in columns]),
-            ("most that the score can differ across it", [f"{s.change(w):.3g}" if w else NONE for s, _, w in columns]),
-            (
+            across("width of the gap, tokens", lambda _, width: f"{width:,}"),
+            across("largest difference of the score across it", lambda s, width: f"{s.change(width):.3g}"),
+            across(
                 "pairs of dimensions with waves longer than it",
-                [_share(s, 1 - s.turning_within(w)) if w else NONE for s, _, w in columns],
+                lambda s, width: _share(s, 1 - s.turning_within(width)),
             ),
-            (
-                "of them with half waves longer: turning at most once in it",
-                [_share(s, s.turning_once(w)) if w else NONE for s, _, w in columns],
+            across(
+                "of them with half waves longer, which turn at most once in it",
+                lambda s, width: _share(s, s.turning_once(width)),
             ),
         ]
     turning = [_share(s, s.turning_within(context)) for s, context, _ in columns]
-    rows.append(("pairs that turn fully within the context segment", turning))
+    rows.append(Row("pairs that turn fully within the context segment", turning))
     vacuous = any(width and s.change(width) == 2 for s, _, width in columns)
     words = [
         "A score of size 1: its greatest absolute value over all distances is 1, for whatever content. "
@@ -202,7 +217,7 @@ def _smooth(bounds: list[tuple[Run, Distances, Smoothness, Smoothness, float]], 
     ]
     if vacuous:
         words.append(
-            "<strong>Over the whole gap it says nothing:</strong> 2 is the most that any score of size 1 can differ "
+            "**Over the whole gap it says nothing:** 2 is the most that any score of size 1 can differ "
             "by. It speaks of neighbouring distances, not of tens of thousands of tokens."
         )
     words.append(
@@ -212,10 +227,10 @@ def _smooth(bounds: list[tuple[Run, Distances, Smoothness, Smoothness, float]], 
     )
     scaled = [(run, factor) for run, _, _, _, factor in bounds if factor != 1]
     words += [
-        f"{escape(run.name)}: scores are also multiplied by {factor**2:.3f}, the square of RoPE's attention factor."
+        f"{run.name}: scores are also multiplied by {factor**2:.3f}, the square of RoPE's attention factor."
         for run, factor in scaled
     ]
-    return title + table(head, rows) + note(words) + group(waves)
+    return [title, Table(head, rows), *note(words), Group(waves)]
 
 
 def _share(smooth: Smoothness, share: float) -> str:

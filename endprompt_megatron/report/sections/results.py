@@ -1,9 +1,9 @@
 """What one would quote: the table of everything measured, and what differs by more than the noise."""
 
 from collections.abc import Callable
-from html import escape
 
-from endprompt_megatron.report.html import details, missing, note, section, table
+from endprompt_megatron.common import html_page
+from endprompt_megatron.common.html_page import Cell, Details, Section, Table, missing, note
 from endprompt_megatron.report.load import Runs
 from endprompt_megatron.report.models import Key, Measured, Model, against_control
 from endprompt_megatron.report.sections import cells
@@ -20,27 +20,28 @@ SUITES = {
 }
 _MEANS = ("mean", "mean_16", "mean_21", "all depths", "by_length", "repeat")
 _METRICS = dict.fromkeys(SUITES, "score") | {"perplexity": "loss", "needle": "accuracy", "virtual": "accuracy"}
-Row = tuple[str, Callable[[Model], str]]
+Row = tuple[str, Callable[[Model], Cell]]
 
 
-def results(runs: Runs, measured: Measured) -> str:
+def results(runs: Runs, measured: Measured) -> Section:
     """The table one would quote: a column a model, a row a number."""
     if not measured.models:
-        words = f"No evaluation yet. Run <code>{escape(EVALUATE)}</code>, then this report again."
-        return section("results", "Results", missing(words))
+        words = f"No evaluation yet. Run `{EVALUATE}`, then this report again."
+        return Section("results", "Results", [missing(words)])
     rows = [
         row for of_suite in (_perplexity, _needle, _virtual, _ruler, _longbench, _short) for row in of_suite(measured)
     ]
     models = measured.models
-    body = [(name, [cell(model) for model in models]) for name, cell in rows]
+    body = [html_page.Row(name, [cell(model) for model in models]) for name, cell in rows]
+    shown = [cell for row in body for cell in row.cells]
     notes = [_scored(measured)]
-    if any("<small>" in cell for _, line in body for cell in line):
+    if any(cell.small for cell in shown):
         notes.append(cells.LEGEND)
-    if any("*" in cell for _, line in body for cell in line):
+    if any("*" in cell.text for cell in shown):
         notes.append("* Not over all tasks and questions: see below.")
-    notes += [escape(line) for suite in SUITES for line in measured.left_out(suite)]
-    shown = table([cells.head(model) for model in models], body, columns=[model.key for model in models])
-    return section("results", "Results", shown, note(filter(None, notes)), _differences(measured))
+    notes += [line for suite in SUITES for line in measured.left_out(suite)]
+    table = Table([model.name for model in models], body, columns=[model.key for model in models])
+    return Section("results", "Results", [table, *note(notes), *_differences(measured)])
 
 
 def _scored(measured: Measured) -> str:
@@ -55,18 +56,18 @@ def _scored(measured: Measured) -> str:
     )
 
 
-def _only(models: list[Model], cell: Callable[[Model], str]) -> Callable[[Model], str]:
+def _only(models: list[Model], cell: Callable[[Model], Cell]) -> Callable[[Model], Cell]:
     """`cell` for `models`; the others have none."""
-    return lambda model: cell(model) if any(model is other for other in models) else NONE
+    return lambda model: cell(model) if any(model is other for other in models) else Cell(NONE)
 
 
 def _perplexity(measured: Measured) -> list[Row]:
     models = measured.of("perplexity")
 
-    def at(length: int) -> Callable[[Model], str]:
-        def cell(model: Model) -> str:
+    def at(length: int) -> Callable[[Model], Cell]:
+        def cell(model: Model) -> Cell:
             entries = {entry["length"]: entry for entry in model.measured["perplexity"]["by_length"]}
-            return cells.perplexity(model, entries[length]) if length in entries else NONE
+            return cells.perplexity(model, entries[length]) if length in entries else Cell(NONE)
 
         return _only(models, cell)
 
@@ -77,16 +78,14 @@ def _perplexity(measured: Measured) -> list[Row]:
 def _needle(measured: Measured) -> list[Row]:
     models = measured.of("needle")
 
-    def at(length: int) -> Callable[[Model], str]:
-        def cell(model: Model) -> str:
+    def at(length: int) -> Callable[[Model], Cell]:
+        def cell(model: Model) -> Cell:
             there = [each for each in model.measured["needle"]["cells"] if each["length"] == length]
             if not there:
-                return NONE
+                return Cell(NONE)
             found = sum(round(each["accuracy"] * each["samples"]) for each in there)
             key = ("needle", "all depths", length, "accuracy")
-            score = model.scores.get(key)
-            between = cells.bounds(score, 100, 0).replace("</small>", "%</small>") if score else ""
-            return f"{found} of {sum(each['samples'] for each in there)}{cells.mark(model, key)}{between}"
+            return cells.counted(model, key, f"{found} of {sum(each['samples'] for each in there)}")
 
         return _only(models, cell)
 
@@ -100,12 +99,10 @@ def _virtual(measured: Measured) -> list[Row]:
         return []
     furthest = max(int(distance) for model in models for distance in model.measured["virtual"]["repeat"])
 
-    def cell(model: Model) -> str:
+    def cell(model: Model) -> Cell:
         entry = model.measured["virtual"]["repeat"].get(str(furthest))
         key = ("virtual", "repeat", furthest, "accuracy")
-        score = model.scores.get(key)
-        between = cells.bounds(score, 100, 0).replace("</small>", "%</small>") if score else ""
-        return f"{entry['accuracy']:.0%}{cells.mark(model, key)}{between}" if entry else NONE
+        return cells.counted(model, key, f"{entry['accuracy']:.0%}") if entry else Cell(NONE)
 
     return [(f"Recalled at virtual length {furthest:,}", _only(models, cell))]
 
@@ -116,7 +113,7 @@ def _ruler(measured: Measured) -> list[Row]:
         length for model in models for suite, task, length, _ in model.scores if (suite, task) == ("ruler", "mean")
     }
 
-    def at(length: int) -> Callable[[Model], str]:
+    def at(length: int) -> Callable[[Model], Cell]:
         return _only(models, lambda model: cells.percent(model, ("ruler", "mean", length, "score")))
 
     return [(f"RULER, {length:,} tokens", at(length)) for length in sorted(lengths - {0})]
@@ -126,10 +123,10 @@ def _longbench(measured: Measured) -> list[Row]:
     models = measured.of("longbench")
     names = {"mean_16": "LongBench, 16 tasks", "mean_21": "LongBench, 21 tasks"}
 
-    def of(task: str) -> Callable[[Model], str]:
-        def cell(model: Model) -> str:
+    def of(task: str) -> Callable[[Model], Cell]:
+        def cell(model: Model) -> Cell:
             mean = model.measured["longbench"].get(task) or {}
-            return cells.percent(model, ("longbench", task, 0, "score"), whole=bool(mean.get("complete")))
+            return cells.percent(model, ("longbench", task, 0, "score"), complete=bool(mean.get("complete")))
 
         return _only(models, cell)
 
@@ -139,49 +136,49 @@ def _longbench(measured: Measured) -> list[Row]:
 def _short(measured: Measured) -> list[Row]:
     models = measured.of("short")
 
-    def of(model: Model) -> str:
-        whole = model.measured["short"]["mean"]["complete"]
-        return cells.percent(model, ("short", "mean", 0, "score"), whole=whole)
+    def of(model: Model) -> Cell:
+        complete = model.measured["short"]["mean"]["complete"]
+        return cells.percent(model, ("short", "mean", 0, "score"), complete=complete)
 
     cell = _only(models, of)
     return [("Short text, mean", cell)] if models else []
 
 
-def _differences(measured: Measured) -> str:
+def _differences(measured: Measured) -> list[Details]:
     """Each run minus what was there before, and minus the control: the means open, everything folded."""
     parts = []
     for model in measured.models:
         if model.against and model is not measured.control:
             words = "question by question" if any(each["p"] is not None for each in model.against.values()) else ""
-            parts += _of_pair(f"{escape(model.name)} minus before", model.against, words)
+            parts += _of_pair(f"{model.name} minus before", model.against, words)
         if measured.control is not None and model.label == "extended" and model.key not in ("untrained", "control"):
             found = against_control(model, measured.control)
             words = "from the two intervals, as if the questions were others: harder to tell apart than they are"
-            parts += _of_pair(f"{escape(model.name)} minus control", found, words)
-    return "".join(parts)
+            parts += _of_pair(f"{model.name} minus control", found, words)
+    return parts
 
 
-def _of_pair(title: str, compared: dict[Key, dict], words: str) -> list[str]:
+def _of_pair(title: str, compared: dict[Key, dict], words: str) -> list[Details]:
     if not compared:
         return []
     beyond = sum(each["beyond_noise"] for each in compared.values())
     means = {key: each for key, each in compared.items() if key[1] in _MEANS and key[3] == _METRICS[key[0]]}
     aside = f", {words}" if words else ""
     caption = f"{title}: {beyond} of {len(compared)} differences are larger than the noise (95%{aside})."
-    rows = [_row(key, each) for key, each in (means or compared).items()]
-    shown = details(caption, table(["change, in points", "samples"], rows))
+    blocks: list[html_page.Block] = [_changes(means or compared)]
     if len(compared) > len(means) > 0:
-        every = table(["change, in points", "samples"], [_row(key, each) for key, each in compared.items()])
-        shown = details(
-            caption, table(["change, in points", "samples"], rows), details("all of them", every, printed=False)
-        )
-    return [shown]
+        blocks.append(Details("all of them", [_changes(compared)], printed=False))
+    return [Details(caption, blocks)]
 
 
-def _row(key: Key, compared: dict) -> tuple[str, list[str]]:
+def _changes(compared: dict[Key, dict]) -> Table:
+    return Table(["change, in points", "samples"], [_row(key, each) for key, each in compared.items()])
+
+
+def _row(key: Key, compared: dict) -> html_page.Row:
     suite, task, length, metric = key
     names = {"by_length": "", "all depths": "", "repeat": "recalling", "continue": "going on"}
     what = " ".join(filter(None, [SUITES.get(suite, suite), names.get(task, task.replace("_", " "))]))
     unit = {"loss": ", nats", "score": ""}.get(metric, f", {metric}")
     where = f", {length:,} tokens" if length else ""
-    return escape(f"{what}{where}{unit}"), [cells.change(compared), f"{compared['samples']:,}"]
+    return html_page.Row(f"{what}{where}{unit}", [cells.change(compared), f"{compared['samples']:,}"])

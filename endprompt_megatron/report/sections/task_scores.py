@@ -1,9 +1,7 @@
 """LongBench by group and short text by task, before and after, with the paper's rows beside."""
 
-from html import escape
-
+from endprompt_megatron.common.html_page import Cell, Details, Row, Section, Table, missing, note
 from endprompt_megatron.evaluate.score_tables import published
-from endprompt_megatron.report.html import details, missing, note, section, table
 from endprompt_megatron.report.models import Measured, Model
 from endprompt_megatron.report.sections import cells
 from endprompt_megatron.report.sections.cells import NONE
@@ -20,40 +18,31 @@ _GROUPS = {
 }
 
 
-def longbench(measured: Measured) -> str:
+def longbench(measured: Measured) -> Section:
     """Groups and means, the tasks folded."""
     title, models = "LongBench", measured.of("longbench")
     if not models:
-        return section("longbench", title, missing("LongBench was not run (<code>--suite longbench</code>)."))
+        return Section("longbench", title, [missing("LongBench was not run (`--suite longbench`).")])
     paper = published()["longbench"]["groups"]
-    head = [*map(cells.head, models), *map(_papers, paper)]
     rows = []
     for key, name in _GROUPS.items():
-        ours = [cells.percent(m, ("longbench", key, 0, "score"), whole=_whole(m, key)) for m in models]
-        theirs = [f"{of[key]:.2f}" if key in of else NONE for of in paper.values()]
-        rows.append((name, [*ours, *theirs]))
-    columns = [*(model.key for model in models), *["paper"] * len(paper)]
+        ours = [cells.percent(m, ("longbench", key, 0, "score"), complete=_complete(m, key)) for m in models]
+        rows.append(Row(name, [*ours, *(f"{of[key]:.2f}" if key in of else NONE for of in paper.values())]))
     tasks = list(dict.fromkeys(task for model in models for task in model.measured["longbench"].get("tasks", {})))
     by_task = [
-        (
-            escape(task),
-            [cells.percent(model, ("longbench", task, 0, "score")) for model in models] + [_asked(models, task)],
-        )
+        Row(task, [*(cells.percent(m, ("longbench", task, 0, "score")) for m in models), _questions(models, task)])
         for task in tasks
     ]
-    return section(
-        "longbench",
-        title,
-        note(_longbenchs_limits(models)),
-        table(head, rows, caption="Percent. Groups and the first mean are without Chinese tasks.", columns=columns),
-        note([cells.AS_ABOVE, *map(escape, measured.left_out("longbench"))]),
-        details("By task", table([*map(cells.head, models), "questions"], by_task)),
+    names = [model.name for model in models]
+    table = Table(
+        [*names, *map(cells.published_column, paper)],
+        rows,
+        "Percent. Groups and the first mean are without Chinese tasks.",
+        [*(model.key for model in models), *["paper"] * len(paper)],
     )
-
-
-def _papers(name: str) -> str:
-    """A method of the paper at the top of its column."""
-    return f"{escape(name)}<small>published</small>"
+    folded = Details("By task", [Table([*names, "questions"], by_task)])
+    asides = note([cells.AS_ABOVE, *measured.left_out("longbench")])
+    return Section("longbench", title, [*note(_longbench_limits(models)), table, *asides, folded])
 
 
 def _mean(model: Model, key: str) -> dict:
@@ -61,80 +50,84 @@ def _mean(model: Model, key: str) -> dict:
     return found.get(key) or (found.get("groups", {}).get(key) or {}).get("not_chinese") or {}
 
 
-def _whole(model: Model, key: str) -> bool:
+def _complete(model: Model, key: str) -> bool:
     return bool(_mean(model, key).get("complete"))
 
 
-def _asked(models: list[Model], task: str) -> str:
+def _questions(models: list[Model], task: str) -> str:
     """Questions of a task, of how many there are."""
     rows = [model.measured["longbench"]["tasks"].get(task) for model in models]
     row = next((row for row in rows if row), None)
     return f"{row['questions']} of {row['published_questions']}" if row else NONE
 
 
-def _longbenchs_limits(models: list[Model]) -> list[str]:
+def _longbench_limits(models: list[Model]) -> list[str]:
     """What keeps these scores from being LongBench's."""
     found = []
     lacking = {name for model in models for name in model.measured["longbench"].get("missing") or []}
     short = {name for model in models for name in _mean(model, "mean_21").get("short") or []}
     prompts = {str(model.measured["longbench"].get("prompts", "published")) for model in models} - {"published"}
     if lacking:
-        found.append(f"* without {len(lacking)} of 21 tasks ({escape(', '.join(sorted(lacking)))})")
+        found.append(f"* without {len(lacking)} of 21 tasks ({', '.join(sorted(lacking))})")
     if short:
         found.append(f"* fewer questions than published in {len(short)} of the tasks asked")
     if prompts:
-        found.append(f"prompts: {escape('; '.join(sorted(prompts)))}")
+        found.append(f"prompts: {'; '.join(sorted(prompts))}")
     if any(model.settings.get("template", "base") != "base" for model in models):
         found.append("questions in the model's chat template")
-    sorry = f"<strong>Not LongBench's numbers:</strong> {'; '.join(found)}." if found else ""
+    warning = f"**Not LongBench's numbers:** {'; '.join(found)}." if found else ""
     paper = published()
-    return [sorry, f"Published: {escape(paper['model'])}; {escape(paper['longbench']['what'])}."]
+    return [warning, f"Published: {paper['model']}; {paper['longbench']['what']}."]
 
 
-def short_text(measured: Measured) -> str:
+def short_text(measured: Measured) -> Section:
     """What the extension cost within short inputs."""
     title, models = "Short text", measured.of("short")
     if not models:
-        words = "Short text was not run (<code>--suite short</code>): what the extension costs there is not known."
-        return section("short", title, missing(words))
-    paper = published()["short"]
+        words = "Short text was not run (`--suite short`): what the extension costs there is not known."
+        return Section("short", title, [missing(words)])
+    paper = published()["short"]["tasks"]
     tasks = list(dict.fromkeys(task for model in models for task in model.measured["short"]["tasks"]))
-    shown = [*tasks, *(task for task in next(iter(paper["tasks"].values())) if task not in (*tasks, "mean")), "mean"]
+    shown = [*tasks, *(task for task in next(iter(paper.values())) if task not in (*tasks, "mean")), "mean"]
     rows = []
     for task in shown:
-        whole = [task != "mean" or bool(model.measured["short"]["mean"]["complete"]) for model in models]
-        key = ("short", task, 0, "score")
-        ours = [cells.percent(model, key, whole=all_of_it) for model, all_of_it in zip(models, whole, strict=True)]
-        theirs = [f"{of[task]:.2f}" if task in of else NONE for of in paper["tasks"].values()]
-        rows.append((f"{escape(task)}{_how(models, task)}", [*ours, *theirs]))
-    head = [*map(cells.head, models), *map(_papers, paper["tasks"])]
-    columns = [*(model.key for model in models), *["paper"] * len(paper["tasks"])]
-    return section(
-        "short",
-        title,
-        note(_shorts_limits(models)),
-        table(head, rows, caption="Percent.", columns=columns),
-        note([cells.AS_ABOVE, *map(escape, measured.left_out("short"))]),
+        ours = [
+            cells.percent(model, ("short", task, 0, "score"), complete=task != "mean" or _mean_is_complete(model))
+            for model in models
+        ]
+        theirs = [f"{of[task]:.2f}" if task in of else NONE for of in paper.values()]
+        rows.append(Row(Cell(task, small=_how(models, task)), [*ours, *theirs]))
+    table = Table(
+        [*(model.name for model in models), *map(cells.published_column, paper)],
+        rows,
+        "Percent.",
+        [*(model.key for model in models), *["paper"] * len(paper)],
     )
+    asides = note([cells.AS_ABOVE, *measured.left_out("short")])
+    return Section("short", title, [*note(_short_limits(models)), table, *asides])
+
+
+def _mean_is_complete(model: Model) -> bool:
+    return bool(model.measured["short"]["mean"]["complete"])
 
 
 def _how(models: list[Model], task: str) -> str:
-    """Shots and questions, small."""
+    """Shots and questions."""
     row = next((m.measured["short"]["tasks"][task] for m in models if task in m.measured["short"]["tasks"]), None)
     if row is None:
         return ""
     shots = "" if row.get("shots") is None else f"{row['shots']} shots, "
-    return f"<small>{shots}{row['questions']:,} questions</small>"
+    return f"{shots}{row['questions']:,} questions"
 
 
-def _shorts_limits(models: list[Model]) -> list[str]:
+def _short_limits(models: list[Model]) -> list[str]:
     means = [model.measured["short"]["mean"] for model in models]
     lacking = sorted({name for mean in means for name in mean["missing"]})
     limits = sorted({str(model.measured["short"]["limit"]) for model in models if model.measured["short"]["limit"]})
     found = []
     if lacking:
-        found.append(f"* a mean without {escape(', '.join(lacking))}.")
+        found.append(f"* a mean without {', '.join(lacking)}.")
     if limits:
-        found.append(f"* the first {escape(', '.join(limits))} questions of each (sub)task only.")
+        found.append(f"* the first {', '.join(limits)} questions of each (sub)task only.")
     paper = published()
-    return [*found, f"Published: {escape(paper['model'])}, {escape(paper['short']['what'])}: another training."]
+    return [*found, f"Published: {paper['model']}, {paper['short']['what']}: another training."]

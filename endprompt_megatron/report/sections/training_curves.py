@@ -1,9 +1,21 @@
 """The report's sections on the training: losses, what was read of each source, and what it cost."""
 
-from html import escape
 from typing import TYPE_CHECKING
 
-from endprompt_megatron.report.html import WIDE, Figures, group, missing, note, section, table
+from endprompt_megatron.common.html_page import (
+    Block,
+    Cell,
+    Figure,
+    Group,
+    Heading,
+    Paragraph,
+    Row,
+    Section,
+    Table,
+    missing,
+    note,
+)
+from endprompt_megatron.common.inline_svg import WIDE
 from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.sections import cost
 
@@ -19,18 +31,17 @@ PANELS = (
 BY_HEART = "The prompts are a few fixed texts: their loss soon falls by memory alone."
 
 
-def training(runs: Runs, figures: Figures) -> str:
+def training(runs: Runs) -> Section:
     """Losses, context and prompt apart; of one run also learning rate, gradient norm, speed and memory."""
-    title = "Training"
     logged = [run for run in runs.all if run.steps]
     if not logged:
-        return section("training", title, missing("There is no <code>metrics.jsonl</code> with logged steps."))
-    drawn = _of_one(logged[0], figures) if len(logged) == 1 else _of_several(runs, figures)
-    notes = "".join(_notes(run, len(logged) > 1) for run in logged)
-    return section("training", title, notes, drawn, data_seen(runs))
+        return Section("training", "Training", [missing("There is no `metrics.jsonl` with logged steps.")])
+    drawn = _of_one(logged[0]) if len(logged) == 1 else _of_several(runs)
+    notes = [_notes(run, len(logged) > 1) for run in logged]
+    return Section("training", "Training", [*notes, *drawn, *data_seen(runs)])
 
 
-def _notes(run: Run, named: bool) -> str:
+def _notes(run: Run, named: bool) -> Paragraph:
     held = [line for line in run.validations if isinstance(line.get("valid_loss"), (int, float))]
     notes = ["No validation was run."]
     if held:
@@ -38,25 +49,25 @@ def _notes(run: Run, named: bool) -> str:
     skipped = max((line.get("skipped_steps") or 0 for line in run.steps), default=0)
     if skipped:
         notes.append(f"{skipped} updates were skipped because a loss or gradient was not finite.")
-    name = f"<strong>{escape(run.name)}</strong>: " if named else ""
-    return f"<p>{name}{' '.join(notes)}</p>"
+    name = f"**{run.name}**: " if named else ""
+    return Paragraph(f"{name}{' '.join(notes)}")
 
 
 def _prompted(run: Run) -> bool:
     return any(isinstance(line.get("loss_prompt"), (int, float)) for line in run.steps)
 
 
-def _of_one(run: Run, figures: Figures) -> str:
+def _of_one(run: Run) -> list[Block]:
     from endprompt_megatron.report.figures import PAGE, losses, small
 
-    large = figures.figure(
+    large = Figure(
         lambda axes: losses(axes, run.steps, run.validations, PAGE),
         "Loss over training",
         "Faint: each logged step. Strong: smoothed. " + (BY_HEART if _prompted(run) else ""),
         WIDE,
     )
     panels = [
-        figures.figure(
+        Figure(
             lambda axes, key=key, name=name, unit=unit: small(axes, run.steps, key, name, unit, PAGE),
             name,
             size=(3.6, 2.3),
@@ -64,7 +75,7 @@ def _of_one(run: Run, figures: Figures) -> str:
         for key, name, unit in PANELS
         if any(isinstance(line.get(key), (int, float)) for line in run.steps)
     ]
-    return large + group(panels, small=True)
+    return [large, Group(panels, small=True)]
 
 
 def keys_of(runs: Runs) -> dict[str, Run]:
@@ -74,7 +85,7 @@ def keys_of(runs: Runs) -> dict[str, Run]:
     return found | ({"control": runs.control} if runs.control else {})
 
 
-def _of_several(runs: Runs, figures: Figures) -> str:
+def _of_several(runs: Runs) -> list[Block]:
     from endprompt_megatron.report.figures import over_steps, page_palette, series
 
     keyed = keys_of(runs)
@@ -97,14 +108,14 @@ def _of_several(runs: Runs, figures: Figures) -> str:
         ) -> None:
             over_steps(axes, lines, name, unit, palette, 0.0 if held_out else 0.85)
 
-        drawn.append(figures.figure(draw, name))
+        drawn.append(Figure(draw, name))
     words = ["Faint: each logged step. Strong: smoothed."]
     if any(_prompted(run) for run in runs.all):
         words.append(BY_HEART)
-    return group(drawn) + note(words)
+    return [Group(drawn), *note(words)]
 
 
-def data_seen(runs: Runs) -> str:
+def data_seen(runs: Runs) -> list[Block]:
     """What training read of each source; nothing where no run wrote it down."""
     columns = (
         ("samples", "samples", "{:,}"),
@@ -115,28 +126,22 @@ def data_seen(runs: Runs) -> str:
     )
     rows = []
     for run in runs.all:
-        name = f"<small>{escape(run.name)}</small>" if len(runs.all) > 1 else ""
         for source in run.seen:
-            cells = [form.format(source[key]) for key, _, form in columns]
-            rows.append((f"{escape(str(source['prefix']))}{name}", cells))
+            name = Cell(str(source["prefix"]), small=run.name if len(runs.all) > 1 else "")
+            rows.append(Row(name, [form.format(source[key]) for key, _, form in columns]))
     if not rows:
-        return ""
-    return "<h3>Data seen</h3>" + table([name for _, name, _ in columns], rows, caption="Up to the newest checkpoint.")
+        return []
+    return [Heading("Data seen"), Table([name for _, name, _ in columns], rows, "Up to the newest checkpoint.")]
 
 
-def costs(runs: Runs) -> str:
-    """What each run took, and what the planner says of its recipe."""
+def costs(runs: Runs) -> Section | None:
+    """What each run took, and what the planner says of its recipe; None without a logged step."""
     logged = [run for run in runs.all if run.steps]
     if not logged:
-        return ""
+        return None
     spent = [cost.spent(run) for run in logged]
     plans = [cost.planned(run, each) for run, each in zip(logged, spent, strict=True)]
-    rows = []
-    for name, cells in cost.rows(spent):
-        if any(cell != cost.NONE for cell in cells):
-            rows.append((name, cells))
-    for name, cells in cost.plan_rows(plans):
-        if any(cell != cost.NONE for cell in cells):
-            rows.append((f'<span class="paper">{name}</span>', cells))
-    head = [escape(run.name) for run in logged]
-    return section("cost", "Cost", table(head, rows), note(cost.notes(spent, plans)))
+    rows = [*cost.spent_rows(spent), *cost.plan_rows(plans)]
+    shown = [row for row in rows if any(cell != cost.NONE for cell in row.cells)]
+    table = Table([run.name for run in logged], shown)
+    return Section("cost", "Cost", [table, *note(cost.notes(spent, plans))])

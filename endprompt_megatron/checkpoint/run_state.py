@@ -1,0 +1,22 @@
+"""The state of a run: what a save stores and a resume restores."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What training changes on this rank.  `models`: the chunks of the model, wrapped or not."""
+
+    models: list
+    optimizer: Any
+    scheduler: Any
+
+
+@dataclass
+class Progress:
+    """How far a run is, and what it lost if checkpoints were damaged when it resumed."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    lost: list[dict] = field(default_factory=list)
