@@ -64,7 +64,7 @@ START = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from endprompt_megatron import checkpoint
+from endprompt_megatron.checkpoint.resume import initialise
 from endprompt_megatron.distributed import runtime
 from endprompt_megatron.config.recipe import LongLora, Parallel, Precision
 from endprompt_megatron.convert.direct import weights_at
@@ -77,7 +77,7 @@ shape = read_shape(hf)
 config = read_json(hf / "config.json", "a config")
 models = build_chunks(shape, config, Parallel(), Precision(), LongLora(), shared_positions=True)
 before = time.monotonic()
-checkpoint.initialise(weights_at(source, shape, "benchmark"), models, None)
+initialise(weights_at(source, shape, "benchmark"), models, None)
 print("seconds", time.monotonic() - before)
 """
 
@@ -86,28 +86,28 @@ def write_model(directory: Path, config: dict, seed: int = 0) -> int:
     """A checkpoint of random BF16 weights as transformers would shard it; returns its bytes."""
     import torch
 
-    from endprompt_megatron.convert import hf_weights, mapping
+    from endprompt_megatron.convert import hf_writing, mapping
     from endprompt_megatron.model.shape import read_shape
 
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     block = torch.randn(1 << 25, generator=torch.Generator().manual_seed(seed)).mul_(0.02).bfloat16()
-    pieces = list(mapping.pieces(read_shape(directory)))
-    shards = hf_weights.shards_of(pieces, "bfloat16", 5 * 10**9)
-    sizes = {name: count // 2 for shard in shards for name, _, count in shard.tensors}
+    mapped = list(mapping.mapped_tensors(read_shape(directory)))
+    files = hf_writing.files_of(mapped, "bfloat16", 5 * 10**9)
+    sizes = {name: count // 2 for file in files for name, _, count in file.tensors}
 
     def rows(name: str) -> Iterator[torch.Tensor]:
         left, start = sizes[name], hash(name) % 1000
         while left:
-            part = block[start : start + min(left, len(block) - start)]
-            yield part
-            left, start = left - len(part), 0
+            values = block[start : start + min(left, len(block) - start)]
+            yield values
+            left, start = left - len(values), 0
 
-    for shard in shards:
-        hf_weights.write_part(directory, hf_weights.whole(shard), "bfloat16", rows)
-    if len(shards) > 1:
-        hf_weights.write_index(directory, shards, "bfloat16")
-    return sum(shard.bytes for shard in shards)
+    for file in files:
+        hf_writing.write_chunk(directory, hf_writing.one_chunk(file), "bfloat16", rows)
+    if len(files) > 1:
+        hf_writing.write_index(directory, files, "bfloat16")
+    return sum(file.bytes for file in files)
 
 
 def forget(directory: Path) -> None:

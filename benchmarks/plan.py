@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.model.flops import flops_per_token
-from endprompt_megatron.model.published_shapes import CONFIGS
+from endprompt_megatron.model.published_shapes import published_config
 from endprompt_megatron.model.shape import ModelShape, shape_of
 from endprompt_megatron.plan.plan import Estimate, estimate
 
@@ -54,7 +54,7 @@ def published_tokens(row: dict) -> float:
 
 
 def _shape(row: dict) -> ModelShape:
-    return shape_of(CONFIGS[row["model"]], row["model"])
+    return shape_of(published_config(row["model"]), row["model"])
 
 
 def main() -> None:

@@ -66,14 +66,14 @@ def ruler_settings(options: argparse.Namespace):
 
 def make(options: argparse.Namespace) -> None:
     """Our side: one task and length, written as NVIDIA's scripts write theirs."""
-    from endprompt_megatron.evaluate.suites.ruler.ruler_suite import samples
+    from endprompt_megatron.evaluate.suites.ruler.ruler_suite import prompts
     from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import TASKS
     from endprompt_megatron.evaluate.suites.ruler.templates import template
     from endprompt_megatron.tokenizer import load_tokenizer
 
     settings = ruler_settings(options)
     [task], [length] = settings.asked, settings.lengths
-    made = samples(settings, load_tokenizer(options.tokenizer), template(settings.template), task, length)
+    made = prompts(settings, load_tokenizer(options.tokenizer), template(settings.template), task, length)
     with open(options.make, "w", encoding="utf-8") as file:
         for sample in made:
             at = sample.text.rfind(TASKS[task].answer_prefix[:10])
@@ -185,12 +185,12 @@ def answer(references: list[str], number: int) -> str:
 
 def our_score(task: str, rows: list[dict]) -> float:
     """Of `answer` to these samples, in percent."""
-    from endprompt_megatron.evaluate.question import Question
+    from endprompt_megatron.evaluate.suites.benchmark import Sample
     from endprompt_megatron.evaluate.suites.ruler import score, summary
 
     scored = []
     for number, row in enumerate(rows):
-        question = Question("ruler", task, 0, number, [], 0, row["outputs"])
+        question = Sample("ruler", task, 0, number, [], 0, row["outputs"])
         scored.append((question, score(question, answer(row["outputs"], number))))
     return summary(scored)["scores"][task]["0"]
 

@@ -7,8 +7,7 @@ maybe stop.  Everything that is about devices, files or formats is a call.
 import time
 from pathlib import Path
 
-from endprompt_megatron import checkpoint
-from endprompt_megatron.checkpoint import Progress, RunState
+from endprompt_megatron.checkpoint.run_state import Progress, RunState
 from endprompt_megatron.common.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
 from endprompt_megatron.common.files import read_json
 from endprompt_megatron.config.constraints.check import check
@@ -38,6 +37,8 @@ def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
 
 
 def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> int:
+    from endprompt_megatron.checkpoint.resume import initialise, resume
+    from endprompt_megatron.checkpoint.save import Saver, require_disk_space
     from endprompt_megatron.convert.direct import weights_to_start_from
     from endprompt_megatron.data.samples.feed import open_feed
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
@@ -57,7 +58,9 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
 
     c, t = recipe.context, recipe.train
     config = read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config")
-    export_config = scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, where)
+    export_config = scaled_config(
+        config, c.rope.type, c.rope.factor, c.original, c.target, where, default_theta=shape.rope_theta
+    )
     feed = open_feed(recipe, where, shape.vocab_size)
     te.share_buffers(recipe, shape)
     models = build_model(shape, recipe, export_config, shared_positions=positions_are_shared(recipe))
@@ -66,8 +69,8 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     state = RunState(models, optimizer, scheduler)
 
     checkpoints = recipe.run_dir / "checkpoints"
-    checkpoint.require_disk_space(checkpoints, shape, recipe.longlora, recipe.precision.dtype)
-    progress = checkpoint.resume(checkpoints, recipe, where, state)
+    require_disk_space(checkpoints, shape, recipe.longlora, recipe.precision.dtype)
+    progress = resume(checkpoints, recipe, where, state)
     if progress is None:
         if recipe.model.init_from is None:
             raise InputError(
@@ -75,7 +78,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
                 "directory of model.hf"
             )
         weights = weights_to_start_from(Path(recipe.model.init_from), shape, f"{where}: model.init_from")
-        checkpoint.initialise(weights, models, optimizer)
+        initialise(weights, models, optimizer)
         progress = Progress()
     if progress.step >= t.steps:
         runtime.print_rank_zero(f"{checkpoints}: all {t.steps} steps are done already")
@@ -91,7 +94,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         with whole_parameters(models):
             recorder.validated(progress.step, validation.run())
 
-    saver = checkpoint.Saver(checkpoints, recipe, export_config, state, progress.step)
+    saver = Saver(checkpoints, recipe, export_config, state, progress.step)
     recorder = Recorder(recipe, shape, progress)
     validation = Validation(recipe, feed, models) if feed.valid is not None else None
     if t.valid_interval and progress.step == 0:

@@ -2,10 +2,9 @@
 
     python tools/convert_hf_to_megatron.py --hf DIR --out DIR [--dtype bfloat16] [--workers 8] [--verify]
 
-The same under mpirun or srun: every rank writes its share.  Killed, the same command goes on.
+Under mpirun or srun every rank writes its share.  After a kill, the same command continues.
 
-Weights keep their dtype unless --dtype says otherwise.  Any tensor, pipeline and context parallel layout can load
-the result.
+Weights keep their dtype unless --dtype is given.  Any tensor, pipeline and context parallel layout can load the result.
 """
 
 import argparse
@@ -20,10 +19,12 @@ from endprompt_megatron.common.errors import run_cli
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="directory with config.json and weights")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to make")
-    parser.add_argument("--dtype", help="cast to bfloat16, float16 or float32 (default: as they are)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that write (default: one a CPU, at most 8)")
-    parser.add_argument("--verify", action="store_true", help="compare every tensor; convert only if OUT is not there")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint directory to create")
+    parser.add_argument("--dtype", help="cast to bfloat16, float16 or float32 (default: keep the dtype)")
+    parser.add_argument("--workers", type=int, metavar="N", help="writing processes (default: one per CPU, at most 8)")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare all tensors afterwards; if OUT exists, just that"
+    )
     options = parser.parse_args()
 
     from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron

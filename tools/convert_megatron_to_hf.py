@@ -3,7 +3,7 @@
     python tools/convert_megatron_to_hf.py --megatron RUN/checkpoints --out DIR [--iteration N] [--workers 8] [--verify]
 
 The newest complete iteration is exported unless --iteration names one; --megatron may also be an iter_ directory.
-The result holds weights, config, tokenizer and a model card, and loads in transformers and vLLM as it is.
+The result holds weights, config, tokenizer and a model card, and loads in transformers and vLLM unchanged.
 """
 
 import argparse
@@ -18,12 +18,14 @@ from endprompt_megatron.common.errors import run_cli
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="checkpoint directory")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face directory to make")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face directory to create")
     parser.add_argument("--iteration", type=int, metavar="N", help="iteration to export (default: the newest)")
-    parser.add_argument("--dtype", help="cast to bfloat16, float16 or float32 (default: what the training wrote)")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that write (default: one a CPU, at most 8)")
-    parser.add_argument("--verify", action="store_true", help="compare every tensor; convert only if OUT is not there")
+    parser.add_argument("--dtype", help="cast to bfloat16, float16 or float32 (default: the dtype of the training)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a weight file (default: 5GB)")
+    parser.add_argument("--workers", type=int, metavar="N", help="writing processes (default: one per CPU, at most 8)")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare all tensors afterwards; if OUT exists, just that"
+    )
     options = parser.parse_args()
 
     from endprompt_megatron.convert.to_hf import convert_megatron_to_hf

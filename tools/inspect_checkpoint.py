@@ -1,4 +1,4 @@
-"""Say what a checkpoint holds, Hugging Face's or Megatron's, without loading it.
+"""Describe a checkpoint, Hugging Face's or Megatron's, without loading it.
 
     python tools/inspect_checkpoint.py PATH [--iteration N] [--tensors] [--check] [--json]
 
@@ -17,18 +17,18 @@ from endprompt_megatron.common.errors import InputError, run_cli
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, metavar="PATH")
-    parser.add_argument("--iteration", type=int, metavar="N", help="of a Megatron checkpoint (default: the newest)")
-    parser.add_argument("--tensors", action="store_true", help="every tensor with dtype, shape, bytes and stored parts")
+    parser.add_argument("--iteration", type=int, metavar="N", help="Megatron iteration (default: the newest)")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor with dtype, shape, bytes and shards")
     parser.add_argument("--check", action="store_true", help="read every byte and compare with the recorded CRC-32")
-    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args()
 
-    from endprompt_megatron.convert.describe_checkpoint import damaged_files, inspect
+    from endprompt_megatron.convert.describe_checkpoint import damage_of, inspect
 
     contents = inspect(options.path, options.iteration)
     print(contents.as_json() if options.json else contents.page(options.tensors), flush=True)
     if options.check:
-        damaged = damaged_files(contents)
+        damaged = damage_of(contents)
         if damaged:
             raise InputError(f"{contents.path}: damaged: {'; '.join(damaged)}")
         if not options.json:

@@ -46,6 +46,7 @@ def _samples(args: argparse.Namespace) -> None:
     from endprompt_megatron.common.files import disk_errors
     from endprompt_megatron.config.constraints.check import check_data
     from endprompt_megatron.config.load import load_recipe
+    from endprompt_megatron.config.resolve import resolve
     from endprompt_megatron.data.describe.describe_data import look, page
     from endprompt_megatron.data.samples.of_recipe import datasets_of
     from endprompt_megatron.model.shape import read_shape
@@ -54,6 +55,7 @@ def _samples(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     check_data(recipe, args.recipe)
     shape = read_shape(recipe.model.hf)
+    resolve(recipe, shape)
     # The run's own cache of large indices serves here too, and is left as it is.
     cache = Path(recipe.data.cache or recipe.run_dir / "index")
     dataset, _ = datasets_of(recipe, args.recipe, shape.vocab_size, cache if cache.is_dir() else None)

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the comparison there")
     options = parser.parse_args()
     if options.dry_run and not options.slurm:
-        raise InputError("--dry-run: is of --slurm, which is not given; --list shows what is left here")
+        raise InputError("--dry-run: requires --slurm; --list shows which stages are left")
 
     from endprompt_megatron.study import study_command
 

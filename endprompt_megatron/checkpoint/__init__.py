@@ -1,10 +1,6 @@
-"""Save, find the newest complete checkpoint, resume: whole or not there, and never a damaged one.
+"""A run's checkpoints: saved, found again and resumed; complete or not there, and never a damaged one.
 
-A rank saves what it holds (weights.py, optimizer_state.py); integrity.py has how the first rank joins that.
+save.py has every rank write what it holds (weights.py, optimizer_state.py) and the first one join that
+(integrity.py); resume.py goes back to the newest; layout.py has the directories, torch_dist.py the format.
+Importing the package imports nothing heavy: the converter's workers use the format without Megatron.
 """
-
-from endprompt_megatron.checkpoint.resume import initialise, resume
-from endprompt_megatron.checkpoint.run_state import Progress, RunState
-from endprompt_megatron.checkpoint.save import Saver, require_disk_space, save
-
-__all__ = ["Progress", "RunState", "Saver", "initialise", "require_disk_space", "resume", "save"]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.common.direct_io import SummedFile
+from endprompt_megatron.common.direct_io import ChecksummedFile
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One part of a global tensor; `load` gives its data, of `shape` and `dtype`, when its turn to be written comes."""
+class Shard:
+    """A slice of a global tensor; `load` gives its data, of `shape` and `dtype`, when its turn to be written comes."""
 
     key: str
     global_shape: tuple[int, ...]
@@ -25,24 +25,24 @@ class Stored:
     load: Callable[[], torch.Tensor]
 
 
-def write_file(directory: Path, name: str, tensors: Iterable[Stored], objects: dict[str, object]) -> dict:
+def write_file(directory: Path, name: str, tensors: Iterable[Shard], objects: dict[str, object]) -> dict:
     """Write a checkpoint's data file `name`; returns a report, for JSON and for `describe`.
 
     `objects` are Megatron's ShardedObjects by their unique keys.  The report has `file`, `bytes`, `crc32` and `rows`.
     Memory: one tensor's, beyond what is given.  Raises OSError if the disk refuses.
     """
     rows: list[list] = []
-    with SummedFile(directory / name) as file:
-        for part in tensors:
-            tensor = part.load().detach().cpu().contiguous()
-            if tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
-                raise ValueError(f"{part.key} at {part.offset}: {tuple(tensor.shape)} {tensor.dtype}, not {part}")
+    with ChecksummedFile(directory / name) as file:
+        for shard in tensors:
+            tensor = shard.load().detach().cpu().contiguous()
+            if tuple(tensor.shape) != shard.shape or tensor.dtype != shard.dtype:
+                raise ValueError(f"{shard.key} at {shard.offset}: {tuple(tensor.shape)} {tensor.dtype}, not {shard}")
             if tensor.untyped_storage().size() != tensor.nbytes:
-                tensor = tensor.clone()  # torch.save writes the whole storage that a view looks at
+                tensor = tensor.clone()  # torch.save writes the complete storage that a view looks at
             begin = file.count
             _save(tensor, file)
-            dtype = str(part.dtype).removeprefix("torch.")
-            rows.append([part.key, begin, file.count - begin, part.offset, part.shape, part.global_shape, dtype])
+            dtype = str(shard.dtype).removeprefix("torch.")
+            rows.append([shard.key, begin, file.count - begin, shard.offset, shard.shape, shard.global_shape, dtype])
             del tensor  # before the next is made
         for key, value in objects.items():
             begin = file.count
@@ -51,10 +51,10 @@ def write_file(directory: Path, name: str, tensors: Iterable[Stored], objects: d
     return {"file": name, "bytes": file.count, "crc32": file.crc32, "rows": rows}
 
 
-def _save(value: object, file: SummedFile) -> None:
+def _save(value: object, file: ChecksummedFile) -> None:
     """torch.save, which hides the operating system's error behind one of its own."""
     try:
-        with _without_sums_of_its_own():
+        with _without_own_checksums():
             torch.save(value, file)
     except (RuntimeError, OSError):
         if file.error is not None:
@@ -63,7 +63,7 @@ def _save(value: object, file: SummedFile) -> None:
 
 
 @contextlib.contextmanager
-def _without_sums_of_its_own() -> Iterator[None]:
+def _without_own_checksums() -> Iterator[None]:
     """torch.save computes a CRC-32 that torch.load does not look at, at a third of a disk's speed."""
     options = torch.serialization
     if not hasattr(options, "set_crc32_options"):  # torch before 2.6

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: written by every rank, joined by the first, whole or not there, and checked.
+"""The files of a checkpoint: written by every rank, joined by the first, complete or not there, and checked.
 
     .iter_0000100.partial/      grows hidden; renamed when all of this is in it
         __RANK_0.distcp         what one rank wrote: Megatron-Core's `torch_dist` format
@@ -14,15 +14,15 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from endprompt_megatron.checkpoint import layout
-from endprompt_megatron.checkpoint.data_files import Stored, write_file
+from endprompt_megatron.checkpoint.data_files import Shard, write_file
 from endprompt_megatron.checkpoint.torch_dist import describe
 from endprompt_megatron.common.direct_io import crc32
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.common.files import sums_of, write_json
+from endprompt_megatron.common.files import checksums_of, write_json
 
 DAMAGED = ".damaged"
 _POLL_SECONDS = 0.02, 1.0  # between looks for the other ranks' files: at first, and at most
@@ -40,7 +40,7 @@ def begin(root: Path, iteration: int) -> Path:
     return staging
 
 
-def write_rank(staging: Path, rank: int, tensors: Iterable[Stored], objects: dict[str, object]) -> None:
+def write_rank(staging: Path, rank: int, tensors: Iterable[Shard], objects: dict[str, object]) -> None:
     """Write this rank's data, and last of all what it consists of.  Memory: one tensor's, beyond what is given.
 
     Raises OSError if the disk refuses.
@@ -50,7 +50,7 @@ def write_rank(staging: Path, rank: int, tensors: Iterable[Stored], objects: dic
 
 
 def join(staging: Path, ranks: int, common: dict, abandoned: threading.Event) -> dict[str, dict]:
-    """On the first rank: wait for all ranks' data, then write what describes it.  The files with size and sum.
+    """On the first rank: wait for all ranks' data, then write what describes it; returns files with size and CRC.
 
     Raises Abandoned if the event is set while it waits.
     """
@@ -58,20 +58,20 @@ def join(staging: Path, ranks: int, common: dict, abandoned: threading.Event) ->
     describe(staging, reports, common)
     for rank in range(ranks):
         (staging / f".rank_{rank}.json").unlink()
-    return sums_of(staging, reports)
+    return checksums_of(staging, reports)
 
 
 def _report(path: Path, abandoned: threading.Event) -> dict:
-    pause, most = _POLL_SECONDS
+    pause, max_pause = _POLL_SECONDS
     while not path.exists():
         if abandoned.wait(pause):
             raise Abandoned
-        pause = min(2 * pause, most)
+        pause = min(2 * pause, max_pause)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def publish(staging: Path, root: Path, iteration: int) -> Path:
-    """Give a whole checkpoint its name.  One of the same name makes room: it is of the same step."""
+    """Give a complete checkpoint its name.  One of the same name makes room: it is of the same step."""
     final = layout.iteration_dir(root, iteration)
     old = root / f".{final.name}.replaced"
     if final.exists():
@@ -122,29 +122,30 @@ def clear_leftovers(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def damage(directory: Path, rank: int, ranks: int) -> str | None:
-    """What is wrong with a checkpoint, as far as this rank's share of its files tells; None if nothing is.
+def damage(directory: Path, rank: int = 0, ranks: int = 1, *, only_sizes: bool = False) -> Iterator[str]:
+    """What is wrong with a checkpoint, file by file, as far as this rank's share of its files tells.
 
-    Reading every byte takes about as long as loading does, shared among the ranks in the same way.  A checkpoint
-    without sizes and sums, as earlier conversions wrote it, has none that fail.
+    Reading every byte takes about as long as loading does, shared among the ranks in the same way; `only_sizes`
+    reads none.
     """
     try:
-        files = layout.read_manifest(directory).get("files") or {}
+        files = layout.read_manifest(directory)["files"]
     except InputError as error:
-        return str(error).removeprefix(f"{directory}/")
+        yield str(error).removeprefix(f"{directory}/")
+        return
     by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
     for name in by_size[rank::ranks]:
+        path, expected = directory / name, files[name]
         try:
-            size = (directory / name).stat().st_size
-            if size != files[name]["bytes"]:
-                return f"{name} has {size} bytes instead of {files[name]['bytes']}"
-            if crc32(directory / name) != files[name]["crc32"]:
-                return f"{name} does not have the CRC-32 it was written with"
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                yield f"{name} has {size} bytes instead of {expected['bytes']}"
+            elif not only_sizes and crc32(path) != expected["crc32"]:
+                yield f"{name} does not have the CRC-32 it was written with"
         except FileNotFoundError:
-            return f"{name} is missing"
+            yield f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-    return None
+            yield f"{name} cannot be read ({error.strerror})"
 
 
 def set_aside(directory: Path) -> Path:

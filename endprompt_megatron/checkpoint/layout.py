@@ -5,7 +5,7 @@
     DIR/iter_0000100/endprompt.json    the manifest, written last: without it the checkpoint is incomplete
     DIR/latest_checkpointed_iteration.txt
 
-The converter and the trainer's checkpoint/ use the same functions.
+The converter and the trainer use the same functions.
 """
 
 import json
@@ -71,7 +71,7 @@ def find_checkpoint(directory: Path, iteration: int | None = None, flag: str = "
             )
         if iteration is not None and iteration != int(own.group(1)):
             raise InputError(
-                f"--iteration {iteration}: {flag} {directory} is another iteration; leave out one of the two"
+                f"--iteration {iteration}: {flag} {directory} is another iteration's directory; give only one of them"
             )
         return directory
     complete = complete_iterations(directory)
@@ -94,11 +94,11 @@ def write_manifest(
     vocab_size: int,
     dtype: str,
     source: str,
-    files: dict[str, dict] | None = None,
+    files: dict[str, dict],
 ) -> None:
     """Declare the checkpoint in `directory` complete.  `dtype` ("bfloat16") is what an export is written in.
 
-    `files`: bytes and CRC-32 of every other file, by name; None if they were not taken.
+    `files`: bytes and CRC-32 of every other file, by name.
     """
     manifest = {
         "format": FORMAT,
@@ -108,15 +108,13 @@ def write_manifest(
         "vocab_size": vocab_size,
         "dtype": dtype,
         "source": source,
+        "files": files,
     }
-    if files is not None:
-        manifest["files"] = files
-        manifest["crc32"] = _own_crc32(manifest)
-    write_json(directory / MANIFEST, manifest)
+    write_json(directory / MANIFEST, {**manifest, "crc32": _own_crc32(manifest)})
 
 
 def _own_crc32(manifest: dict) -> int:
-    """CRC-32 of all else that a manifest says."""
+    """CRC-32 of everything else in a manifest."""
     rest = {key: value for key, value in manifest.items() if key != "crc32"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
@@ -127,14 +125,15 @@ def read_manifest(directory: Path) -> dict:
     manifest = read_json(path, "the manifest of a checkpoint")
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path}: format={manifest.get('format')} is not known; this version reads {FORMAT}")
-    for key, kind in (("step", int), ("consumed_samples", int), ("vocab_size", int), ("source", str)):
+    kinds = {"step": int, "consumed_samples": int, "vocab_size": int, "source": str, "files": dict}
+    for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind):
             raise InputError(f"{path}: {key}={manifest.get(key)!r} should be of type {kind.__name__}")
     if manifest.get("dtype") not in DTYPES:
         raise InputError(f"{path}: dtype={manifest.get('dtype')!r} should be one of {', '.join(DTYPES)}")
     if not isinstance(manifest.get("recipe"), dict | None):
         raise InputError(f"{path}: recipe={manifest['recipe']!r} should be an object or null")
-    if "crc32" in manifest and manifest["crc32"] != _own_crc32(manifest):
+    if manifest.get("crc32") != _own_crc32(manifest):
         raise InputError(f"{path}: does not have the CRC-32 it was written with")
     return manifest
 

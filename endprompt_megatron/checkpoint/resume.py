@@ -1,4 +1,4 @@
-"""Find the newest checkpoint that is whole and go on from it; or begin from converted weights."""
+"""Find the newest complete checkpoint and continue from it; or begin from given weights."""
 
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from endprompt_megatron.model.longlora import ADAPTER
 
 
 def resume(root: Path, recipe: Recipe, where: str, state: RunState) -> Progress | None:
-    """Load the newest checkpoint of this run that is whole; None if there is none yet.  All ranks must call.
+    """Load the newest checkpoint of this run that is complete; None if there is none yet.  All ranks must call.
 
-    A damaged one is renamed and the one before is taken; what that loses is said, and stands in the progress.
+    A damaged one is renamed and the one before it is taken; what that loses is printed, and is in the progress.
     Raises InputError if all are damaged, and if the checkpoint was trained by a recipe that differs in a key
     that decides steps.
     """
-    directory, lost = _newest_whole(root)
+    directory, lost = _newest_undamaged(root)
     if directory is None:
         return None
     manifest = read_manifest(directory)
@@ -47,16 +47,17 @@ def resume(root: Path, recipe: Recipe, where: str, state: RunState) -> Progress 
     return Progress(manifest["step"], manifest["consumed_samples"], lost)
 
 
-def _newest_whole(root: Path) -> tuple[Path | None, list[dict]]:
+def _newest_undamaged(root: Path) -> tuple[Path | None, list[dict]]:
     """The newest checkpoint without damage, and a record of each damaged one that was set aside for it."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     # One look at the directory, the first rank's: another's might see another moment.
-    iterations, complete, set_aside = _from_first(_held(root) if rank == 0 else None)
+    iterations, complete, set_aside = _from_rank_zero(_held(root) if rank == 0 else None)
     lost: list[dict] = []
     for iteration in iterations:
         directory = iteration_dir(root, iteration)
         # A checkpoint gets its name when its manifest is in it: one without was tampered with.
-        mine = f"{MANIFEST} is missing" if iteration not in complete else on_disk.damage(directory, rank, ranks)
+        missing = None if iteration in complete else f"{MANIFEST} is missing"
+        mine = missing or next(on_disk.damage(directory, rank, ranks), None)
         reasons: list = [None] * ranks
         dist.all_gather_object(reasons, mine)
         reason = next(filter(None, reasons), None)
@@ -67,12 +68,12 @@ def _newest_whole(root: Path) -> tuple[Path | None, list[dict]]:
             if lost:
                 runtime.print_rank_zero(_fallback(lost, directory))
             return directory, lost
-        aside = _from_first(str(on_disk.set_aside(directory)) if rank == 0 else None)
+        aside = _from_rank_zero(str(on_disk.set_aside(directory)) if rank == 0 else None)
         lost.append({"lost_to": iteration, "damaged": aside, "reason": reason})
     if lost or set_aside:
         said = "; ".join(f"{Path(record['damaged']).name}: {record['reason']}" for record in lost)
         raise InputError(
-            f"{root}: holds no checkpoint that is whole, only damaged ones ({said or 'found before'}): remove them to "
+            f"{root}: holds no complete checkpoint, only damaged ones ({said or 'found before'}): remove them to "
             "start from model.init_from again, or choose another checkpoint.dir"
         )
     if rank == 0:
@@ -97,8 +98,8 @@ def _fallback(lost: list[dict], directory: Path) -> str:
     )
 
 
-def _from_first(value: Any) -> Any:
-    """The first rank's value, on all ranks."""
+def _from_rank_zero(value: Any) -> Any:
+    """Rank zero's value, on all ranks."""
     held = [value]
     dist.broadcast_object_list(held)
     return held[0]
@@ -118,10 +119,10 @@ def refuse_other_recipe(old: dict, recipe: Recipe, where: str, directory: Path) 
         if not declared.key.fixed:
             continue
         key = declared.dotted
-        # A checkpoint from before there was such a key was trained as its default has it.
+        # A checkpoint older than the key was trained with the key's default.
         before, now = get(old, key, declared.default), get(recipe, key)
         if before != now:
             raise InputError(
                 f"{where}: {key}={now} but {directory} was trained with {before}: "
-                "go on with that value, or choose another checkpoint.dir"
+                "keep that value, or choose another checkpoint.dir"
             )

@@ -1,6 +1,6 @@
 """Save a run: every rank writes what it holds, beside the training if wished, and the first rank joins it.
 
-With `checkpoint.async` the state is copied to host memory and a thread writes it while training goes on.  A
+With `checkpoint.async` the state is copied to host memory and a thread writes it while training continues.  A
 thread, not processes: the writing is done without Python's lock, and when a rank is killed its thread goes with
 it, where forked writers and their managers stay behind.  Megatron-Core's own asynchronous saves differ from
 version to version (0.17 and later want another package); the files here are those of its `torch_dist` format,
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from endprompt_megatron.checkpoint import integrity as on_disk
-from endprompt_megatron.checkpoint.data_files import Stored
+from endprompt_megatron.checkpoint.data_files import Shard
 from endprompt_megatron.checkpoint.layout import (
     copy_hf_files,
     iteration_dir,
@@ -80,7 +80,7 @@ class Saver:
         self.wait()
         self._step = progress.step
         weights = weights_of(self.state.models)
-        tensors = [*stored_weights(weights), *stored_state(self.state.optimizer, weights)]
+        shards = [*stored_weights(weights), *stored_state(self.state.optimizer, weights)]
         objects = stored_objects(self.state.models)
         updates = updates_of(self.state.optimizer)
         common = {"scheduler": self.state.scheduler.state_dict(), "optimizer": {"updates": updates}}
@@ -91,11 +91,11 @@ class Saver:
         write = partial(on_disk.write_rank, staging, self.rank)
         finish = partial(self._finish, staging, common, progress.step, progress.consumed_samples)
         if self.recipe.checkpoint.asynchronous:
-            args = (write, self._staged(tensors), objects, finish)
+            args = (write, self._staged(shards), objects, finish)
             self._thread = threading.Thread(target=self._write_and_finish, args=args, name="checkpoint", daemon=True)
             self._thread.start()
             return
-        self._noting_errors(write, tensors, objects)
+        self._noting_errors(write, shards, objects)
         self._agree()
         if self.rank == 0:
             self._noting_errors(finish)
@@ -123,26 +123,26 @@ class Saver:
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
 
-    def _staged(self, tensors: list[Stored]) -> list[Stored]:
+    def _staged(self, shards: list[Shard]) -> list[Shard]:
         """Copies of the tensors in host memory that is kept for the next save: pinned where they come from a GPU.
 
         Memory: this rank's own state once, and on the GPU nothing beyond what a state takes to be unscaled.
         """
         staged = []
-        for index, part in enumerate(tensors):
-            value = part.load().detach()
+        for index, shard in enumerate(shards):
+            value = shard.load().detach()
             if index == len(self._buffers) or self._buffers[index].shape != value.shape:
                 del self._buffers[index:]
                 self._buffers.append(torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda))
             buffer = self._buffers[index]
             buffer.copy_(value, non_blocking=True)
-            staged.append(replace(part, load=partial(_itself, buffer)))
+            staged.append(replace(shard, load=partial(_itself, buffer)))
         torch.cuda.synchronize()
         return staged
 
-    def _write_and_finish(self, write: Any, tensors: list[Stored], objects: dict, finish: Any) -> None:
+    def _write_and_finish(self, write: Any, shards: list[Shard], objects: dict, finish: Any) -> None:
         """What the thread does; it never communicates.  Its end, or its error, is seen by `poll`."""
-        self._noting_errors(write, tensors, objects)
+        self._noting_errors(write, shards, objects)
         if self.rank == 0 and self._error is None:
             self._noting_errors(finish)
 
@@ -201,20 +201,6 @@ class Saver:
 
 def _itself(value: torch.Tensor) -> torch.Tensor:
     return value
-
-
-def save(
-    root: Path,
-    progress: Progress,
-    recipe: Recipe,
-    export_config: dict,
-    state: RunState,
-) -> Path:
-    """Write `root`/iter_NNNNNNN and return its path when it is complete.  Raises as Saver.save does."""
-    with Saver(root, recipe, export_config, state) as saver:
-        saver.save(progress)
-        saver.wait()
-    return iteration_dir(root, progress.step)
 
 
 def require_disk_space(root: Path, shape: ModelShape, longlora: LongLora, dtype: str) -> None:

@@ -1,6 +1,6 @@
-"""A part of a tensor that torch.save wrote somewhere in a file, read straight to where it belongs.
+"""A slice of a tensor that torch.save wrote somewhere in a file, read straight to where it belongs.
 
-torch.load reads a stored tensor whole into memory of its own, and a checkpoint saved without tensor parallelism
+torch.load reads a complete stored tensor into memory of its own, and a checkpoint saved without tensor parallelism
 holds some of over 2 GB.  Here only the bytes that are asked for are read, and most of them once.
 """
 
@@ -29,7 +29,7 @@ _STORAGES = {
 
 
 class Scratch:
-    """Memory used again for one part of a tensor after the other: to find fresh memory takes longer than to fill it."""
+    """Memory used again for one shard after the other: to find fresh memory takes longer than to fill it."""
 
     def __init__(self) -> None:
         self._memory = bytearray()
@@ -94,7 +94,7 @@ def _data_of(view: io.RawIOBase, entry: zipfile.ZipInfo) -> int:
 
 
 class _View(io.RawIOBase):
-    """A stretch of a file as a file of its own."""
+    """A range of a file, as a file."""
 
     def __init__(self, file: io.RawIOBase, begin: int, length: int):
         self.file, self.begin, self.length, self.at = file, begin, length, 0
@@ -133,7 +133,7 @@ class _OtherWay(Exception):
 
 
 class _Layout(pickle.Unpickler):
-    """What a pickled tensor says of its storage and strides; nothing in the pickle is called but this."""
+    """What a pickled tensor says of its storage and strides; nothing else in the pickle is called."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -149,7 +149,7 @@ class _Layout(pickle.Unpickler):
 
 
 def read_into(target: torch.Tensor, file: io.RawIOBase, record: Record, offset: tuple[int, ...]) -> None:
-    """Fill `target` with the part of the record that starts at `offset`, cast to the target's dtype.
+    """Fill `target` with the slice of the record that starts at `offset`, cast to the target's dtype.
 
     Raises ValueError if the file ends before.
     """
@@ -171,19 +171,19 @@ def _fill(
         _read(target, file, begin + offset[0] * row)
         return
     if len(shape) > 1 and row > _BLOCK:
-        for index, part in enumerate(target):
-            _fill(part, file, begin + (offset[0] + index) * row, shape[1:], offset[1:], dtype)
+        for index, row_of_target in enumerate(target):
+            _fill(row_of_target, file, begin + (offset[0] + index) * row, shape[1:], offset[1:], dtype)
         return
-    # Rows are read whole: a few columns of each would be as many calls as rows.
+    # Rows are read completely: a few columns of each would be as many calls as rows.
     step = max(1, _BLOCK // row)
     buffer = torch.empty((min(step, len(target)), *shape[1:]), dtype=dtype)
     for at in range(0, len(target), step):
         rows = target[at : at + step]
-        part = buffer[: len(rows)]
-        _read(part, file, begin + (offset[0] + at) * row)
+        stored = buffer[: len(rows)]
+        _read(stored, file, begin + (offset[0] + at) * row)
         for axis in range(1, len(shape)):
-            part = part.narrow(axis, offset[axis], rows.shape[axis])
-        rows.copy_(part)
+            stored = stored.narrow(axis, offset[axis], rows.shape[axis])
+        rows.copy_(stored)
 
 
 def _read(target: torch.Tensor, file: io.RawIOBase, begin: int) -> None:

@@ -1,8 +1,8 @@
-"""Megatron-Core's `torch_dist` checkpoint format, written and read piece by piece.  Knows no model.
+"""Megatron-Core's `torch_dist` checkpoint format, written and read shard by shard.  Knows no model.
 
 The format is torch.distributed.checkpoint's, plus metadata.json and common.pt.  Going to torch's own reader and
 writer instead of megatron.core.dist_checkpointing needs no process group, no CUDA and no second process, and
-asks for one tensor at a time: memory is that of the piece that is asked for, whatever the size of the model.
+asks for one tensor at a time: memory is that of the shard that is asked for, whatever the size of the model.
 """
 
 import bisect
@@ -39,7 +39,7 @@ from endprompt_megatron.common.direct_io import OnceFile
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import write_json
 
-_MOST = 64 << 20
+_MAX_BYTES = 64 << 20
 
 # What megatron.core.dist_checkpointing.core.CheckpointingConfig("torch_dist", 1) writes.
 FORMAT = {
@@ -51,7 +51,7 @@ FORMAT = {
 
 
 def describe(directory: Path, reports: list[dict], common: dict) -> None:
-    """Make a checkpoint of the data files that the reports of data_file.write_file tell of.
+    """Make a checkpoint of the data files that the reports of data_files.write_file tell of.
 
     Raises RuntimeError if together they do not hold every element of every tensor once.
     """
@@ -92,7 +92,7 @@ class _Describer(FileSystemWriter):
 class Checkpoint:
     """A checkpoint to read from, whatever layout wrote it.  Only metadata is read until a tensor is asked for.
 
-    `once`: nobody asks for the same part again.
+    `once`: no shard will be read twice.
     """
 
     def __init__(self, directory: Path, *, once: bool = False):
@@ -133,7 +133,7 @@ class Checkpoint:
         zero_outside: bool = False,
         into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The part of the tensor `key` that starts at `offset` and has `shape`, cast to `dtype`, on the CPU.
+        """The shard of the tensor `key` that starts at `offset` and has `shape`, cast to `dtype`, on the CPU.
 
         With `zero_outside`, what lies outside the stored tensor (a vocabulary padded for another layout) is zero.
         `into` is memory to use, of that shape and dtype.  Raises InputError if the files do not hold all of the rest.
@@ -150,42 +150,42 @@ class Checkpoint:
             near = self._near(key, offset[0], offset[0] + shape[0])
             items = create_read_items_for_chunk_list(key, near, [wanted])
             if sum(item.lengths.numel() for item in items) != expected:
-                raise ValueError("parts of it were never written")
+                raise ValueError("shards of it were never written")
             stored = {chunk.offsets: tuple(chunk.sizes) for chunk in near.chunks}
             for item in items:
                 self._read_item(target, item, stored[item.storage_index.offset])
         return target
 
     def _read_item(self, target: torch.Tensor, item: ReadItem, stored: tuple[int, ...]) -> None:
-        """Put what `item` takes out of one part, of shape `stored`, into its place in `target`."""
+        """Put what `item` takes out of one stored shard, of shape `stored`, into its place in `target`."""
         place = self.reader.storage_data[item.storage_index]
         if not getattr(place, "transform_descriptors", None):
             with self.open(self.directory / place.relative_path) as file:
                 record = tensor_reader.find(file, place.offset, place.length)
                 if record is not None:
                     if record.shape != stored:
-                        raise ValueError(f"a part has shape {list(record.shape)} instead of {list(stored)}")
-                    tensor_reader.read_into(_box(target, item), file, record, tuple(item.storage_offsets))
+                        raise ValueError(f"a shard has shape {list(record.shape)} instead of {list(stored)}")
+                    tensor_reader.read_into(_filled_by(target, item), file, record, tuple(item.storage_offsets))
                     return
         self.reader.read_data(LoadPlan([item]), _LoadPlanner(target)).wait()
 
     def row_cuts(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], axis: int) -> list[int]:
-        """Where to cut a box along `axis` so that no stored part is cut, unless it is larger than _MOST bytes.
+        """Where to cut a slice along `axis` so that no stored shard is cut, unless it is larger than _MAX_BYTES bytes.
 
-        offset[axis] comes first, the box's end last.
+        offset[axis] comes first, its end last.
         """
         first, last = offset[axis], offset[axis] + shape[axis]
         row = math.prod(shape) // shape[axis] * self.tensors[key].properties.dtype.itemsize
         cuts = {first, last}
         for chunk in self._near(key, offset[0], offset[0] + shape[0]).chunks:
             begin, end = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
-            cuts |= {cut for cut in (*range(begin, end, max(1, _MOST // row)), end) if first < cut < last}
+            cuts |= {cut for cut in (*range(begin, end, max(1, _MAX_BYTES // row)), end) if first < cut < last}
         return sorted(cuts)
 
     def _near(self, key: str, first: int, last: int) -> TensorStorageMetadata:
-        """The tensor's metadata with the chunks alone that reach into first..last-1 of its first axis.
+        """The tensor's metadata with only the chunks that reach into first..last-1 of its first axis.
 
-        That axis is the layers of most tensors: to compare a box with every chunk of every layer and rank would
+        That axis is the layers of most tensors: to compare a slice with every chunk of every layer and rank would
         take minutes at 405B.
         """
         if key not in self.by_first:
@@ -245,11 +245,11 @@ class _LoadPlanner(DefaultLoadPlanner):
         self.target = target
 
     def resolve_tensor(self, read_item) -> torch.Tensor:
-        return _box(self.target, read_item)
+        return _filled_by(self.target, read_item)
 
 
-def _box(target: torch.Tensor, item: ReadItem) -> torch.Tensor:
-    """The part of `target` that an item fills."""
+def _filled_by(target: torch.Tensor, item: ReadItem) -> torch.Tensor:
+    """The slice of `target` that an item fills."""
     for axis, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
         target = target.narrow(axis, start, length)
     return target

@@ -1,8 +1,8 @@
-"""What of the model a rank stores and loads: which boxes of which global tensors are its own.
+"""What of the model a rank stores and loads: which shards of which global tensors are its own.
 
 A checkpoint names tensors by their global shapes (Megatron's ShardedTensor says where a rank's weight lies
-in one), so that ranks of any other layout find their parts.  Weights that several data-parallel ranks hold
-are shared out among them: each writes, and reads, its part of the weights, and reading ends in a broadcast.
+in one), so that ranks of any other layout find their shards.  Weights that several data-parallel ranks hold
+are divided among them: each writes, and reads, its share of the weights, and reading ends in a broadcast.
 """
 
 import io
@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
-from endprompt_megatron.checkpoint.data_files import Stored
+from endprompt_megatron.checkpoint.data_files import Shard
 from endprompt_megatron.distributed.runtime import raise_on_all_ranks
 
 
@@ -61,8 +61,8 @@ class Weight:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
-    def stored(self) -> Stored:
-        return Stored(self.key, self.global_shape, self.offset, self.shape, self.tensor.dtype, lambda: self.tensor)
+    def shard(self) -> Shard:
+        return Shard(self.key, self.global_shape, self.offset, self.shape, self.tensor.dtype, lambda: self.tensor)
 
 
 def weights_of(models: list) -> list[Weight]:
@@ -73,21 +73,21 @@ def weights_of(models: list) -> list[Weight]:
             if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
                 continue
             parameter = entry.data
-            for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-                data = part.data.detach()
+            for shard in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
+                data = shard.data.detach()
                 if not data.is_contiguous() or data.untyped_storage().data_ptr() != _storage(parameter):
-                    raise RuntimeError(f"{part.key} is no view of its parameter: its state cannot be found from it")
-                tensor = data.view((1,) * part.prepend_axis_num + tuple(data.shape))
+                    raise RuntimeError(f"{shard.key} is no view of its parameter: its state cannot be found from it")
+                tensor = data.view((1,) * shard.prepend_axis_num + tuple(data.shape))
                 found.append(
                     Weight(
-                        part.key,
-                        tuple(part.global_shape),
-                        tuple(part.global_offset),
+                        shard.key,
+                        tuple(shard.global_shape),
+                        tuple(shard.global_offset),
                         tensor,
                         parameter,
                         data.storage_offset() - parameter.storage_offset(),
-                        not any(_copy_of(part.replica_id)),
-                        part.allow_shape_mismatch,
+                        not any(_copy_of(shard.replica_id)),
+                        shard.allow_shape_mismatch,
                     )
                 )
     return found
@@ -102,24 +102,24 @@ def _copy_of(replica_id: int | tuple[int, ...]) -> tuple[int, ...]:
     return (replica_id,) if isinstance(replica_id, int) else tuple(replica_id)[:2]
 
 
-def stored_weights(weights: list[Weight]) -> list[Stored]:
-    """The weights that this rank writes: its part of those that the data-parallel ranks all hold."""
+def stored_weights(weights: list[Weight]) -> list[Shard]:
+    """The weights that this rank writes: its share of those that the data-parallel ranks all hold."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    writers = _shared_out([weight.tensor.nbytes for weight in weights], group.size())
+    writers = _divided([weight.tensor.nbytes for weight in weights], group.size())
     return [
-        weight.stored()
+        weight.shard()
         for weight, writer in zip(weights, writers, strict=True)
         if weight.first and writer == group.rank()
     ]
 
 
 def read_weights(weights: list[Weight], source: WeightSource) -> None:
-    """Fill the weights: each data-parallel rank reads its part from the files, the others get it from there.
+    """Fill the weights: each data-parallel rank reads its share from the files, the others get it from there.
 
     Raises InputError where the files do not hold a tensor.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    readers = _shared_out([weight.tensor.nbytes for weight in weights], group.size())
+    readers = _divided([weight.tensor.nbytes for weight in weights], group.size())
     with raise_on_all_ranks():
         for weight, reader in zip(weights, readers, strict=True):
             if reader == group.rank():
@@ -136,8 +136,8 @@ def read_weights(weights: list[Weight], source: WeightSource) -> None:
             dist.broadcast(weight.tensor, src=ranks[reader], group=group)
 
 
-def _shared_out(sizes: list[int], count: int) -> list[int]:
-    """Which of `count` ranks takes each item: the largest first, each to the one that has least."""
+def _divided(sizes: list[int], count: int) -> list[int]:
+    """Which of `count` ranks takes each item: the largest first, each to the one with the smallest load."""
     loads, owners = [0] * count, [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         owners[index] = min(range(count), key=loads.__getitem__)
@@ -172,11 +172,11 @@ def read_objects(models: list, source: WeightSource) -> None:
             chunk.load_state_dict(found, strict=False)
 
 
-def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements start..end-1 of a flattened tensor of `shape`, as (offset, shape) of boxes, in order.
+def shards_of_range(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Elements start..end-1 of a flattened tensor of `shape`, as (offset, shape) of shards, in order.
 
     The distributed optimizer cuts flattened parameters anywhere.  Of a matrix such a range is at most three
-    boxes: the rest of a row, whole rows, the beginning of a row; which any layout can read its own from.
+    shards: the rest of a row, complete rows, the beginning of a row; which any layout can read its own from.
     """
     if start >= end:
         return
@@ -186,14 +186,14 @@ def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[tuple[
     row = math.prod(shape[1:])
     first, last = start // row, (end - 1) // row
     if first == last and end - start < row:
-        for offset, size in boxes(shape[1:], start - first * row, end - first * row):
+        for offset, size in shards_of_range(shape[1:], start - first * row, end - first * row):
             yield (first, *offset), (1, *size)
         return
     if start % row:
-        yield from boxes(shape, start, (first + 1) * row)
+        yield from shards_of_range(shape, start, (first + 1) * row)
         first += 1
-    whole = end // row
-    if whole > first:
-        yield (first,) + (0,) * (len(shape) - 1), (whole - first, *shape[1:])
+    complete = end // row
+    if complete > first:
+        yield (first,) + (0,) * (len(shape) - 1), (complete - first, *shape[1:])
     if end % row:
-        yield from boxes(shape, whole * row, end)
+        yield from shards_of_range(shape, complete * row, end)

@@ -51,8 +51,8 @@ def crc32(path: Path, begin: int = 0, length: int | None = None) -> int:
     return value
 
 
-class SummedFile(io.RawIOBase):
-    """A large file, or from `begin` on a part of one that exists, being written: `count` bytes and their `crc32`.
+class ChecksummedFile(io.RawIOBase):
+    """A large file, or from `begin` on a chunk of one that exists, being written: `count` bytes and their `crc32`.
 
     A thread writes one block while the next is filled.  Closed, it is on the disk.  `error` is the operating
     system's last refusal, an OSError.  Memory: two blocks of 8 MiB.
@@ -136,7 +136,7 @@ class SummedFile(io.RawIOBase):
 
 
 class OnceFile(io.RawIOBase):
-    """A file to read from here and there, whose bytes nobody will ask for again."""
+    """A file to read in random places, each byte once."""
 
     descriptor: int | None = None
     _own = threading.local()  # a block a thread

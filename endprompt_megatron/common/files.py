@@ -1,8 +1,7 @@
-"""Nothing half-written: outputs grow under a temporary name and are renamed when they are whole."""
+"""Nothing half-written: outputs grow under a temporary name and are renamed when they are complete."""
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from endprompt_megatron.common.direct_io import crc32
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.file_lock import lock_file
 
 
 def refuse_existing(out: Path, flag: str) -> None:
@@ -95,7 +95,7 @@ def read_json(path: Path, what: str) -> dict:
     return value
 
 
-def sums_of(directory: Path, known: list[dict]) -> dict[str, dict]:
+def checksums_of(directory: Path, known: list[dict]) -> dict[str, dict]:
     """Bytes and CRC-32 of every file below `directory`; those of `known` (file, bytes, crc32) are not read again."""
     files = {report["file"]: {"bytes": report["bytes"], "crc32": report["crc32"]} for report in known}
     for path in sorted(directory.rglob("*")):
@@ -151,7 +151,8 @@ def _locked(staging: Path, out: Path, flag: str) -> int:
         staging.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(staging / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock(descriptor, out, flag)
+            if not lock_file(descriptor):
+                raise InputError(f"{flag} {out}: another process is writing it; wait for it, or choose another name")
             with contextlib.suppress(FileNotFoundError):
                 # Who held it before may have removed the directory since it was opened here.
                 if os.path.samestat(os.fstat(descriptor), os.stat(staging / ".lock")):
@@ -160,15 +161,6 @@ def _locked(staging: Path, out: Path, flag: str) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
-
-
-def _lock(descriptor: int, out: Path, flag: str) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{flag} {out}: another process is writing it; wait for it, or choose another name") from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def _keep_only(staging: Path, job: dict) -> None:

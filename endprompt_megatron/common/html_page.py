@@ -13,52 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from endprompt_megatron.common.inline_svg import NORMAL, svg
+from endprompt_megatron.common.plotting import DARK, LIGHT, svg
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
 
-# Every colour of a line or a mark has a contrast of 3 or more on its background, every text of 4.5 or more, in both
-# modes (a test computes it); nothing is told apart by its colour alone.
-LIGHT = {
-    "paper": "#ffffff",
-    "ink": "#1d2127",
-    "muted": "#5d6674",
-    "grid": "#e1e4e9",
-    "wash": "#f4f5f7",
-    "baseline": "#6f7886",
-    "extended": "#1765b0",
-    "control": "#a8590f",
-    "untrained": "#7d58a6",
-    "run2": "#b0302f",
-    "run3": "#1f7a4d",
-    "run4": "#8a6a00",
-    "run5": "#b03a86",
-    "run6": "#0f7684",
-    "better": "#1f7a4d",
-    "worse": "#b0302f",
-    "heat": "#4f93d2",  # of a cell at 100%, under ink
-}
-DARK = {
-    "paper": "#14171c",
-    "ink": "#e6e9ee",
-    "muted": "#9aa4b2",
-    "grid": "#2c323b",
-    "wash": "#1b2027",
-    "baseline": "#98a2b1",
-    "extended": "#6cb0f5",
-    "control": "#e39a52",
-    "untrained": "#bb9ae0",
-    "run2": "#f08a85",
-    "run3": "#6cc796",
-    "run4": "#d8b548",
-    "run5": "#ec8bc6",
-    "run6": "#5cc3d1",
-    "better": "#6cc796",
-    "worse": "#f08a85",
-    "heat": "#2a67a5",
-}
+NORMAL = (4.6, 2.9)  # inches of a picture in a column; words in it are about 8.5 points
+WIDE = (7.2, 3.0)  # across the page
 
 
 @dataclass(frozen=True)
@@ -240,9 +202,9 @@ def render(page: Page) -> str:
     )
 
     def picture(figure: Figure) -> "Markup":
-        from markupsafe import Markup
+        from markupsafe import Markup, escape
 
-        return Markup(svg(figure.draw, figure.title, next(numbers), figure.size))
+        return Markup(svg(figure.draw, escape(figure.title), next(numbers), figure.size))
 
     def show(block: Block) -> "Markup":
         return getattr(environment.get_template("blocks.html.j2").module, block.macro)(block)

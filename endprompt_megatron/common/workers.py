@@ -35,8 +35,8 @@ def mpi() -> Any | None:
     return MPI.COMM_WORLD
 
 
-def number_of(workers: int | None, comm: Any | None, most: int | None = None) -> int:
-    """The processes to use on this host: `workers`, or one a CPU but no more than `most`; 1 under MPI.
+def number_of(workers: int | None, comm: Any | None, max_workers: int | None = None) -> int:
+    """The processes to use on this host: `workers`, or one a CPU but no more than `max_workers`; 1 under MPI.
 
     Raises InputError for a number that cannot be.
     """
@@ -46,7 +46,7 @@ def number_of(workers: int | None, comm: Any | None, most: int | None = None) ->
         return 1
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: should be at least 1")
-    return workers or min(cpus(), most or cpus())
+    return workers or min(cpus(), max_workers or cpus())
 
 
 def for_each(
@@ -90,7 +90,7 @@ def for_each(
                 results[futures[future]] = future.result()
                 done(sizes[futures[future]])
         except BaseException as error:
-            # None goes on writing where nobody wants it.  And a pool that broke while it was starting would wait
+            # No process should keep writing what nobody wants.  And a pool that broke while it was starting would wait
             # for ever for the processes that it started last.
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()

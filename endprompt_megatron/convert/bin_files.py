@@ -1,22 +1,21 @@
 """Hugging Face weights in the older pytorch_model.bin: torch's pickle, read as tensors or not at all.
 
-The file is mapped into memory, so that a part of a tensor is read when it is asked for, as from safetensors.
+The file is mapped into memory, so that a slice of a tensor is read when it is asked for, as from safetensors.
 """
 
 import pickle
-from collections.abc import KeysView
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.convert.safetensors_header import Entry
 
 _CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
 class BinFile:
-    """One file, with the interface of safetensors.safe_open."""
+    """One file, with what HfWeights uses of safetensors.safe_open."""
 
     def __init__(self, path: Path):
         """Raises InputError if the file is damaged, or holds anything but tensors: a pickle could run code."""
@@ -41,32 +40,26 @@ class BinFile:
                 raise InputError(f"{path}: {name} is a {type(value).__name__}, not a dense tensor")
         self.tensors: dict[str, torch.Tensor] = values
 
-    def keys(self) -> KeysView[str]:
-        return self.tensors.keys()
+    def entries(self) -> dict[str, Entry]:
+        """Dtypes and shapes by name.  Where the bytes lie is not known."""
+        return {
+            name: Entry(_code(tensor.dtype), tuple(tensor.shape), 0, tensor.nbytes)
+            for name, tensor in self.tensors.items()
+        }
 
     def get_tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name].detach()
 
-    def get_slice(self, name: str) -> "_Slice":
-        return _Slice(self.tensors[name].detach())
+    def get_slice(self, name: str) -> torch.Tensor:
+        return self.tensors[name].detach()
 
 
-@dataclass(frozen=True)
-class _Slice:
-    tensor: torch.Tensor
-
-    def get_dtype(self) -> str:
-        return _CODES.get(self.tensor.dtype, str(self.tensor.dtype).removeprefix("torch."))
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def __getitem__(self, box: tuple[slice, ...]) -> torch.Tensor:
-        return self.tensor[box]
+def _code(dtype: torch.dtype) -> str:
+    return _CODES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def _reason(error: Exception) -> str:
-    """The sentence that says what was refused; torch puts advice before and after it."""
+    """The sentence that names what was refused; torch puts advice before and after it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0] if lines else "")
-    return told.removeprefix("WeightsUnpickler error: ")[:160] or type(error).__name__
+    refused = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0] if lines else "")
+    return refused.removeprefix("WeightsUnpickler error: ")[:160] or type(error).__name__

@@ -4,13 +4,13 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from endprompt_megatron.checkpoint import layout
+from endprompt_megatron.checkpoint import integrity, layout
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
-from endprompt_megatron.common.direct_io import crc32
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
 from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.convert.hf_weights import HfWeights
+from endprompt_megatron.method.rope_parameters import rope_parameters
 from endprompt_megatron.model.shape import shape_of
 
 _OPTIMIZER = "optimizer."
@@ -19,7 +19,7 @@ _LAYOUT = "tensor pipeline virtual_pipeline context".split()
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as its metadata has it: `parts` is how many pieces it is stored in."""
+    """A tensor as its metadata has it: `parts` is how many shards it is stored in."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Contents:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
     def page(self, tensors: bool) -> str:
-        """For people: a line a fact, then the tensors if asked for, else their sums."""
+        """For people: a line a fact, then the tensors if asked for, else their totals."""
         lines = [f"{self.path}: {self.kind}"]
         for title, facts in (("model", self.model), ("training", self.training)):
             lines += [f"  {title}"] if facts else []
@@ -52,10 +52,9 @@ class Contents:
         if tensors:
             width = max(len(tensor.name) for tensor in self.tensors)
             for each in self.tensors:
-                parts = f"{each.parts} part{'s' * (each.parts > 1)}"
-                sizes = " x ".join(map(str, each.shape)) or "scalar"
-                size = format_bytes(each.bytes)
-                lines.append(f"    {each.name:<{width}}  {each.dtype:<9}{sizes:<24}{size:>10}  {parts}")
+                shards = f"{each.parts} shard{'s' * (each.parts > 1)}"
+                sizes, size = " x ".join(map(str, each.shape)) or "scalar", format_bytes(each.bytes)
+                lines.append(f"    {each.name:<{width}}  {each.dtype:<9}{sizes:<24}{size:>10}  {shards}")
             return "\n".join(lines)
         for title, mine in (("weights", False), ("optimizer state", True)):
             some = [tensor for tensor in self.tensors if tensor.name.startswith(_OPTIMIZER) == mine]
@@ -68,7 +67,7 @@ class Contents:
 def inspect(path: Path, iteration: int | None = None) -> Contents:
     """Contents of a Hugging Face directory, a Megatron checkpoint directory (newest or `iteration`) or an iter_ one.
 
-    Reads metadata alone.  Raises InputError if it is neither, or cannot be read.
+    Reads only metadata.  Raises InputError if it is neither, or cannot be read.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; expected a Hugging Face directory or a Megatron checkpoint")
@@ -78,34 +77,24 @@ def inspect(path: Path, iteration: int | None = None) -> Contents:
     return _megatron(directory)
 
 
-def damaged_files(contents: Contents) -> list[str]:
-    """Files of a Megatron checkpoint that are not what its manifest says; reads every byte.
+def damage_of(contents: Contents) -> list[str]:
+    """What is wrong with the files of a Megatron checkpoint, by its manifest; reads every byte.
 
-    Raises InputError if the manifest has no sums: then `--verify` of the conversion tells.
+    Raises InputError if there is no manifest: then `--verify` of the conversion tells.
     """
     directory = Path(contents.path)
-    recorded = layout.read_manifest(directory).get("files") if (directory / layout.MANIFEST).is_file() else None
-    if not recorded:
+    if not (directory / layout.MANIFEST).is_file():
         raise InputError(
-            f"{directory}: was written without CRC-32 of its files; compare it with its source by --verify"
+            f"{directory}: has no {layout.MANIFEST} with CRC-32 of its files; compare it with its source by --verify"
         )
-    found = []
-    for name, file in recorded.items():
-        path = directory / name
-        if not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != file["bytes"]:
-            found.append(f"{name} has {path.stat().st_size} bytes instead of {file['bytes']}")
-        elif crc32(path) != file["crc32"]:
-            found.append(f"{name} does not have the CRC-32 it was written with")
-    return found
+    return list(integrity.damage(directory))
 
 
 def _hugging_face(path: Path) -> Contents:
     weights = HfWeights(path)
     tensors = [
-        Tensor(name, shape, dtype.lower(), 1, weights.bytes_of(name))
-        for name, (_, dtype, shape) in weights.entries.items()
+        Tensor(name, held.entry.shape, held.entry.dtype.lower(), 1, held.entry.bytes)
+        for name, held in weights.tensors.items()
     ]
     return Contents(str(path), "Hugging Face directory", _model(path), {}, tensors, _files(path))
 
@@ -144,10 +133,9 @@ def _model(directory: Path) -> dict[str, object]:
     path = directory / "config.json"
     config = read_json(path, "a Hugging Face config")
     shape = shape_of(config, str(path))
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    said = f"{kind}, theta {shape.rope_theta:g}" + "".join(f", {key} {value}" for key, value in scaling.items())
+    rope = rope_parameters(config)
+    said = f"{rope.type}, theta {shape.rope_theta:g}"
+    said += "".join(f", {key} {value}" for key, value in rope.scaling.items())
     return {
         "family": shape.family,
         "parameters": f"{shape.parameters:,}",

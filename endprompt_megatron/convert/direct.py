@@ -1,6 +1,7 @@
-"""Start from Hugging Face weights as they are: a rank reads its own slices, and no converted checkpoint is made.
+"""Start from Hugging Face weights as they are: a rank reads its own shards, and no converted checkpoint is made.
 
-The same reading interface as torch_dist.Checkpoint, so that loading does not know which of the two it reads.
+HfSource is a WeightSource (checkpoint/weights.py) as torch_dist.Checkpoint is: loading does not know which of the two
+it reads.
 """
 
 from pathlib import Path
@@ -19,22 +20,22 @@ if TYPE_CHECKING:
 
 
 class HfSource:
-    """Megatron's tensors of a Hugging Face directory.  Only headers are read until a part is asked for.
+    """Megatron's tensors of a Hugging Face directory.  Only headers are read until a shard is asked for.
 
-    `once`: nobody asks for the same part again.
+    `once`: no shard will be read twice.
     """
 
     def __init__(self, directory: Path, *, once: bool = False):
         """Raises InputError unless the directory holds all weights of the model in its config.json, and no others."""
         self.directory = directory
         shape = read_shape(directory)
-        pieces = list(mapping.pieces(shape))
+        mapped = list(mapping.mapped_tensors(shape))
         self.weights = HfWeights(directory, once=once)
-        self.dtypes = self.weights.check(pieces, shape.tied_embeddings)  # names, each with a tensor that has it
-        self.pieces: dict[tuple[str, int], list[mapping.Piece]] = {}  # by Megatron's name and the layer
-        for piece in pieces:
-            layer = piece.offset[0] if piece.per_layer else 0
-            self.pieces.setdefault((piece.key, layer), []).append(piece)
+        self.dtypes = self.weights.check(mapped, mapping.tied_copy(shape))  # names, each with a tensor that has it
+        self.mapped: dict[tuple[str, int], list[mapping.MappedTensor]] = {}  # by Megatron's name and the layer
+        for tensor in mapped:
+            layer = tensor.offset[0] if tensor.per_layer else 0
+            self.mapped.setdefault((tensor.key, layer), []).append(tensor)
 
     def read(
         self,
@@ -46,10 +47,10 @@ class HfSource:
         zero_outside: bool = False,
         into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The part of Megatron's tensor `key` that starts at `offset` and has `shape`, cast to `dtype`, on the CPU.
+        """The shard of Megatron's tensor `key` that starts at `offset` and has `shape`, cast to `dtype`, on the CPU.
 
         With `zero_outside`, rows beyond the vocabulary are zero; `into` is memory to use, of that shape and dtype.
-        Raises InputError where there is no such part.
+        Raises InputError where there is no such shard.
         """
         target = torch.empty(shape, dtype=dtype) if into is None else into
         if zero_outside:
@@ -57,10 +58,10 @@ class HfSource:
         per_layer = key.startswith(mapping.LAYERS)
         filled = 0
         for index in range(shape[0] if per_layer else 1):
-            part = target[index] if per_layer else target
+            shard = target[index] if per_layer else target
             at = offset[1:] if per_layer else offset
-            for piece in self.pieces.get((key, offset[0] + index if per_layer else 0), []):
-                filled += self._fill(part, at, piece)
+            for mapped in self.mapped.get((key, offset[0] + index if per_layer else 0), []):
+                filled += self._fill(shard, at, mapped)
         lacking = target.numel() - filled
         if lacking and not zero_outside:
             raise InputError(f"{self.directory}: has nothing for {lacking} of {target.numel()} elements of {key}")
@@ -70,11 +71,11 @@ class HfSource:
         """None: Hugging Face weights have no state of Transformer Engine beside them."""
         return None
 
-    def _fill(self, target: torch.Tensor, offset: tuple[int, ...], piece: mapping.Piece) -> int:
-        """Put what lies in both `piece` and `target`, which starts at `offset`, into it; returns how much that is."""
-        piece_row = piece.offset[1] if piece.per_layer else piece.offset[0]
-        first, last = offset[0] - piece_row, offset[0] - piece_row + target.shape[0]
-        filled, spans = 0, list(mapping.spans(piece, max(first, 0), min(last, piece.rows)))
+    def _fill(self, target: torch.Tensor, offset: tuple[int, ...], mapped: mapping.MappedTensor) -> int:
+        """Put what lies in both `mapped` and `target`, which starts at `offset`, into it; returns how much that is."""
+        begin = mapped.offset[1] if mapped.per_layer else mapped.offset[0]
+        first, last = offset[0] - begin, offset[0] - begin + target.shape[0]
+        filled, spans = 0, list(mapping.spans(mapped, max(first, 0), min(last, mapped.rows)))
         for name, begin, count, _ in spans:
             self.weights.expect(name, begin, count)
         for name, begin, count, row in spans:

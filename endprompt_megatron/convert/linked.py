@@ -1,4 +1,4 @@
-"""A Hugging Face directory that differs from another in its config alone."""
+"""A Hugging Face directory that differs from another only in its config."""
 
 import os
 import shutil

@@ -4,7 +4,7 @@ The adapters' tensors are named as lora.py names their matrices, all layers of o
 in Hugging Face's order of heads: queries, keys and values each have a B of their own.
 """
 
-import re
+import itertools
 from pathlib import Path
 
 import torch
@@ -12,19 +12,18 @@ import torch
 from endprompt_megatron.checkpoint import layout
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.convert.mapping import LAYERS
+from endprompt_megatron.convert.mapping import mapped_tensors
+from endprompt_megatron.model.families import LAYERS, PROJ, QKV
 from endprompt_megatron.model.longlora import ADAPTER
+from endprompt_megatron.model.shape import ModelShape
 
 _QKV = LAYERS + "self_attention.linear_qkv" + ADAPTER
 _PROJ = LAYERS + "self_attention.linear_proj" + ADAPTER
-# Hugging Face's matrix: A, which of those in it, B.
-_MATRICES = {
-    "q": (_QKV + "down", 0, _QKV + "up_q"),
-    "k": (_QKV + "down", 1, _QKV + "up_k"),
-    "v": (_QKV + "down", 2, _QKV + "up_v"),
-    "o": (_PROJ + "down", 0, _PROJ + "up"),
+# Of each of Hugging Face's matrices that a weight of Megatron's is made of: A, which of those in it, B.
+_ADAPTERS = {
+    QKV: ((_QKV + "down", 0, _QKV + "up_q"), (_QKV + "down", 1, _QKV + "up_k"), (_QKV + "down", 2, _QKV + "up_v")),
+    PROJ: ((_PROJ + "down", 0, _PROJ + "up"),),
 }
-_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.weight")
 
 
 def adapted(checkpoint: Checkpoint) -> bool:
@@ -35,11 +34,11 @@ def adapted(checkpoint: Checkpoint) -> bool:
 class Merge:
     """Adds adapters to Hugging Face's matrices, some rows at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, longlora: dict):
+    def __init__(self, checkpoint: Checkpoint, longlora: dict, shape: ModelShape):
         """`longlora`: the section of the recipe in the manifest.  Raises InputError if the adapters are others."""
         self.checkpoint, self.rank = checkpoint, longlora["rank"]
         self.scale = longlora["alpha"] / self.rank
-        for down, number, up in _MATRICES.values():
+        for down, number, up in itertools.chain(*_ADAPTERS.values()):
             stored = checkpoint.shape(down), checkpoint.shape(up)
             if None in stored or stored[0][1] <= number * self.rank or stored[1][2] != self.rank:
                 raise InputError(
@@ -47,15 +46,21 @@ class Merge:
                     "those of such adapters; the checkpoint is damaged"
                 )
 
+        self.adapters = {  # layer, A, which of those in it, B, by Hugging Face's name
+            name: (mapped.offset[0], *adapter)
+            for mapped in mapped_tensors(shape)
+            if mapped.key in _ADAPTERS
+            for (name, _), adapter in zip(mapped.hf, _ADAPTERS[mapped.key], strict=True)
+        }
+
     def changes(self, name: str) -> bool:
         """Whether Hugging Face's tensor `name` has an adapter."""
-        return _NAME.fullmatch(name) is not None
+        return name in self.adapters
 
     def add_to(self, rows: torch.Tensor, name: str, first: int = 0) -> torch.Tensor:
         """Rows first.. of the tensor `name` [n, inputs] float32, in place, with what its adapter adds to them."""
-        layer, which = _NAME.fullmatch(name).groups()
-        down, number, up = _MATRICES[which]
-        layer, count = int(layer), rows.shape[0]
+        layer, down, number, up = self.adapters[name]
+        count = rows.shape[0]
         a = self._read(down, (layer, number * self.rank, 0), (1, self.rank, rows.shape[1]))
         b = self._read(up, (layer, first, 0), (1, count, self.rank))
         return rows.addmm_(b, a, alpha=self.scale)
@@ -64,14 +69,14 @@ class Merge:
         return self.checkpoint.read(key, offset, shape, torch.float32)[0]
 
 
-def merge_of(checkpoint: Checkpoint) -> Merge | None:
-    """What merges the adapters of a checkpoint; None where it has none.
+def merge_of(checkpoint: Checkpoint, shape: ModelShape) -> Merge | None:
+    """What merges the adapters of a checkpoint of a model of this shape; None where it has none.
 
-    Raises InputError if its recipe and its tensors say different things.
+    Raises InputError if its recipe and its tensors disagree.
     """
     longlora = longlora_of(checkpoint.directory)
     if longlora.get("rank"):
-        return Merge(Checkpoint(checkpoint.directory), longlora)
+        return Merge(Checkpoint(checkpoint.directory), longlora, shape)
     if adapted(checkpoint):
         raise InputError(
             f"{checkpoint.directory}: holds LoRA's adapters, but the recipe in {layout.MANIFEST} has no longlora.rank: "

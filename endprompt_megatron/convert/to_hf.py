@@ -16,13 +16,13 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json, refuse_existing, write_json, write_text
 from endprompt_megatron.common.workers import mpi, ranks_agree
 from endprompt_megatron.convert import mapping
-from endprompt_megatron.convert.hf_weights import (
-    Part,
-    parts_of,
-    shards_of,
-    whole,
+from endprompt_megatron.convert.hf_writing import (
+    FileChunk,
+    chunks_of,
+    files_of,
+    one_chunk,
+    write_chunk,
     write_index,
-    write_part,
 )
 from endprompt_megatron.convert.lora_merge import merge_of
 from endprompt_megatron.convert.model_card import model_card
@@ -51,7 +51,7 @@ def convert_megatron_to_hf(
     LoRA's adapters are merged into the matrices, in float32, before they are cast.
     `workers` processes write a file each (None: one a CPU, at most 8); under mpirun or srun every rank is one, and
     all must call: None comes back on those past the first.  Everything is checked before anything is written, and
-    `out` appears when it is whole.  Killed and called again, it goes on.  Raises InputError.
+    `out` appears when it is complete.  After a kill, the same call continues.  Raises InputError.
     """
     started = time.monotonic()
     out, comm = Path(out), mpi()
@@ -64,20 +64,20 @@ def convert_megatron_to_hf(
         limit = parse_size(max_shard_size)
         refuse_existing(out, "--out")
         check_vocabulary(hf, shape.vocab_size)
-        pieces = list(mapping.pieces(shape))
+        mapped = list(mapping.mapped_tensors(shape))
         checkpoint = Checkpoint(source)
-        _check(checkpoint, manifest, shape, pieces)
-        merge_of(checkpoint)
+        _check(checkpoint, manifest, shape, mapped)
+        merge_of(checkpoint, shape)
         dtype = layout.parse_dtype(dtype) or manifest["dtype"]
-        shards = shards_of(pieces, dtype, limit)
-        total = sum(shard.bytes for shard in shards)
-        # Hosts that share a file system write whole files: not all of them let several hosts write one.
-        parts = [part for shard in shards for part in ([whole(shard)] if comm else parts_of(shard))]
+        files = files_of(mapped, dtype, limit)
+        total = sum(file.bytes for file in files)
+        # Hosts that share a file system write complete files: not all of them let several hosts write one.
+        chunks = [chunk for file in files for chunk in ([one_chunk(file)] if comm else chunks_of(file))]
         layout.require_space(out, total, "--out")
 
     def finish(staging: Path, _: list[dict]) -> None:
-        if len(shards) > 1:
-            write_index(staging, shards, dtype)
+        if len(files) > 1:
+            write_index(staging, files, dtype)
         layout.copy_hf_files(hf, staging)
         # transformers 5 reads dtype; transformers 4 and vLLM read torch_dtype.
         write_json(staging / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
@@ -87,21 +87,21 @@ def convert_megatron_to_hf(
         "to": "hf",
         "dtype": dtype,
         "shard": limit,
-        "parts": len(parts),
+        "parts": len(chunks),
         "from": str(source.resolve()),
         "files": [*identity(source), *identity(hf)],
     }
-    start = functools.partial(_start, source, dtype, parts)
-    write_units(out, job, [part.bytes for part in parts], start, finish, workers, comm)
+    start = functools.partial(_start, source, dtype, chunks)
+    write_units(out, job, [chunk.bytes for chunk in chunks], start, finish, workers, comm)
     if comm and comm.rank:
         return None
-    return Written(out, sum(len(piece.hf) for piece in pieces), total, dtype, time.monotonic() - started)
+    return Written(out, sum(len(tensor.hf) for tensor in mapped), total, dtype, time.monotonic() - started)
 
 
-def _start(source: Path, dtype: str, parts: list[Part], staging: Path) -> Callable[[int], dict]:
-    """What a worker needs to write a part of a file, made once in each."""
+def _start(source: Path, dtype: str, chunks: list[FileChunk], staging: Path) -> Callable[[int], dict]:
+    """What a worker needs to write a chunk of a file, made once in each."""
     weights = MegatronWeights(source, getattr(torch, dtype))
-    return lambda number: write_part(staging, parts[number], dtype, weights.rows)
+    return lambda number: write_chunk(staging, chunks[number], dtype, weights.rows)
 
 
 class MegatronWeights:
@@ -112,39 +112,43 @@ class MegatronWeights:
 
     def __init__(self, directory: Path, dtype: torch.dtype):
         self.checkpoint, self.dtype, self.scratch = Checkpoint(directory, once=True), dtype, Scratch()
-        self.merge = merge_of(self.checkpoint)
         shape = read_shape(directory / layout.HF_DIRECTORY)
-        self.places = {name: (piece, n) for piece in mapping.pieces(shape) for n, (name, _) in enumerate(piece.hf)}
-        self._joined: tuple[mapping.Piece, list[torch.Tensor]] | None = None
+        self.merge = merge_of(self.checkpoint, shape)
+        self.places = {
+            name: (mapped, number)
+            for mapped in mapping.mapped_tensors(shape)
+            for number, (name, _) in enumerate(mapped.hf)
+        }
+        self._split: tuple[mapping.MappedTensor, list[torch.Tensor]] | None = None
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor `name` in parts along its first axis, as large as they are stored.  Raises InputError."""
-        piece, index = self.places[name]
+        """The tensor `name`, some rows at a time, as many as are stored together.  Raises InputError."""
+        mapped, index = self.places[name]
         merged = self.merge is not None and self.merge.changes(name)
         dtype = torch.float32 if merged else self.dtype
-        if piece.groups:
+        if mapped.groups:
             # Queries, keys and values lie in between each other, and follow each other where they are written.
-            if self._joined is None or self._joined[0] != piece:
-                self._joined = None  # before the next is read
-                value = self.checkpoint.read(piece.key, piece.offset, piece.shape, dtype)
-                self._joined = piece, mapping.split(piece, value)
-            part = self._joined[1][index]
+            if self._split is None or self._split[0] != mapped:
+                self._split = None  # before the next is read
+                value = self.checkpoint.read(mapped.key, mapped.offset, mapped.shape, dtype)
+                self._split = mapped, mapping.split(mapped, value)
+            tensor = self._split[1][index]
             # A copy: what is kept is asked for again.
-            yield self.merge.add_to(part.clone(), name).to(self.dtype) if merged else part
+            yield self.merge.add_to(tensor.clone(), name).to(self.dtype) if merged else tensor
             return
-        axis = 1 if piece.per_layer else 0
-        cuts = self.checkpoint.row_cuts(piece.key, piece.offset, piece.shape, axis)
+        axis = 1 if mapped.per_layer else 0
+        cuts = self.checkpoint.row_cuts(mapped.key, mapped.offset, mapped.shape, axis)
         for begin, end in itertools.pairwise(cuts):
-            offset = (*piece.offset[:axis], begin, *piece.offset[axis + 1 :])
-            shape = (*piece.shape[:axis], end - begin, *piece.shape[axis + 1 :])
-            part = self.checkpoint.read(piece.key, offset, shape, dtype, into=self.scratch.tensor(shape, dtype))
+            offset = (*mapped.offset[:axis], begin, *mapped.offset[axis + 1 :])
+            shape = (*mapped.shape[:axis], end - begin, *mapped.shape[axis + 1 :])
+            rows = self.checkpoint.read(mapped.key, offset, shape, dtype, into=self.scratch.tensor(shape, dtype))
             if merged:
-                rows = self.merge.add_to(part.reshape(-1, shape[-1]), name, begin)
-                part = rows.view_as(part).to(self.dtype)
-            yield part
+                added = self.merge.add_to(rows.reshape(-1, shape[-1]), name, begin)
+                rows = added.view_as(rows).to(self.dtype)
+            yield rows
 
 
-def _check(checkpoint: Checkpoint, manifest: dict, shape: ModelShape, pieces: list[mapping.Piece]) -> None:
+def _check(checkpoint: Checkpoint, manifest: dict, shape: ModelShape, mapped: list[mapping.MappedTensor]) -> None:
     """Raise InputError unless the checkpoint's tensors are those of the model in its hf/config.json."""
     config = f"{checkpoint.directory / layout.HF_DIRECTORY}/config.json"
     if manifest["vocab_size"] != shape.vocab_size:
@@ -152,16 +156,16 @@ def _check(checkpoint: Checkpoint, manifest: dict, shape: ModelShape, pieces: li
             f"{config}: vocab_size={shape.vocab_size}, but the checkpoint was written for {manifest['vocab_size']}; "
             "is it the config of another model?"
         )
-    for piece in pieces:
-        stored = checkpoint.shape(piece.key)
+    for tensor in mapped:
+        stored = checkpoint.shape(tensor.key)
         if stored is None:
-            raise InputError(f"{checkpoint.directory}: tensor {piece.key} is missing; does {config} belong to it?")
+            raise InputError(f"{checkpoint.directory}: tensor {tensor.key} is missing; does {config} belong to it?")
         # Only a vocabulary may be larger than the model's, by its padding.
-        padded = piece.key in mapping.PADDED and stored[1:] == piece.global_shape[1:]
-        if stored != piece.global_shape and not (padded and stored[0] >= piece.global_shape[0]):
+        padded = tensor.key in mapping.PADDED and stored[1:] == tensor.global_shape[1:]
+        if stored != tensor.global_shape and not (padded and stored[0] >= tensor.global_shape[0]):
             raise InputError(
-                f"{checkpoint.directory}: {piece.key} has shape {list(stored)}, but {config} says "
-                f"{list(piece.global_shape)}; is it a checkpoint of another model?"
+                f"{checkpoint.directory}: {tensor.key} has shape {list(stored)}, but {config} says "
+                f"{list(tensor.global_shape)}; is it a checkpoint of another model?"
             )
     if shape.tied_embeddings and checkpoint.shape(mapping.OUTPUT):
         raise InputError(f"{checkpoint.directory}: holds {mapping.OUTPUT}, but {config} says tie_word_embeddings=true")

@@ -13,7 +13,7 @@ import torch
 from endprompt_megatron.checkpoint import data_files, layout
 from endprompt_megatron.checkpoint.tensor_reader import Scratch
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.common.files import refuse_existing, sums_of
+from endprompt_megatron.common.files import checksums_of, refuse_existing
 from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.common.workers import mpi, ranks_agree
 from endprompt_megatron.convert import mapping
@@ -22,7 +22,7 @@ from endprompt_megatron.convert.units import identity, write_units
 from endprompt_megatron.model.shape import ModelShape, read_shape
 from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
 
-_BOX_BYTES = 64 << 20
+_SHARD_BYTES = 64 << 20
 _FILE_BYTES = 512 << 20
 
 
@@ -46,8 +46,8 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
 
     `dtype` ("bfloat16", "float16", "float32") casts; None keeps the weights to the bit.  `workers` processes write
     (None: one a CPU, at most 8); under mpirun or srun every rank is one, and all must call: None comes back on those
-    past the first.  Everything is checked before anything is written, and `out` appears when it is whole.  Killed
-    and called again, it goes on.  Raises InputError.
+    past the first.  Everything is checked before anything is written, and `out` appears when it is complete.  After a
+    kill, the same call continues.  Raises InputError.
     """
     started = time.monotonic()
     hf, out = Path(hf), Path(out)
@@ -62,10 +62,10 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
             examples = ", ".join(f"{tensor} {name}" for name, tensor in sorted(found.items()))
             raise InputError(f"{hf}: tensors of several dtypes ({examples}); choose one with --dtype")
         dtype = dtype or next(iter(found))
-        boxes = list(_boxes(shape, getattr(torch, dtype).itemsize))
-        total = sum(box.bytes for box in boxes)
+        shards = list(_planned(shape, getattr(torch, dtype).itemsize))
+        total = sum(shard.bytes for shard in shards)
         layout.require_space(out, total, "--out")
-    files = _in_files(boxes)
+    files = _in_files(shards)
 
     def finish(staging: Path, reports: list[dict]) -> None:
         from endprompt_megatron.checkpoint import torch_dist  # a second's import that workers do without
@@ -82,16 +82,16 @@ def convert_hf_to_megatron(hf: Path, out: Path, dtype: str | None = None, worker
             vocab_size=shape.vocab_size,
             dtype=dtype,
             source=hf.resolve().name,
-            files=sums_of(directory, reports),
+            files=checksums_of(directory, reports),
         )
         layout.write_latest(staging, 0)
 
     job = {"to": "megatron", "dtype": dtype, "from": str(hf.resolve()), "files": identity(hf)}
     start = functools.partial(_start, hf, dtype, files)
-    write_units(out, job, [sum(box.bytes for box in boxes) for boxes in files], start, finish, workers, comm)
+    write_units(out, job, [sum(shard.bytes for shard in shards) for shards in files], start, finish, workers, comm)
     if comm and comm.rank:
         return None
-    tensors = sum(len(piece.hf) for piece in mapping.pieces(shape))
+    tensors = sum(len(mapped.hf) for mapped in mapping.mapped_tensors(shape))
     return Written(out, tensors, total, dtype, time.monotonic() - started)
 
 
@@ -105,8 +105,8 @@ def _keep_only(directory: Path, names: set[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _Box:
-    """A part of a Megatron tensor that is read, joined and written at once."""
+class _PlannedShard:
+    """A slice of a Megatron tensor that is read, joined and written at once."""
 
     key: str
     global_shape: tuple[int, ...]
@@ -115,46 +115,48 @@ class _Box:
     bytes: int
 
 
-def _boxes(shape: ModelShape, size: int) -> Iterator[_Box]:
-    """The model in parts of at most _BOX_BYTES (of rows of `size` bytes an element): memory does not grow with it."""
-    for piece in mapping.pieces(shape):
-        axis = 1 if piece.per_layer else 0
-        row_bytes = math.prod(piece.shape[axis + 1 :]) * size
-        step = max(1, _BOX_BYTES // row_bytes)
-        for begin in range(0, piece.rows, step):
-            count = min(step, piece.rows - begin)
-            offset = (*piece.offset[:axis], piece.offset[axis] + begin, *piece.offset[axis + 1 :])
-            sizes = (*piece.shape[:axis], count, *piece.shape[axis + 1 :])
-            yield _Box(piece.key, piece.global_shape, offset, sizes, count * row_bytes)
+def _planned(shape: ModelShape, size: int) -> Iterator[_PlannedShard]:
+    """The model in shards of at most _SHARD_BYTES, of `size` bytes an element: memory does not grow with the model."""
+    for mapped in mapping.mapped_tensors(shape):
+        axis = 1 if mapped.per_layer else 0
+        row_bytes = math.prod(mapped.shape[axis + 1 :]) * size
+        step = max(1, _SHARD_BYTES // row_bytes)
+        for begin in range(0, mapped.rows, step):
+            count = min(step, mapped.rows - begin)
+            offset = (*mapped.offset[:axis], mapped.offset[axis] + begin, *mapped.offset[axis + 1 :])
+            sizes = (*mapped.shape[:axis], count, *mapped.shape[axis + 1 :])
+            yield _PlannedShard(mapped.key, mapped.global_shape, offset, sizes, count * row_bytes)
 
 
-def _in_files(boxes: list[_Box]) -> list[list[_Box]]:
-    """Boxes that follow each other, in files of about _FILE_BYTES."""
+def _in_files(shards: list[_PlannedShard]) -> list[list[_PlannedShard]]:
+    """Shards that follow each other, in files of about _FILE_BYTES."""
     files, held = [[]], 0
-    for box in boxes:
-        if held + box.bytes > _FILE_BYTES and files[-1]:
+    for shard in shards:
+        if held + shard.bytes > _FILE_BYTES and files[-1]:
             files.append([])
             held = 0
-        files[-1].append(box)
-        held += box.bytes
+        files[-1].append(shard)
+        held += shard.bytes
     return files
 
 
-def _start(hf: Path, dtype: str, files: list[list[_Box]], staging: Path) -> Callable[[int], dict]:
+def _start(hf: Path, dtype: str, files: list[list[_PlannedShard]], staging: Path) -> Callable[[int], dict]:
     """What a worker needs to write a file, made once in each."""
     source, scratch, torch_dtype = HfSource(hf, once=True), Scratch(), getattr(torch, dtype)
     directory = layout.iteration_dir(staging, 0)
     directory.mkdir(exist_ok=True)
 
-    def load(box: _Box) -> torch.Tensor:
-        return source.read(box.key, box.offset, box.shape, torch_dtype, into=scratch.tensor(box.shape, torch_dtype))
+    def load(shard: _PlannedShard) -> torch.Tensor:
+        return source.read(
+            shard.key, shard.offset, shard.shape, torch_dtype, into=scratch.tensor(shard.shape, torch_dtype)
+        )
 
     def write(number: int) -> dict:
         stored = (
-            data_files.Stored(
-                box.key, box.global_shape, box.offset, box.shape, torch_dtype, functools.partial(load, box)
+            data_files.Shard(
+                shard.key, shard.global_shape, shard.offset, shard.shape, torch_dtype, functools.partial(load, shard)
             )
-            for box in files[number]
+            for shard in files[number]
         )
         objects = dict.fromkeys(_extra_states(read_shape(hf))) if number == 0 else {}
         name = f"__{number}_0.distcp"

@@ -1,8 +1,8 @@
 """The files that a conversion writes: each by one worker, on one host or over many, and each only once.
 
-A unit is a file, or the part of one from some byte on.  What is in which depends on the model alone, so the result is
-the same for any number of workers, and a conversion that was killed goes on with another number.  A unit is done when
-its report (`.unit_NUMBER.json`: size and CRC-32) is there, written after its bytes are on the disk.
+A unit is a file, or a chunk of one from some byte on.  What is in which depends only on the model, so the result is
+the same for any number of workers, and a conversion that was killed can continue with another number.  A unit is done
+when its report (`.unit_NUMBER.json`: size and CRC-32) is there, written after its bytes are on the disk.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from endprompt_megatron.common.files import resumable_directory, write_json
 from endprompt_megatron.common.progress import Progress
 from endprompt_megatron.common.workers import for_each, number_of, ranks_agree
 
-MOST_WORKERS = 8  # of a host, unless told: more wait for the disk
+MAX_WORKERS = 8  # of a host, unless told otherwise: more would wait for the disk
 
 
 def write_units(
@@ -29,12 +29,12 @@ def write_units(
     workers: int | None,
     comm: Any | None,
 ) -> None:
-    """Write `out` from units of `sizes` (bytes), then `finish` it; it appears when it is whole.
+    """Write `out` from units of `sizes` (bytes), then `finish` it; it appears when it is complete.
 
     `start`, importable by name, gets the directory to write in and returns what writes a unit and reports it.
     `job` tells one conversion from another.  With `comm`, of MPI, all ranks call.  Raises InputError.
     """
-    workers = number_of(workers, comm, MOST_WORKERS)
+    workers = number_of(workers, comm, MAX_WORKERS)
     rank, ranks = (comm.rank, comm.size) if comm else (0, 1)
     staging = out.with_name(f".{out.name}.partial")
     with contextlib.ExitStack() as stack:
@@ -47,7 +47,7 @@ def write_units(
             done = for_each(ready, [sizes[number] for number in mine], workers, progress.add, fork=True)
         reports = dict(zip(mine, done, strict=True))
         if comm:
-            reports = {number: report for part in comm.allgather(reports) for number, report in part.items()}
+            reports = {number: report for theirs in comm.allgather(reports) for number, report in theirs.items()}
         with ranks_agree(comm):
             if rank == 0:
                 finish(staging, [reports[number] for number in range(len(sizes))])
@@ -59,7 +59,7 @@ def _ready(start: Callable[[Path], Callable[[int], dict]], staging: Path, mine: 
 
 
 def _once(staging: Path, number: int, write: Callable[[int], dict]) -> dict:
-    """The report of a unit: the one of an earlier start, if the file still is what it says, or of writing it now."""
+    """The report of a unit: that of an earlier start, if the file still matches it, or of writing the file now."""
     record = staging / f".unit_{number:05d}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         report = json.loads(record.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Do a Hugging Face directory and a Megatron checkpoint hold the same weights?  Tensor by tensor, by CRC-32.
 
-The Megatron side is taken apart by llama.split, where conversion puts it together by llama.spans: two ways to read
+The Megatron side is taken apart by mapping.split, where conversion puts it together by mapping.spans: two ways to read
 the one table, so that a mistake in either is seen.
 """
 
@@ -21,7 +21,7 @@ from endprompt_megatron.common.workers import for_each, number_of
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource
 from endprompt_megatron.convert.to_hf import MegatronWeights
-from endprompt_megatron.convert.units import MOST_WORKERS
+from endprompt_megatron.convert.units import MAX_WORKERS
 from endprompt_megatron.model.shape import read_shape
 
 _BLOCK = 64 << 20
@@ -43,10 +43,10 @@ class Verified:
 
 
 def verify(hf: Path, megatron: Path, iteration: int | None = None, *, to_hf: bool, workers: int | None = 1) -> Verified:
-    """Compare every tensor of `hf` with its counterpart in `megatron`; memory is that of a few parts of tensors.
+    """Compare every tensor of `hf` with its counterpart in `megatron`; memory is that of a few slices of tensors.
 
     Where dtypes differ, the side that was converted from is cast as the conversion casts it: Megatron's if `to_hf`.
-    Raises InputError if one is not whole, or naming the tensors that differ.
+    Raises InputError if one is not complete, or naming the tensors that differ.
     """
     started = time.monotonic()
     source = layout.find_checkpoint(Path(megatron), iteration)
@@ -54,9 +54,9 @@ def verify(hf: Path, megatron: Path, iteration: int | None = None, *, to_hf: boo
     layout.refuse_other_model(read_shape(source / layout.HF_DIRECTORY), shape, str(source), str(hf))
     dtypes = HfSource(Path(hf)).dtypes
     dtype = layout.read_manifest(source)["dtype"] if not to_hf else next(iter(dtypes))
-    pieces = list(mapping.pieces(shape))
-    sizes = [piece.elements * getattr(torch, dtype).itemsize for piece in pieces]
-    workers = number_of(workers, None, MOST_WORKERS)
+    mapped = list(mapping.mapped_tensors(shape))
+    sizes = [tensor.elements * getattr(torch, dtype).itemsize for tensor in mapped]
+    workers = number_of(workers, None, MAX_WORKERS)
     start = functools.partial(_start, Path(hf), source, dtype)
     with Progress("verifying", sum(sizes)) as progress:
         found = for_each(start, sizes, workers, progress.add, fork=True)
@@ -64,20 +64,20 @@ def verify(hf: Path, megatron: Path, iteration: int | None = None, *, to_hf: boo
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{source} and {hf} differ: {'; '.join(wrong[:3])}{more}; convert again")
-    return Verified(Path(hf), source, sum(len(p.hf) for p in pieces), sum(sizes), time.monotonic() - started)
+    return Verified(Path(hf), source, sum(len(tensor.hf) for tensor in mapped), sum(sizes), time.monotonic() - started)
 
 
 def _start(hf: Path, megatron: Path, dtype: str) -> Callable[[int], list[str]]:
-    """What compares the tensors of a piece, made once in every worker; gives a line for each that differs."""
+    """What compares the weights of a mapped tensor, made once in every worker; gives a line for each that differs."""
     torch_dtype = getattr(torch, dtype)
     left, right = HfSource(hf).weights, MegatronWeights(megatron, torch_dtype)
-    pieces = list(mapping.pieces(read_shape(hf)))
+    mapped = list(mapping.mapped_tensors(read_shape(hf)))
 
     def compare(number: int) -> list[str]:
         wrong = []
-        for name, sizes in pieces[number].hf:
+        for name, sizes in mapped[number].hf:
             step = max(1, _BLOCK // (torch_dtype.itemsize * (sizes[1] if len(sizes) > 1 else 1)))
-            blocks = (left.part(name, (slice(at, at + step),)).to(torch_dtype) for at in range(0, sizes[0], step))
+            blocks = (left.read_slice(name, (slice(at, at + step),)).to(torch_dtype) for at in range(0, sizes[0], step))
             ours, theirs = _crc32(blocks), _crc32(right.rows(name))
             if ours != theirs:
                 wrong.append(f"{name} has CRC-32 {ours:08x} in Hugging Face's files and {theirs:08x} in Megatron's")

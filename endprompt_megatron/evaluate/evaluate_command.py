@@ -5,40 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.common.errors import EXIT_DONE, InputError
-from endprompt_megatron.evaluate.engines.base import checked_dtype, checked_engine
-from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED, Settings, parse_names, parse_numbers, parse_suites
+from endprompt_megatron.evaluate.options import parse_lengths
+from endprompt_megatron.evaluate.registry import BASELINE, EXTENDED, SUITES, Settings, all_options, parse_suites
 from endprompt_megatron.evaluate.split import Alone, ModelRanks, parse_part
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """Raises InputError for values that can never be right."""
-    given = vars(options)
-    plain = (
-        *("text", "windows", "scored", "stride", "samples", "filler", "physical", "probe_samples", "template"),
-        *("ruler_samples", "haystack", "squad", "hotpotqa", "longbench_data", "limit", "beyond_window", "seed"),
-        *("english_words", "punkt", "ruler_seed", "recall_form"),
-    )
-
-    def numbers(name: str) -> list[int] | None:
-        return given[name] and parse_numbers(f"--{name.replace('_', '-')}", given[name])
-
     settings = Settings(
         suites=parse_suites(options.suite),
-        lengths=parse_numbers("--lengths", options.lengths),
-        depths=parse_numbers("--depths", options.depths, float),
-        needle_lengths=numbers("needle_lengths"),
-        distances=numbers("distances"),
-        recall_distances=numbers("recall_distances"),
-        **{
-            name: given[name] and parse_names(given[name]) for name in ("ruler_tasks", "longbench_tasks", "short_tasks")
-        },
-        dtype=checked_dtype(options.dtype),
-        engine=checked_engine(options.engine),
-        **{name: given[name] for name in plain},
+        lengths=parse_lengths("--lengths", options.lengths),
+        **{name: option.value(options) for name, option in all_options().items()},
     )
     for name in ("threads", "tensor", "pipeline"):
-        if given[name] is not None and given[name] < 1:
-            raise InputError(f"--{name} {given[name]}: should be at least 1")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: should be at least 1")
     settings.check()
     return settings
 
@@ -48,11 +30,11 @@ def models_of(options: argparse.Namespace) -> dict[str, Any]:
     from endprompt_megatron.evaluate.preparation import Model, model_at
 
     if (options.hf is None) == (options.megatron is None):
-        raise InputError("--hf: give it, or --megatron RUN/checkpoints with --engine megatron; one of the two")
+        raise InputError("--hf: give either it, or --megatron RUN/checkpoints with --engine megatron")
     if options.megatron is not None and options.engine != "megatron":
-        raise InputError(f"--megatron {options.megatron}: is read by --engine megatron; {options.engine} takes --hf")
+        raise InputError(f"--megatron {options.megatron}: needs --engine megatron; {options.engine} takes --hf")
     if options.megatron is None and options.iteration is not None:
-        raise InputError(f"--iteration {options.iteration}: is of --megatron, which is not given")
+        raise InputError(f"--iteration {options.iteration}: applies only to --megatron, which is not given")
     extended = model_at(options.megatron, options.iteration) if options.megatron else Model(options.hf, options.hf)
     if options.baseline is None:
         return {EXTENDED: extended}
@@ -66,8 +48,8 @@ def run(options: argparse.Namespace) -> int:
 
     from endprompt_megatron.distributed import runtime
     from endprompt_megatron.evaluate.evaluation import evaluate
-    from endprompt_megatron.evaluate.request_progress import bar
-    from endprompt_megatron.evaluate.tables import terminal
+    from endprompt_megatron.evaluate.request_progress import RequestProgress
+    from endprompt_megatron.evaluate.terminal import terminal
 
     runtime.quiet_libraries()
     if options.threads:
@@ -85,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         runtime.take_device(launch)
         ranks = Alone(part.split(launch.rank, launch.world_size))
     try:
-        with bar(shown=launch.rank == 0) as progress:
+        with RequestProgress(shown=launch.rank == 0) as progress:
             results = evaluate(
                 settings,
                 models,
@@ -102,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         print(terminal(results))
         print(f"\n{results['seconds']:.0f} s; {options.out / 'results.json'} and the plots beside it")
     elif ranks.first and part.count > 1:
-        print(f"part {part.index}/{part.count} is whole; {options.out} waits for the others")
+        print(f"part {part.index}/{part.count} is complete; {options.out} waits for the others")
     return EXIT_DONE
 
 
@@ -115,7 +97,9 @@ def open_engine(settings: Settings, model: Any, tensor: int) -> Any:
     if settings.engine == "vllm":
         from endprompt_megatron.evaluate.engines.vllm_engine import VllmEngine
 
-        longest = max(*settings.lengths, *(settings.needle_lengths or ())) if settings.beyond_window else 0
+        lengths = [SUITES[suite].real_lengths(settings).values() for suite in settings.suites]
+        beyond = [length for of_suite in lengths for each in of_suite for length in each]
+        longest = max(beyond, default=0) if settings.beyond_window else 0
         return VllmEngine(model.weights, dtype=settings.dtype, tensor=tensor, longest=max(longest, model.window))
     from endprompt_megatron.distributed import runtime
     from endprompt_megatron.evaluate.engines.transformers_engine import TransformersEngine

@@ -20,7 +20,7 @@ class HeldOut:
 
     tokens: np.ndarray  # int64 [n]
     source: str
-    sha256: str  # of the ids: two results with equal sums measured the same text
+    sha256: str  # of the ids: two results with equal checksums measured the same text
 
     def describe(self) -> dict:
         """For results.json."""
@@ -65,29 +65,27 @@ def _indexed(path: Path) -> np.ndarray:
             raise InputError(f"--text {path}: not a readable indexed dataset ({path.name}.idx); prepare it again")
     try:
         dataset = IndexedDataset(str(path))
-        pieces, total = [], 0
+        chunks, total = [], 0
         for index in range(len(dataset)):
-            pieces.append(np.asarray(dataset[index], dtype=np.int64))
-            total += len(pieces[-1])
+            chunks.append(np.asarray(dataset[index], dtype=np.int64))
+            total += len(chunks[-1])
             if total >= READ_AT_MOST:
                 break
     except Exception as error:  # Megatron asserts on a broken header, numpy raises ValueError on a short file
         raise InputError(f"--text {path}: not a readable indexed dataset ({error}); prepare it again") from None
     if not total:
         raise InputError(f"--text {path}: holds no tokens; prepare a text that the training has not seen")
-    return np.concatenate(pieces)
+    return np.concatenate(chunks)
 
 
 def windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
-    """`count` stretches of `length` tokens, none overlapping, spread evenly over the text.  int64 [count, length].
+    """`count` stretches of `length` tokens that do not overlap, spread evenly over the text.  int64 [count, length].
 
     Raises InputError if the text is too short.
     """
     fits = len(tokens) // length
     if fits == 0:
-        raise InputError(
-            f"--lengths {length}: the held-out text has {len(tokens)} tokens only; give a longer --text or drop it"
-        )
+        raise InputError(f"--lengths {length}: the held-out text has only {len(tokens)} tokens; give a longer --text")
     if fits < count:
         raise InputError(
             f"--windows {count}: the held-out text has {len(tokens)} tokens, enough for {fits} of {length}; "

@@ -1,185 +1,226 @@
-"""Suites that are modules of questions: where they are, their settings from the command line's, and their statistics.
+"""The table of evaluation suites, and the settings of an evaluation, which follow from it.
 
-Such a module has `questions(settings, tokenizer)`, `score(question, answer)` and `summary(scored)`, where scored is
-a list of (question without its prompt, answer, score); optionally `check(settings)`, which raises InputError for what
-is wrong and may count the questions of each task, and `sources(settings)`, which says what they are made from.
+Whatever lists suites iterates over SUITES: the command line and its help, asking, the terminal's tables, the plots,
+the report and the study.  A suite is one `Suite` (suite.py), declared in its own file under suites/ as SUITE and
+named once, below.  To add one:
+
+1.  Write suites/NAME.py (a folder where it needs several files) with
+
+        SUITE = Suite(name="toy", title="Toy", about="...", options=(Option(...),), prepare=_prepare, ...)
+
+    options      what the command line takes for it (options.py).  An option's value is `settings.NAME`, its default
+                 stands in results.json too.  Options that several suites share are constants in options.py.
+    prepare      Subject -> Prepared: reads and checks what it needs before a model is loaded.  It raises InputError
+                 for what is wrong, Unavailable for what this machine has not got: then the suite is left out where
+                 others are asked.  `requires` says so of an option that was not given, `reads_text` of --text,
+                 `refused_engines` of an engine.
+    Prepared     requests() gives what the model is asked, one after the other, each with how it is put to an engine
+                 (engines/base.py: losses of tokens, or a greedy answer).  The responses are stored as they come.
+                 result(responses) makes the suite's part of results.json, series(responses) the values behind its
+                 scores: from these follow score, interval and comparison with the baseline (intervals.py).
+                 benchmark.py makes all of it for a benchmark of questions with `score` and `summary`.
+
+2.  Add its SUITE to SUITES.
+
+That is all that it takes to be asked, stored, split over processes, compared and listed.  How it is shown:
+
+    tables       (results, labels) -> titled plain text tables for the terminal.  tables.scores_by_task makes them of
+                 scores by task and length.
+    drawings     results -> [Drawing]: pictures on matplotlib axes, side by side in OUT/NAME.png and in a report.
+                 A drawing takes the models from results["measurements"], their names and colours from the palette.
+    headlines    (measured, scores) -> [Headline]: the rows a report quotes for one model.  `measured` is
+                 results["measurements"][LABEL][NAME], `scores` the model's scores by (suite, task, length, metric).
+                 Rows of several models belong together where their labels are the same.
+    metrics      how numbers read: unit, digits, whether lower is better.  The first is that of the headlines.
+    means        tasks that average the suite's others: a table of many scores shows them first.
+    quoted_tasks the tasks of the differences that a report shows first, `means` unless given.
+    grid         measured -> Grid: a heat map for each model, which a report shows in the place of the drawings.
+    task_names   names of tasks for a reader; "" where the suite's title says it all.
+    task_note, incomplete_tasks
+                 small print beside a task's name; tasks that are over less than their names say, marked with a star.
+    published    settings -> Published: published scores by method and (task, length), beside ours.
+    explanation, limits, unknown_without
+                 plain text for a reader: what was asked; why the scores are no published benchmark's; what stays
+                 unknown where the suite was not asked.
+    inputs_from, sources
+                 what makes its inputs: `differing_inputs` says from it whether two results can stand in one table.
+
+Beside SUITES this module has what reports and studies need of an evaluation: BASELINE and EXTENDED, the labels of
+models in results.json; `suites_in(results)`; `scores_of(results, label)`; `differing_inputs`; `option_names()`, the
+keys that a study may set; `parse_suites`; `Settings.of(results["settings"])`.
 """
 
-import dataclasses
-import importlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate.engines.base import checked_dtype, checked_engine
+from endprompt_megatron.evaluate.options import Option, parse_names
+from endprompt_megatron.evaluate.suite import (
+    Drawing,
+    Grid,
+    Headline,
+    Key,
+    Metric,
+    Prepared,
+    Published,
+    Scores,
+    Subject,
+    Suite,
+)
+from endprompt_megatron.evaluate.suites import lm_eval_suite, needle, perplexity, recall_suite, virtual
+from endprompt_megatron.evaluate.suites.longbench import longbench_declaration
+from endprompt_megatron.evaluate.suites.ruler import ruler_declaration
+from endprompt_megatron.evaluate.tables import scores_of
 
-from endprompt_megatron.common.errors import InputError, Unavailable
-from endprompt_megatron.evaluate.engines.base import Prompt
-from endprompt_megatron.evaluate.intervals import Series
-from endprompt_megatron.evaluate.question import Question
-from endprompt_megatron.evaluate.requests import Answered, Entry, Item, content_of
-from endprompt_megatron.evaluate.settings import Settings
-from endprompt_megatron.tokenizer import Tokenizer
+__all__ = [
+    "BASELINE",
+    "EXTENDED",
+    "GENERAL",
+    "SUITES",
+    "Drawing",
+    "Grid",
+    "Headline",
+    "Key",
+    "Metric",
+    "Option",
+    "Prepared",
+    "Published",
+    "Scores",
+    "Settings",
+    "Subject",
+    "Suite",
+    "all_options",
+    "differing_inputs",
+    "option_names",
+    "parse_suites",
+    "scores_of",
+    "suites_in",
+]
 
-
-@dataclass(frozen=True)
-class Kind:
-    """A suite.  `settings(module, of the command line, the model's directory, its window)` makes the module's own."""
-
-    module: str
-    settings: Callable[[ModuleType, Settings, Path, int], Any]
-    by_length: bool  # whether questions come in --lengths; otherwise a question may be cut for each model's window
-    groups: Callable[[ModuleType], dict[str, list[str]]] = lambda _: {}  # means that are reported: name -> tasks
-
-
-def _ruler(module: ModuleType, settings: Settings, directory: Path, window: int) -> Any:
-    files = {name: getattr(settings, name) for name in ("haystack", "squad", "hotpotqa", "english_words", "punkt")}
-    return module.RulerSettings(
-        lengths=tuple(settings.lengths),
-        tasks=tuple(settings.ruler_tasks or module.TASKS),
-        samples=settings.ruler_samples,
-        seed=settings.ruler_seed,
-        template=settings.template,
-        model=directory,
-        **{name: Path(file) for name, file in files.items() if file is not None},
+# By name, in the order in which they are asked and shown.
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        perplexity.SUITE,
+        needle.SUITE,
+        recall_suite.SUITE,
+        virtual.SUITE,
+        ruler_declaration.SUITE,
+        longbench_declaration.SUITE,
+        lm_eval_suite.SUITE,
     )
-
-
-def _longbench(module: ModuleType, settings: Settings, directory: Path, window: int) -> Any:
-    if settings.longbench_data is None:
-        raise Unavailable(
-            "--longbench-data: missing; --suite longbench needs the benchmark's data.zip, or the directory "
-            "with its data/*.jsonl"
-        )
-    return module.LongBenchSettings(
-        data=Path(settings.longbench_data),
-        max_length=module.default_max_length(window),
-        tasks=tuple(settings.longbench_tasks) if settings.longbench_tasks else None,
-        limit=settings.limit,
-        chat=module.chat_wrapper(directory) if settings.template == "chat" else None,
-    )
-
-
-def _longbench_groups(module: ModuleType) -> dict[str, list[str]]:
-    """The groups and the mean that the paper reports, which leave the Chinese tasks out, and the mean of all."""
-    tasks = importlib.import_module(f"{module.__name__}.longbench_tasks")
-    groups = {group: [n for n in tasks.NOT_CHINESE if tasks.TASKS[n].group == group] for group in tasks.GROUPS}
-    return {**groups, "mean_16": list(tasks.NOT_CHINESE), "mean_21": list(tasks.TASKS)}
-
-
-KINDS = {
-    "ruler": Kind("endprompt_megatron.evaluate.suites.ruler", _ruler, by_length=True),
-    "longbench": Kind(
-        "endprompt_megatron.evaluate.suites.longbench", _longbench, by_length=False, groups=_longbench_groups
-    ),
 }
+BASELINE, EXTENDED = "baseline", "extended"  # labels of the models
+
+# Options that are no suite's.
+GENERAL = (
+    Option("beyond_window", "measure past a model's window too", bool, default=False),
+    Option("seed", "seed of passkeys, facts, probes and questions", int, default=0, minimum=0),
+    Option(
+        "engine", "transformers, vllm or megatron", parse=lambda _, value: checked_engine(value), default="transformers"
+    ),
+    Option("dtype", "bfloat16, float16 or float32", parse=lambda _, value: checked_dtype(value), default="bfloat16"),
+)
 
 
-class QuestionSuite:
-    """A suite of questions for one model."""
+def all_options() -> dict[str, Option]:
+    """Every option of an evaluation by name: the suites', then the general ones."""
+    return {option.name: option for suite in SUITES.values() for option in suite.options} | {
+        option.name: option for option in GENERAL
+    }
 
-    def __init__(self, name: str, settings: Settings, directory: Path, window: int, tokenizer: Tokenizer) -> None:
-        """Raises InputError for settings or files that the suite cannot use, Unavailable for data not given."""
-        self.name, self.kind, self.tokenizer = name, KINDS[name], tokenizer
-        self.window = None if settings.beyond_window else window
-        try:
-            self.module = importlib.import_module(self.kind.module)
-        except ModuleNotFoundError as error:
-            raise InputError(f"--suite {name}: needs {error.name}, which is not installed") from None
-        self.settings = self.kind.settings(self.module, settings, directory, window)
-        check = getattr(self.module, "check", None)
-        counts = check(self.settings) if check else None
-        self.count = sum(counts.values()) if isinstance(counts, dict) else None  # of questions, if it is known
 
-    def items(self) -> Iterator[Item]:
-        """An item a question, made when it is its turn.  Raises InputError for one beyond the model's window."""
-        for question in self.module.questions(self.settings, self.tokenizer):
-            # As the benchmarks count, BOS is not of the length that an input is made for.
-            with_bos = question.prompt[:1] == [self.tokenizer.bos_id]
-            needed = len(question.prompt) - with_bos + question.max_new_tokens
-            if self.window is not None and needed > self.window:
+def option_names() -> list[str]:
+    """Names of all settings but the suites: `lengths` and the options."""
+    return ["lengths", *all_options()]
+
+
+class Settings:
+    """What to measure: `suites` by name, `lengths` of real inputs in tokens, and every option's value by its name."""
+
+    def __init__(self, suites: list[str], lengths: list[int], **given: Any) -> None:
+        """Options that are not given have their defaults.  Raises TypeError for a name that is no option's."""
+        options = all_options()
+        unknown = given.keys() - options
+        if unknown:
+            raise TypeError(f"Settings has no {', '.join(sorted(unknown))}")
+        self.suites, self.lengths = suites, lengths
+        for name, option in options.items():
+            default = list(option.default) if isinstance(option.default, tuple) else option.default
+            setattr(self, name, given.get(name, default))
+
+    @classmethod
+    def of(cls, stored: dict) -> "Settings":
+        """The settings that results.json holds, whichever version wrote them."""
+        known = {"suites", *option_names()}
+        return cls(**{"suites": [], "lengths": []} | {name: value for name, value in stored.items() if name in known})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settings) and vars(self) == vars(other)
+
+    def as_dict(self) -> dict:
+        """For results.json."""
+        return dict(vars(self))
+
+    def with_suites(self, suites: list[str]) -> "Settings":
+        """The same with other suites."""
+        return Settings(**vars(self) | {"suites": suites})
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that inputs are made of."""
+        named = [getattr(self, option.name) for option in all_options().values() if option.is_file]
+        return [Path(name) for name in named if name is not None]
+
+    def check(self) -> None:
+        """Raise InputError for a value that can never be right."""
+        for option in all_options().values():
+            value = getattr(self, option.name)
+            option.check(value)
+            owners = [suite.name for suite in SUITES.values() if option in suite.options]
+            if option.refused_without_suite and value not in (None, False) and not set(owners) & set(self.suites):
+                given = option.flag if value is True else f"{option.flag} {value}"
                 raise InputError(
-                    f"--suite {self.name}: {question.task} takes {needed} tokens, above the model's window of "
-                    f"{self.window}; use shorter --lengths, or --beyond-window to ask nevertheless"
+                    f"{given}: applies only to the {' and '.join(owners)} suite, which is not selected; "
+                    "add it to --suite"
                 )
-            yield self._item(question)
-
-    def _item(self, question: Question) -> Item:
-        stop = question.stop
-
-        def ended(generated: list[int]) -> bool:
-            return any(text in self.tokenizer.decode(generated) for text in stop)
-
-        def read(generated: list[int]) -> dict:
-            return {"answer": cut(self.tokenizer.decode(generated), stop), "tokens": len(generated)}
-
-        notes = {"references": question.references, "extra": question.extra, "max_new_tokens": question.max_new_tokens}
-        return Item(
-            entry=Entry(self.name, question.task, question.length, question.number, notes | {"suite": question.suite}),
-            content=content_of(np.asarray(question.prompt), question.max_new_tokens, stop),
-            tokens=len(question.prompt),
-            prompt=Prompt(question.prompt, question.max_new_tokens, ended if stop else None),
-            read=read,
-        )
-
-    def result(self, pairs: list[Answered]) -> dict:
-        """The module's own summary, and what the questions are made from where it tells."""
-        found = self.module.summary(self._scored(pairs))
-        sources = getattr(self.module, "sources", None)
-        return {**found, "sources": _plain(sources(self.settings))} if sources else found
-
-    def series(self, pairs: list[Answered]) -> list[Series]:
-        """Scores 0..1 by task and length, their means by length and over all, and the means of groups."""
-        scores: dict[tuple[str, int], list[float]] = {}
-        for question, _, score in self._scored(pairs):
-            key = question.task, question.length if self.kind.by_length else 0
-            scores.setdefault(key, []).append(float(score))
-        arrays = {key: np.asarray(values) for key, values in scores.items()}
-        found = [self._series(task, length, [values]) for (task, length), values in arrays.items()]
-        if self.kind.by_length:
-            for length in sorted({length for _, length in arrays}):
-                found.append(self._series("mean", length, [v for (_, n), v in arrays.items() if n == length]))
-            found.append(self._series("mean", 0, list(arrays.values())))
-        for group, tasks in self.kind.groups(self.module).items():
-            there = [values for (task, _), values in arrays.items() if task in tasks]
-            if there:
-                found.append(self._series(group, 0, there))
-        return found
-
-    def _series(self, task: str, length: int, strata: Iterable[np.ndarray]) -> Series:
-        return Series(self.name, task, length, "score", tuple(strata))
-
-    def _scored(self, pairs: list[Answered]) -> list[tuple[Question, str, float]]:
-        scored = []
-        for entry, record in pairs:
-            notes = entry.notes
-            question = Question(
-                suite=notes["suite"],
-                task=entry.task,
-                length=entry.length,
-                number=entry.number,
-                prompt=[],
-                max_new_tokens=notes["max_new_tokens"],
-                references=notes["references"],
-                extra=notes["extra"],
-            )
-            scored.append((question, record["answer"], self.module.score(question, record["answer"])))
-        return scored
+        for name in self.suites:
+            reason = SUITES[name].refused_engines.get(self.engine)
+            if reason:
+                raise InputError(f"--suite {name}: {reason}")
 
 
-def cut(text: str, stop: tuple[str, ...]) -> str:
-    """The text up to the first of the stop texts."""
-    return text[: min([len(text), *(place for place in map(text.find, stop) if place >= 0)])]
+def parse_suites(value: str) -> list[str]:
+    """Names of suites from a comma-separated list, in the table's order.  Raises InputError for an unknown one."""
+    names = parse_names("--suite", value)
+    for name in names:
+        if name not in SUITES:
+            raise InputError(f"--suite {name}: unknown; use some of {', '.join(SUITES)}")
+    if not names:
+        raise InputError(f"--suite {value!r}: names no suite; use some of {', '.join(SUITES)}")
+    return [name for name in SUITES if name in names]
 
 
-def _plain(value: Any) -> Any:
-    """JSON of what a module returned: dataclasses and paths included."""
-    if dataclasses.is_dataclass(value):
-        value = dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+def suites_in(results: dict) -> list[Suite]:
+    """The suites that a model in `results` was asked, in the table's order."""
+    asked = {name for measured in results["measurements"].values() for name in measured}
+    return [suite for suite in SUITES.values() if suite.name in asked]
+
+
+def differing_inputs(suite: Suite, one: tuple[dict, str], other: tuple[dict, str]) -> list[str]:
+    """Names of what made other inputs of a suite for one model than for another, each (results, label)."""
+    mine, theirs = one[0], other[0]
+    settings, others = mine.get("settings") or {}, theirs.get("settings") or {}
+    # Results of a version that had no such option lack it, which is what they were asked: without it.
+    found = [name for name in suite.inputs_from if (settings.get(name) or None) != (others.get(name) or None)]
+    if suite.reads_text(Settings.of(settings)) and _text(mine) != _text(theirs):
+        found.append("text")
+    sources, other_sources = (
+        suite.sources(results["measurements"][name][suite.name]) for results, name in (one, other)
+    )
+    return found + [name for name in sources if sources[name] != other_sources.get(name)]
+
+
+def _text(results: dict) -> str | None:
+    return (results.get("text") or {}).get("sha256")

@@ -1,7 +1,7 @@
-"""What a suite asks, one thing at a time: an input, how it is put to an engine, and what is kept of the answer.
+"""What a model is asked, one request at a time, and the response that is stored of it.
 
-A suite makes its items lazily and in a fixed order; store.py keeps the records, and the suite makes its result of the
-(entry, record) pairs again, whichever process answered them and when.
+A suite makes its requests lazily and in a fixed order.  store.py keeps the responses, and the suite makes its results
+of them, whichever process asked and when.
 """
 
 import hashlib
@@ -17,37 +17,47 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """An item's name, and what its suite needs besides the answer; JSON."""
+class Request:
+    """One thing that a model is asked: its name (suite, task, length, number), its input, and how it is asked."""
 
     suite: str
     task: str
     length: int
     number: int
-    notes: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One input.  `content` is all of it: the answer is another one's as soon as these bytes are."""
-
-    entry: Entry
-    content: bytes
+    content: bytes  # the whole input: a response belongs to these bytes and no others
     tokens: int  # that an engine reads, for the progress bar
+    notes: dict = field(default_factory=dict)  # what its suite needs beside the record to score it; JSON
     ask: Callable[["Engine"], dict] | None = None  # gives the record, JSON; otherwise:
     prompt: "Prompt | None" = None
     read: Callable[[list[int]], dict] | None = None  # the record from what was generated
     alone: bool = False  # asked of no engine, once there is none in memory
 
-    def digest(self, model: str) -> str:
-        """Key of the answer of the model with that fingerprint."""
-        e, digest = self.entry, hashlib.sha256()
-        digest.update(repr((model, e.suite, e.task, e.length, e.number)).encode())
+    def key(self, model: str) -> str:
+        """Key of the response of the model with that fingerprint."""
+        digest = hashlib.sha256()
+        digest.update(repr((model, self.suite, self.task, self.length, self.number)).encode())
         digest.update(self.content)
         return digest.hexdigest()[:32]
 
+    def name(self) -> dict:
+        """Suite, task, length and number."""
+        return {"suite": self.suite, "task": self.task, "length": self.length, "number": self.number}
 
-Answered = tuple[Entry, dict]
+    def response(self, record: dict) -> "Response":
+        """The response with that record."""
+        return Response(**self.name(), notes=self.notes, record=record)
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model gave: the request's name and notes, and the record that its suite made of it; all JSON."""
+
+    suite: str
+    task: str
+    length: int
+    number: int
+    notes: dict
+    record: dict
 
 
 def content_of(*parts: object) -> bytes:
@@ -57,36 +67,33 @@ def content_of(*parts: object) -> bytes:
     )
 
 
-def answers(engine: "Engine", items: Iterable[Item]) -> Iterator[tuple[Item, dict]]:
-    """Every item with its record, as they are answered.  An engine that takes many prompts at once gets them so."""
-    for generates, group in itertools.groupby(items, key=lambda item: item.prompt is not None):
+def ask(engine: "Engine", requests: Iterable[Request]) -> Iterator[tuple[Request, dict]]:
+    """Every request with its record, as they are finished.  An engine that takes many prompts at once gets them so."""
+    for generates, group in itertools.groupby(requests, key=lambda request: request.prompt is not None):
         if generates:
-            yield from _generated(engine, group)
+            yield from _generate(engine, group)
         else:
-            for item in group:
-                yield item, item.ask(engine)
+            for request in group:
+                yield request, request.ask(engine)
 
 
-def _generated(engine: "Engine", items: Iterable[Item]) -> Iterator[tuple[Item, dict]]:
+def _generate(engine: "Engine", requests: Iterable[Request]) -> Iterator[tuple[Request, dict]]:
     from endprompt_megatron.evaluate.engines.base import generate_all
 
-    under_way: dict[int, Item] = {}
+    under_way: dict[int, Request] = {}
 
     def prompts() -> Iterator["Prompt"]:
-        for item in items:
-            under_way[id(item.prompt)] = item
-            yield item.prompt
+        for request in requests:
+            under_way[id(request.prompt)] = request
+            yield request.prompt
 
     for prompt, generated in generate_all(engine, prompts()):
-        item = under_way.pop(id(prompt))
-        yield item, item.read(generated)
+        request = under_way.pop(id(prompt))
+        yield request, request.read(generated)
 
 
-def answered(engine: "Engine", items: Iterable[Item], tick: Callable[[str], None] = lambda _: None) -> list[Answered]:
-    """All items' entries and records, in the order of the items, with nothing stored."""
-    items = list(items)
-    records = {}
-    for item, record in answers(engine, items):
-        tick(f"{item.entry.suite} {item.entry.length}")
-        records[id(item)] = record
-    return [(item.entry, records[id(item)]) for item in items]
+def responses(engine: "Engine", requests: Iterable[Request]) -> list[Response]:
+    """The responses to all requests, in the order of the requests, with nothing stored."""
+    requests = list(requests)
+    records = {id(request): record for request, record in ask(engine, requests)}
+    return [request.response(records[id(request)]) for request in requests]

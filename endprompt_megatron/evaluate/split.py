@@ -1,7 +1,7 @@
-"""Who asks what, where several processes evaluate together: tasks of a Slurm array, ranks of srun, torchrun or mpirun.
+"""Which process asks what, if several evaluate together: tasks of a Slurm array, ranks of srun, torchrun or mpirun.
 
-Item i is for part i modulo the number of parts, so that long and short inputs are spread over all.  Parts share
-nothing but the directory of answers; only the ranks of one Megatron model (TP, PP) ask the same together.
+Request i belongs to part i modulo the number of parts, so that long and short inputs are spread over all parts.  Parts
+share nothing but the directory of responses; only the ranks of one Megatron model (TP, PP) ask the same together.
 """
 
 import contextlib
@@ -58,10 +58,10 @@ def _array(environment: Mapping[str, str]) -> Part:
 
 
 class Alone:
-    """A process that holds a whole model: it asks its part and writes what it learns."""
+    """A process that holds a whole model: it asks its part and writes the responses."""
 
-    leads = True  # the one of those that ask the same that writes
-    first = True  # the one that puts the results together
+    leads = True  # of the ranks that ask the same, the one that writes
+    first = True  # the rank that puts the results together
     together = False  # whether ranks load a model together
 
     def __init__(self, part: Part) -> None:
@@ -80,7 +80,7 @@ class Alone:
         return contextlib.nullcontext()
 
     def wait(self) -> None:
-        """Return when all ranks are here."""
+        """Return when all ranks have called this."""
 
 
 class ModelRanks:

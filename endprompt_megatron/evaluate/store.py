@@ -1,28 +1,27 @@
 """The directory of an evaluation while it grows: every answer is in it as soon as it is given.
 
     OUT/evaluation.json              which models, engine and dtype the answers are from
-    OUT/answers/LABEL.I-of-N.jsonl   one line an answered item, appended by the one process that does part I of N
-    OUT/asked/LABEL.I-of-N.jsonl     the items of a part in their order; appears when all of them are answered
-    OUT/results.json                 appears when the last part is whole, or with --merge
+    OUT/answers/LABEL.I-of-N.jsonl   a line for each answered request, by the one process that does part I of N
+    OUT/asked/LABEL.I-of-N.jsonl     the requests of a part, in order; appears when all of them are answered
+    OUT/results.json                 appears when the last part is complete, or with --merge
 
 A line is keyed by a digest of the model's fingerprint and the whole input: an answer to another prompt, or of another
-model, is never taken for this one's.  A line that a kill cut short is no line, and its item is asked again.
+model, is never taken for this one's.  A line that a kill cut short is no line, and its request is asked again.
 """
 
 import contextlib
-import fcntl
 import heapq
 import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.file_lock import lock_file
 from endprompt_megatron.common.files import disk_errors, read_json, write_json, write_text
-from endprompt_megatron.evaluate.requests import Answered, Entry
+from endprompt_megatron.evaluate.requests import Request, Response
 from endprompt_megatron.evaluate.split import Part
 
 STATE = "evaluation.json"
@@ -82,7 +81,7 @@ class Answers:
     def __init__(self, out: Path, label: str, part: Part) -> None:
         """Read what is there.  Raises InputError if another process does the same part."""
         self.directory, self.label, self.part, self.out = out / "answers", label, part, out
-        self.places: dict[str, tuple[Path, int]] = {}  # digest -> where its line begins
+        self.places: dict[str, tuple[Path, int]] = {}  # key -> where its line begins
         self.file: IO[bytes] | None = None
         for path in sorted(self.directory.glob(f"{label}.*.jsonl")):
             self._index(path)
@@ -96,40 +95,35 @@ class Answers:
                         self.places[json.loads(line)["key"]] = (path, start)
                 start += len(line)
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self.places
+    def __contains__(self, key: str) -> bool:
+        return key in self.places
 
-    def stored(self, digest: str) -> tuple[dict, float]:
+    def stored(self, key: str) -> tuple[dict, float]:
         """The record of an answer that is there, and the seconds it took."""
-        path, start = self.places[digest]
+        path, start = self.places[key]
         with open(path, "rb") as file:
             file.seek(start)
             line = json.loads(file.readline())
             return line["record"], line["seconds"]
 
-    def add(self, digest: str, entry: Entry, record: dict, seconds: float) -> None:
+    def add(self, key: str, request: Request, record: dict, seconds: float) -> None:
         """Append a line.  It outlives this process, however that ends.  Raises InputError for a full disk."""
         with disk_errors(self.out, _FLAG):
             if self.file is None:
                 self.file = self._open()
             start = self.file.tell()
             # What the answer is to stands in clear beside the key, for whoever reads the file.
-            line = {"key": digest, "suite": entry.suite, "task": entry.task, "length": entry.length}
-            line |= {"number": entry.number, "seconds": round(seconds, 3), "record": record}
+            line = {"key": key, **request.name(), "seconds": round(seconds, 3), "record": record}
             self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             self.file.flush()
-        self.places[digest] = (Path(self.file.name), start)
+        self.places[key] = (Path(self.file.name), start)
 
     def _open(self) -> IO[bytes]:
         path = self.directory / f"{self.label}.{self.part}.jsonl"
         file = open(path, "a+b")  # noqa: SIM115  (closed by close)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(file):
             file.close()
-            raise InputError(f"{_FLAG} {self.out}: another process does part {self.part} of it; wait for it") from None
-        except OSError:
-            pass  # a file system without locks
+            raise InputError(f"{_FLAG} {self.out}: another process does part {self.part} of it; wait for it")
         _cut_after_last_line(file)
         return file
 
@@ -154,22 +148,26 @@ def _cut_after_last_line(file: IO[bytes]) -> None:
     file.seek(0, os.SEEK_END)
 
 
-def write_asked(out: Path, label: str, part: Part, job: str, asked: list[tuple[int, str, Entry]]) -> None:
-    """Declare a part whole: its items, each with its place among all parts' and its key, are all answered.
+def write_asked(out: Path, label: str, part: Part, job: str, asked: list[tuple[int, str, Request]]) -> None:
+    """Declare a part complete: its requests, each with its place among all parts' and its key, are all answered.
 
     `job` tells apart what was asked for: settings, text, model.
     """
-    lines = [{"job": job}, *({"at": place, "key": digest, **asdict(entry)} for place, digest, entry in asked)]
+    lines = [{"job": job}, *(_asked_line(*each) for each in asked)]
     with disk_errors(out, _FLAG):
         path = _asked_path(out, label, part)
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _asked_line(place: int, key: str, request: Request) -> dict:
+    return {"at": place, "key": key, **request.name(), "notes": request.notes}
 
 
 def _asked_path(out: Path, label: str, part: Part) -> Path:
     return out / "asked" / f"{label}.{part}.jsonl"
 
 
-def is_whole(out: Path, label: str, part: Part, job: str) -> bool:
+def is_complete(out: Path, label: str, part: Part, job: str) -> bool:
     """Whether a part has answered all that this job asks."""
     try:
         with open(_asked_path(out, label, part), encoding="utf-8") as file:
@@ -178,23 +176,21 @@ def is_whole(out: Path, label: str, part: Part, job: str) -> bool:
         return False
 
 
-def whole_count(out: Path, label: str, job: str) -> int | None:
-    """A number of parts of which every one is whole; None if there is none."""
+def complete_count(out: Path, label: str, job: str) -> int | None:
+    """A number of parts of which every one is complete; None if there is none."""
     for count in _counts(out, label):
-        if all(is_whole(out, label, Part(index, count), job) for index in range(count)):
+        if all(is_complete(out, label, Part(index, count), job) for index in range(count)):
             return count
     return None
 
 
 def what_is_missing(out: Path, label: str, job: str) -> str:
-    """In words, for where `whole_count` finds none: which part to run."""
+    """In words, for where `complete_count` finds none: which part to run."""
     for count in reversed(_counts(out, label)):
-        missing = [index for index in range(count) if not is_whole(out, label, Part(index, count), job)]
+        missing = [index for index in range(count) if not is_complete(out, label, Part(index, count), job)]
         if len(missing) < count:
             first = f"{missing[0]}/{count}"
-            return (
-                f"{out}: {len(missing)} of {count} parts of the {label} model are not whole; run --part {first} again"
-            )
+            return f"{out}: {len(missing)} of {count} parts of {label} are not complete; run --part {first} again"
     return f"{out}: nothing was asked of the {label} model with these settings; run it without --merge first"
 
 
@@ -204,8 +200,8 @@ def _counts(out: Path, label: str) -> list[int]:
     return sorted({int(match[1]) for match in found if match})
 
 
-def pairs(out: Path, label: str, count: int) -> Iterator[tuple[Answered, float]]:
-    """Every item's entry and record, and the seconds it took, in the order of asking, from `count` whole parts.
+def responses(out: Path, label: str, count: int) -> Iterator[tuple[Response, float]]:
+    """Every response and the seconds it took, in the order of asking, from `count` complete parts.
 
     Raises InputError if an answer has gone.
     """
@@ -223,6 +219,6 @@ def pairs(out: Path, label: str, count: int) -> Iterator[tuple[Answered, float]]
                     f"{_FLAG} {out}: the answer to {line['suite']} {line['task']} {line['length']} {line['number']} "
                     "has gone from answers/; remove asked/ and run it again"
                 )
-            entry = Entry(*(line[name] for name in ("suite", "task", "length", "number", "notes")))
             record, seconds = stored.stored(line["key"])
-            yield (entry, record), seconds
+            name = {key: line[key] for key in ("suite", "task", "length", "number", "notes")}
+            yield Response(**name, record=record), seconds

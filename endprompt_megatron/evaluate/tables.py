@@ -1,126 +1,87 @@
-"""Evaluation results as plain text tables for a terminal, the models side by side."""
+"""Tables of scores for a terminal, and the texts of scores and intervals in them."""
 
-from endprompt_megatron.evaluate.score_tables import (
-    bounds_text,
-    differences,
-    lookup,
-    of_questions,
-    scores_by_key,
-    table,
-)
-from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED
+from endprompt_megatron.common.text_table import text_table
+from endprompt_megatron.evaluate.suite import Published, Scores
 
 
-def labels(results: dict) -> list[str]:
-    """The models that were measured, the baseline first."""
-    return [label for label in (BASELINE, EXTENDED) if label in results["measurements"]]
+def scores_of(results: dict, label: str) -> Scores:
+    """A model's scores by suite, task, length and metric."""
+    return {
+        (score["suite"], score["task"], score["length"], score["metric"]): score
+        for score in results.get("scores", {}).get(label, [])
+    }
 
 
-def loss_text(entry: dict) -> str:
-    """Loss with its standard error where there is one."""
-    error = f" ±{entry['stderr']:.3f}" if entry.get("stderr") is not None else ""
-    return f"{entry['loss']:.3f}{error}"
+def bounds_text(score: dict | None, scale: float, digits: int, *, dash: str = "-", none: str = "-") -> str:
+    """An interval as "81.9-88.0"; `none` where a lone sample has none."""
+    if score is None or score["interval"] is None:
+        return none
+    return dash.join(f"{scale * bound:.{digits}f}" for bound in score["interval"])
 
 
-def perplexity_text(value: float) -> str:
-    """A collapsed model's thousands stay readable beside the others' tens."""
-    return f"{value:,.{1 if value < 1000 else 0}f}" if value < 1e6 else f"{value:.1e}"
+def quoted_bounds(score: dict | None, digits: int = 1, unit: str = "") -> str:
+    """A share's interval as a report quotes it: "81.9–88.0"; empty where there is none."""
+    text = bounds_text(score, 100, digits, dash="–", none="")
+    return text + unit if text else ""
 
 
-def terminal(results: dict) -> str:
-    """Every measurement in `results` as a titled table, with intervals of 95%."""
-    names = labels(results)
-    first = results["measurements"][names[0]]
+def score_text(score: dict | None) -> str:
+    """A score in percent and its interval."""
+    if score is None:
+        return "-"
+    bounds = f" ({bounds_text(score, 100, 1)})" if score["interval"] else ""
+    return f"{100 * score['score']:.1f}{bounds}"
+
+
+def scores_by_task(title: str, suite: str, results: dict, labels: list[str]) -> list[str]:
+    """A suite's scores by task (and length), a table for each model, with what the questions were made from."""
     parts = []
-    for suite, tables in (("perplexity", _perplexity), ("needle", _needle), ("recall", _recall), ("virtual", _virtual)):
-        if suite in first:
-            parts += tables(results, names)
-    for suite in ("ruler", "longbench", "short"):
-        if suite in first:
-            parts += of_questions(results, suite, names)
-    parts += differences(results)
-    parts += ["\n".join(f"Left out: {what}. {reason}" for what, reason in results.get("left_out", {}).items())]
-    return "\n\n".join(filter(None, parts))
-
-
-def _perplexity(results: dict, names: list[str]) -> list[str]:
-    measured, scores = results["measurements"], scores_by_key(results)
-    first = measured[names[0]]["perplexity"]
-    header = ["length", *(f"{name} {what}" for name in names for what in ("loss", "95%", "ppl"))]
-    rows = []
-    for entries in zip(*(measured[name]["perplexity"]["by_length"] for name in names), strict=True):
-        row = [str(entries[0]["length"])]
-        for name, entry in zip(names, entries, strict=True):
-            interval = bounds_text(lookup(scores, name, "perplexity", "by_length", entry["length"], "loss"), 1, 3)
-            row += [loss_text(entry), interval, _perplexity_of(entry)]
-        rows.append(row)
-    title = f"Held-out text, last {first['scored']} tokens of real inputs"
-    parts = [f"{title}\n{table(header, rows)}"]
-    slid = {name: measured[name]["perplexity"].get("sliding") for name in names}
-    if all(slid.values()):
-        header = ["model", "window", "stride", "tokens", "loss", "ppl"]
-        rows = [
-            [
-                name,
-                *(str(entry[key]) for key in ("window", "stride", "tokens")),
-                loss_text(entry),
-                _perplexity_of(entry),
-            ]
-            for name, entry in slid.items()
-        ]
-        parts.append(f"Held-out text, every token of the longest inputs, sliding window\n{table(header, rows)}")
-    return parts
-
-
-def _needle(results: dict, names: list[str]) -> list[str]:
-    measured, scores = results["measurements"], scores_by_key(results)
-    header = [
-        "length",
-        "depth",
-        *(f"{name} {what}" for name in names for what in ("found", "95%", "recall", "logprob")),
-    ]
-    rows = []
-    for cells in zip(*(measured[name]["needle"]["cells"] for name in names), strict=True):
-        row = [str(cells[0]["length"]), f"{cells[0]['depth']:.0%}"]
-        for name, cell in zip(names, cells, strict=True):
-            score = lookup(scores, name, "needle", f"depth {cell['depth']:g}", cell["length"], "accuracy")
-            found = f"{round(cell['accuracy'] * cell['samples'])} of {cell['samples']}"
-            row += [found, bounds_text(score, 100, 0), f"{cell['recall']:.0%}", f"{cell['logprob']:.2f}"]
-        rows.append(row)
-    return ["Passkey retrieval at real input lengths\n" + table(header, rows)]
-
-
-def _recall(results: dict, names: list[str]) -> list[str]:
-    measured, scores = results["measurements"], scores_by_key(results)
-    header = ["length", "distance", *(f"{name} {what}" for name in names for what in ("recalled", "95%", "loss"))]
-    rows = []
-    for cells in zip(*(measured[name]["recall"]["cells"] for name in names), strict=True):
-        row = [str(cells[0]["length"]), str(cells[0]["distance"])]
-        for name, cell in zip(names, cells, strict=True):
-            score = lookup(scores, name, "recall", str(cell["distance"]), cell["length"], "recalled")
-            found = f"{round(cell['recalled'] * cell['samples'])} of {cell['samples']}"
-            row += [found, bounds_text(score, 100, 0), f"{cell['loss']:.3f}"]
-        rows.append(row)
-    return ["Facts recalled from held-out text, by distance\n" + table(header, rows)]
-
-
-def _virtual(results: dict, names: list[str]) -> list[str]:
-    measured, scores = results["measurements"], scores_by_key(results)
-    parts = []
-    for kind, title in (("repeat", "recalling a passage"), ("continue", "going on with the text")):
-        header = ["virtual length", *(f"{name} {what}" for name in names for what in ("loss", "right", "95%"))]
+    for label in labels:
+        at = {
+            (task, length): score for (of, task, length, _), score in scores_of(results, label).items() if of == suite
+        }
+        lengths = sorted({length for _, length in at})
+        if 0 in lengths[:1] and len(lengths) > 1:
+            lengths = [*lengths[1:], 0]  # the mean over all lengths comes last
+        tasks = list(dict.fromkeys(task for task, _ in at))
+        if "mean" in tasks:
+            tasks = [*(task for task in tasks if task != "mean"), "mean"]
+        header = ["task", *(str(length) if length else "all" for length in lengths), "samples"]
         rows = []
-        for distance in measured[names[0]]["virtual"][kind]:
-            row = [distance]
-            for name in names:
-                entry = measured[name]["virtual"][kind][distance]
-                score = lookup(scores, name, "virtual", kind, int(distance), "accuracy")
-                row += [f"{entry['loss']:.3f}", f"{entry['accuracy']:.0%}", bounds_text(score, 100, 0)]
-            rows.append(row)
-        physical = measured[names[0]]["virtual"]["physical"]
-        parts.append(f"Virtual distance, {title} ({physical} physical tokens)\n" + table(header, rows))
+        for task in tasks:
+            there = [at.get((task, length)) for length in lengths]
+            counts = [score["samples"] for score in there if score is not None]
+            rows.append([task, *map(score_text, there), _range(counts)])
+        parts.append(f"{title}, {label}: percent (95%)\n{text_table(header, rows)}")
+        parts[-1] += _origin(results["measurements"][label][suite])
     return parts
 
 
-def _perplexity_of(entry: dict) -> str:
-    return perplexity_text(entry["perplexity"])
+def _origin(measured: dict) -> str:
+    """What a suite's questions were made from, and what keeps its scores from being the published benchmark's."""
+    lines = []
+    if measured.get("sources"):
+        made_of = {key: value for key, value in measured["sources"].items() if value}
+        lines.append("made from " + "; ".join(f"{key}: {value}" for key, value in made_of.items()))
+    if measured.get("prompts", "published") != "published":
+        lines.append(f"prompts: {measured['prompts']}")
+    notes = measured.get("notes") or []
+    return "".join(f"\n  {line}" for line in [*lines, *notes])
+
+
+def _range(counts: list[int]) -> str:
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+
+
+def published_table(title: str, published: Published) -> str:
+    """Published rows as a table of their own."""
+    rows = [
+        [method, *(number_text(scores.get(key)) for key in published.columns.values())]
+        for method, scores in published.rows.items()
+    ]
+    return f"{title}, published\n{text_table([published.heading, *published.columns], rows)}\n  {published.note}"
+
+
+def number_text(value: float | None) -> str:
+    """A published or rounded score."""
+    return "-" if value is None else f"{value:.2f}"

@@ -130,9 +130,9 @@ def table(result: Coverage) -> str:
         lines.append(f"samples differ: mean over {result.samples} of them; a range is what these reached")
     lines += ["", f"{'distances':>17}  {'supervised':>10}  {'pairs a sample':>15}  {'a distance':>10}"]
     bands = result.bands()
-    most = max(band["pairs"] for band in bands)
+    max_pairs = max(band["pairs"] for band in bands)
     for band in bands:
-        bar = "█" * int(np.ceil(24 * np.log1p(band["pairs"]) / np.log1p(most))) if band["pairs"] else ""
+        bar = "█" * int(np.ceil(24 * np.log1p(band["pairs"]) / np.log1p(max_pairs))) if band["pairs"] else ""
         span = f"{band['first']} - {band['last']}"
         numbers = f"{band['supervised']:>10.2%}  {band['pairs']:>15,.1f}  {band['pairs_per_distance']:>10,.2f}"
         lines.append(f"{span:>17}  {numbers}  {bar}".rstrip())

@@ -2,7 +2,7 @@
 
 `scaled_config` writes the scaling into the Hugging Face config that will be exported; `frequencies` reads
 inverse frequencies and attention factor back out of that very config with transformers' own code, so
-training and inference cannot disagree.  `PositionRotary` turns position ids into phases inside a GPTModel
+training and inference cannot disagree.  `PositionRotary` turns position ids into rotary angles inside a GPTModel
 (GPTModel itself ignores position ids for RoPE and counts 0..s-1).
 """
 
@@ -14,9 +14,18 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.method.rope_parameters import rope_parameters
 
 
-def scaled_config(config: dict, rope_type: str, factor: float, original: int, target: int, where: str) -> dict:
+def scaled_config(
+    config: dict,
+    rope_type: str,
+    factor: float,
+    original: int,
+    target: int,
+    where: str,
+    default_theta: float = 10000.0,
+) -> dict:
     """HF config (parsed config.json) with the RoPE scaling of the extension; the input is not changed.
 
     The scaling is written twice: `rope_parameters` is what transformers 5 reads, `rope_theta` with
@@ -25,14 +34,13 @@ def scaled_config(config: dict, rope_type: str, factor: float, original: int, ta
 
     ntk: a fixed change of base, theta' = theta * factor^(d / (d - 2)), so it needs no scaling type.
     none: the model's own scaling stays.  keep: its window too: what is exported is what the model came with.
-    llama3: original LLaMA-3.1 scaling; a base that has it already (3.1 to 3.3) gets the product of both
-    factors.  Raises InputError if the base is scaled already and the type cannot be composed with that.
+    llama3: original LLaMA-3.1 scaling; a base that has it already (3.1 to 3.3) gets the product of both factors.
+    `default_theta`: what the model's family means by a base that is left out.  Raises InputError if the base is
+    scaled already and the type cannot be composed with that.
     """
     config = copy.deepcopy(config)
-    base = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(base.pop("rope_theta", None) or config.get("rope_theta", 10000.0))
-    base_type = base.pop("rope_type", None) or base.pop("type", None) or "default"
-    base.pop("type", None)
+    own = rope_parameters(config, default_theta)
+    theta, base_type, base = float(own.theta), own.type, own.scaling
     if base_type != "default" and rope_type not in ("none", "keep") and (base_type, rope_type) != ("llama3", "llama3"):
         raise InputError(
             f"{where}: context.rope.type={rope_type} cannot be put on top of the model's own {base_type} scaling: "
@@ -88,7 +96,7 @@ def frequencies(hf_config: Any, seq_len: int | None = None) -> tuple[Tensor, flo
 
 
 class PositionRotary(RotaryEmbedding):
-    """Rotary module whose phases come from the position ids of the current micro-batch.
+    """Rotary module whose angles come from the position ids of the current micro-batch.
 
     `LlamaModel.forward` sets `position_ids` before each forward pass.  The parent caches its forward by
     sequence length, which would go stale here, so this one has its own, uncached.
@@ -100,8 +108,8 @@ class PositionRotary(RotaryEmbedding):
         self.dynamic_config = hf_config if hf_config.rope_parameters["rope_type"] == "dynamic" else None
         self.position_ids: Tensor | None = None  # [b or 1, s] int64; 1 where all rows share their positions
 
-    def phases(self, position_ids: Tensor) -> Tensor:
-        """Phases [s, b or 1, 1, d] float32 of position ids [b or 1, s] int64.
+    def rotary_angles(self, position_ids: Tensor) -> Tensor:
+        """Rotary angles [s, b or 1, 1, d] float32 of position ids [b or 1, s] int64.
 
         Positions stay integers until they meet the float32 frequencies: 65535 does not fit bfloat16.
         """
@@ -110,9 +118,9 @@ class PositionRotary(RotaryEmbedding):
             # As transformers does: the frequencies are those of the length that this input reaches.
             inv_freq, _ = frequencies(self.dynamic_config, int(position_ids.max()) + 1)
         inv_freq = inv_freq.to(position_ids.device)
-        angles = position_ids.t()[:, :, None, None].float() * inv_freq  # [s, b or 1, 1, d/2]
-        return torch.cat((angles, angles), dim=-1)
+        half = position_ids.t()[:, :, None, None].float() * inv_freq  # [s, b or 1, 1, d/2]
+        return torch.cat((half, half), dim=-1)
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
-        """Phases of the current position ids.  They are sliced for context parallelism already."""
-        return self.phases(self.position_ids)
+        """Rotary angles of the current position ids.  They are sliced for context parallelism already."""
+        return self.rotary_angles(self.position_ids)

@@ -67,11 +67,11 @@ class SdpaAttention(MegatronModule):
             key = key.repeat_interleave(heads // key.shape[2], dim=2)
             value = value.repeat_interleave(heads // value.shape[2], dim=2)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        parts = []
+        contexts = []
         for start, stop in itertools.pairwise(bounds):
             mine = query[:, :, start // ranks : stop // ranks]
-            parts.append(self._sequence(mine, key[:, :, start:stop], value[:, :, start:stop]))
-        context = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+            contexts.append(self._sequence(mine, key[:, :, start:stop], value[:, :, start:stop]))
+        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts, 2)
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
     def _sequence(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -80,20 +80,20 @@ class SdpaAttention(MegatronModule):
         if ranks == 1:
             return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, scale=self.softmax_scale)
         half = query.shape[2] // 2
-        parts = []
+        contexts = []
         for queries, chunk in zip(query.split(half, 2), (rank, 2 * ranks - 1 - rank), strict=True):
             seen = (chunk + 1) * half
             mask = causal_lower_right(half, seen)
-            parts.append(
+            contexts.append(
                 F.scaled_dot_product_attention(
                     queries, key[:, :, :seen], value[:, :, :seen], attn_mask=mask, scale=self.softmax_scale
                 )
             )
-        return torch.cat(parts, 2)
+        return torch.cat(contexts, 2)
 
 
 class GatherSequence(torch.autograd.Function):
-    """The whole row from the ranks' shares: [s / ranks, ...] -> [s, ...], in physical order.
+    """The complete row from the ranks' shares: [s / ranks, ...] -> [s, ...], in physical order.
 
     `order` [s] int64: where the ranks' tokens stand in the row, one rank after the other.  Backward, the gradients
     that the ranks have for each share are summed and sent to its owner.
@@ -118,7 +118,7 @@ class RMSNorm(torch.nn.Module):
     """RMSNorm as LLaMA computes it, in float32 inside, that knows about sequence parallelism.
 
     Megatron sums the gradients of parameters marked `sequence_parallel` over the tensor-parallel ranks,
-    each of which saw only its part of the sequence.
+    each of which saw only its share of the sequence.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: object) -> None:

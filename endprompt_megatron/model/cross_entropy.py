@@ -1,6 +1,6 @@
-"""Cross entropy over a vocabulary that tensor-parallel ranks share, in pieces, for where TE is absent.
+"""Cross entropy over a vocabulary that tensor-parallel ranks share, some rows at a time, for where TE is absent.
 
-Megatron's own keeps float32 probabilities of the whole [s, b, v] until the backward pass; with 49152 to
+Megatron's own keeps float32 probabilities of all of [s, b, v] until the backward pass; with 49152 to
 128256 entries a token that is the largest tensor of a small model's step.  This one keeps the logits as
 they came and works through a few rows at a time, and it leaves padded vocabulary out.
 """
@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_PIECE_ELEMENTS = 1 << 19  # float32 elements worked on at a time: 2 MiB, which a core keeps in its cache
+_BLOCK_ELEMENTS = 1 << 19  # float32 elements worked on at a time: 2 MiB, which a core keeps in its cache
 
 
 def vocab_cross_entropy(logits: Tensor, labels: Tensor, true_vocab: int, group: dist.ProcessGroup) -> Tensor:
     """Loss [s, b] float32 of every target.
 
-    logits [s, b, v / tensor parallel], this rank's part; labels [s, b] int64; true_vocab: how many of this
+    logits [s, b, v / tensor parallel], this rank's shard; labels [s, b] int64; true_vocab: how many of this
     rank's entries are real, the rest is padding and takes no probability.  The backward pass writes the
     gradient into the memory of `logits`, so it can run once.
     """
@@ -31,11 +31,11 @@ class _CrossEntropy(torch.autograd.Function):
         local = labels.reshape(-1) - group.rank() * logits.shape[-1]
         here = (local >= 0) & (local < logits.shape[-1])
         local = local.clamp(0, logits.shape[-1] - 1)
-        # A rank whose part is all padding has nothing to sum: minus infinity.
+        # A rank whose shard is all padding has nothing to sum: minus infinity.
         log_sum = torch.full((len(rows),), float("-inf"), device=rows.device)
-        for piece in _pieces(rows):
+        for block in _blocks(rows):
             if true_vocab:
-                log_sum[piece] = rows[piece, :true_vocab].float().logsumexp(-1)
+                log_sum[block] = rows[block, :true_vocab].float().logsumexp(-1)
         target = rows.gather(1, local[:, None])[:, 0].float().masked_fill_(~here, 0.0)
         if group.size() > 1:
             largest = log_sum.clone()
@@ -53,17 +53,17 @@ class _CrossEntropy(torch.autograd.Function):
         logits, local, here, log_sum = ctx.saved_tensors
         rows = logits.view(-1, logits.shape[-1])
         upstream = upstream.reshape(-1)
-        for piece in _pieces(rows):
-            gradient = rows[piece, : ctx.true_vocab].float().sub_(log_sum[piece, None]).exp_()
+        for block in _blocks(rows):
+            gradient = rows[block, : ctx.true_vocab].float().sub_(log_sum[block, None]).exp_()
             # softmax - 1 at the target; a target on another rank gets 0 subtracted here.
             if ctx.true_vocab:
-                column = local[piece, None].clamp(max=ctx.true_vocab - 1)
-                gradient.scatter_add_(1, column, -here[piece, None].float())
-            rows[piece, : ctx.true_vocab] = gradient.mul_(upstream[piece, None])
-            rows[piece, ctx.true_vocab :] = 0
+                column = local[block, None].clamp(max=ctx.true_vocab - 1)
+                gradient.scatter_add_(1, column, -here[block, None].float())
+            rows[block, : ctx.true_vocab] = gradient.mul_(upstream[block, None])
+            rows[block, ctx.true_vocab :] = 0
         return logits, None, None, None
 
 
-def _pieces(rows: Tensor) -> list[slice]:
-    step = max(1, _PIECE_ELEMENTS // rows.shape[1])
+def _blocks(rows: Tensor) -> list[slice]:
+    step = max(1, _BLOCK_ELEMENTS // rows.shape[1])
     return [slice(start, start + step) for start in range(0, len(rows), step)]

@@ -1,7 +1,7 @@
 """LLaMA as a Megatron-Core GPTModel, built from the shape that an HF config gives.
 
 The layer spec is Transformer Engine's where TE is importable, otherwise Megatron's local one with the
-attention and the norm of attention.py.  How the model is parallelised is in the TransformerConfig alone.
+attention and the norm of attention.py.  How the model is parallelised is in the TransformerConfig and nowhere else.
 """
 
 import importlib.util
@@ -136,7 +136,7 @@ def _fusions(shared_positions: bool) -> dict[str, Any]:
         persist_layer_norm=te,
         cross_entropy_loss_fusion=te,
         cross_entropy_fusion_impl="te",
-        # TE's fused kernel takes one row of phases for the micro-batch, which packed documents are too.
+        # TE's fused kernel takes one row of rotary angles for the micro-batch, which packed documents are too.
         apply_rope_fusion=te and shared_positions,
         # Gradients added to their sum inside the GEMM.  For the output layer that is an extension of Apex.
         gradient_accumulation_fusion=te and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
@@ -180,7 +180,7 @@ def _give_what_differs(layer: ModuleSpec, shape: ModelShape, longlora: LongLora)
 
 
 def _take_norm_out(layer: ModuleSpec) -> None:
-    """In TE's spec, the norm before queries, keys and values as a layer of its own: adapters take what it gives."""
+    """In TE's spec, the norm before queries, keys and values as a separate layer: adapters take its output."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     layer.submodules.input_layernorm = TENorm
@@ -251,9 +251,9 @@ class LlamaModel(GPTModel):
 
 
 def _mark_tensor_parallel(model: torch.nn.Module) -> None:
-    """Mark the weights that tensor-parallel ranks hold parts of, which Megatron does only when it initialises them.
+    """Mark the weights that tensor-parallel ranks hold shards of, which Megatron does only when it initialises them.
 
-    Unmarked, they would count on the first rank alone and the gradient norm would miss the others' parts.
+    Unmarked, they would count on the first rank only and the gradient norm would miss the others' shards.
     """
     for module in model.modules():
         if not isinstance(module, VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear):

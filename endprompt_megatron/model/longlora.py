@@ -1,4 +1,4 @@
-"""LongLoRA in numbers: whom shifted sparse attention lets a token see, and what of a model LoRA trains.
+"""LongLoRA in numbers: what shifted sparse attention lets a token see, and what of a model LoRA trains.
 
 Shared by the planner, the checkpoints and the converter.  No torch, no Megatron; the attention is in
 shifted_attention.py, the adapters are in lora.py.
@@ -24,7 +24,7 @@ def seen_tokens(longlora: LongLora, length: int) -> float:
 
 
 def adapter_elements(shape: ModelShape, rank: int, tensor: int = 1) -> int:
-    """Elements of a layer's adapters on a tensor-parallel rank: the outer side of each is split, the inner one whole.
+    """Elements of a layer's adapters on a tensor-parallel rank: the outer side of each is split, the inner one is not.
 
     Queries, keys and values have a down-projection and an up-projection each, and so has the output.
     """
@@ -35,7 +35,7 @@ def adapter_elements(shape: ModelShape, rank: int, tensor: int = 1) -> int:
 def trained_parameters(shape: ModelShape, longlora: LongLora) -> int:
     """Parameters that a run trains: all of the model, or adapters, embeddings and norms.  The vocabulary not padded.
 
-    Of the embeddings the input's, as published; an output layer of its own stays frozen.
+    Of the embeddings that is the input's, as published; a separate output layer stays frozen.
     """
     if not longlora.rank:
         return shape.parameters
@@ -58,7 +58,7 @@ def held_parameters(shape: ModelShape, longlora: LongLora) -> int:
 
 
 def checkpoint_bytes(shape: ModelShape, longlora: LongLora, weight: int) -> int:
-    """Of a run's checkpoint: all weights in `weight` bytes each, a float32 master weight and two moments where trained.
+    """Bytes of a run's checkpoint: weights of `weight` bytes, a float32 master weight and two moments where trained.
 
     Moments are float32 in a checkpoint whatever precision they are held in.
     """

@@ -27,9 +27,9 @@ from endprompt_megatron.model.longlora import ADAPTER
 
 
 class Adapter(torch.nn.Module):
-    """What both kinds share: the names of their matrices, how ranks share them out, how training starts.
+    """What both kinds share: the names of their matrices, how ranks split them, how training starts.
 
-    `split` names the matrices that tensor-parallel ranks hold parts of, and the axis; the others are on all of them.
+    `split` names the matrices that tensor-parallel ranks split, and the axis; the others are complete on each of them.
     """
 
     split: ClassVar[dict[str, int]]
@@ -39,8 +39,8 @@ class Adapter(torch.nn.Module):
         self.config, self.rank, self.scale = config, longlora.rank, longlora.alpha / longlora.rank
 
     def matrix(self, rows: int, columns: int, *, split: int | None, by_token: bool = False) -> Parameter:
-        """A matrix, not set.  split: the axis that ranks share out.  by_token: with sequence parallelism each rank has
-        the gradient of its own tokens alone, and Megatron sums them."""
+        """A matrix, not set.  split: the axis that ranks split.  by_token: with sequence parallelism each rank has
+        the gradient of its own tokens only, and Megatron sums them."""
         shape = [rows, columns]
         if split is not None:
             shape[split] //= self.config.tensor_model_parallel_size
@@ -63,12 +63,12 @@ class Adapter(torch.nn.Module):
             if axis is not None:
                 shape[axis] *= self.config.tensor_model_parallel_size
             bound = 1 / math.sqrt(shape[1])
-            whole = torch.empty(shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+            complete = torch.empty(shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
             if axis is not None:
-                whole = whole.chunk(self.config.tensor_model_parallel_size, axis)[
+                complete = complete.chunk(self.config.tensor_model_parallel_size, axis)[
                     parallel_state.get_tensor_model_parallel_rank()
                 ]
-            parameter.copy_(whole)
+            parameter.copy_(complete)
 
     def add(self, output: Tensor, low: Tensor, up: Tensor) -> Tensor:
         """output [s, b, out] + scale * low [s, b, r] up^T [r, out], in one product."""
@@ -76,7 +76,7 @@ class Adapter(torch.nn.Module):
         return added.view_as(output)
 
     def sharded_state_dict(self, prefix: str, offsets: tuple, metadata: dict) -> dict:
-        """Megatron's description of which part of which tensor this rank has."""
+        """Megatron's description of which shard of which tensor this rank holds."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,
@@ -88,7 +88,7 @@ class Adapter(torch.nn.Module):
 
 
 class QkvAdapter(Adapter):
-    """Of queries, keys and values: A's [3 r, hidden] one above the other, B's of the heads that this rank has."""
+    """For queries, keys and values: their A's stacked, [3 r, hidden], and their B's for this rank's heads."""
 
     split: ClassVar = {"up_q": 0, "up_k": 0, "up_v": 0}
 
@@ -113,15 +113,15 @@ class QkvAdapter(Adapter):
     def joined(self) -> Tensor:
         """The three B's as one matrix [qkv / tensor parallel, 3 r], rows by KV group: [its queries, its key, value]."""
         groups = self.config.num_query_groups // self.config.tensor_model_parallel_size
-        parts = [
+        padded = [
             F.pad(up, (number * self.rank, (2 - number) * self.rank)).unflatten(0, (groups, -1))
             for number, up in enumerate((self.up_q, self.up_k, self.up_v))
         ]
-        return torch.cat(parts, 1).flatten(0, 1)
+        return torch.cat(padded, 1).flatten(0, 1)
 
 
 class ProjAdapter(Adapter):
-    """Of attention's output: A [r, q] for the heads that this rank has, B [hidden, r]."""
+    """For attention's output: A [r, q] for this rank's heads, B [hidden, r]."""
 
     split: ClassVar = {"down": 1}
 

@@ -1,4 +1,4 @@
-"""Weighted next-token loss, normalised over the global batch, with its context and prompt parts apart.
+"""Weighted next-token loss, normalised over the global batch, with the context's and the prompt's losses apart.
 
 L = sum_i w_i CE_i / sum_i w_i, both sums over every micro-batch of every data- and context-parallel rank
 (EndPrompt, section 3): w is 1 where the target is a context token, `prompt_loss_weight` where it is a
@@ -63,7 +63,7 @@ def split_loss(parts: Tensor) -> tuple[float, float | None]:
 def target_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Loss float32 and greedy correctness bool of every target, both [b, s].
 
-    logits [b, s, v / tensor parallel], this rank's part of the vocabulary; labels [b, s] int64.
+    logits [b, s, v / tensor parallel], this rank's shard of the vocabulary; labels [b, s] int64.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy

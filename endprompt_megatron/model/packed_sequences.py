@@ -1,7 +1,7 @@
 """Packed rows on their way through Megatron's layers: one row [t, 1, h, d] of sequences that do not see each other.
 
 Megatron's attention takes rows marked "thd" apart before it rotates them, and restarts positions in each sequence.
-Ours have explicit position ids, so a row stays an ordinary one, with a phase for every token, up to the core
+Ours have explicit position ids, so a row stays an ordinary one, with an angle for every token, up to the core
 attention: SdpaAttention reads the bounds, `packed_attention` hands them to Transformer Engine.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """`bounds`: where each sequence begins in the whole row, with its length at the end, as Python integers."""
+    """`bounds`: where each sequence begins in the complete row, with its length at the end, as Python integers."""
 
     bounds: tuple[int, ...] = ()
 
@@ -23,7 +23,7 @@ class PackedSequences(PackedSeqParams):
 def packed_sequences(cu_seqlens: Tensor, tokens: Tensor) -> PackedSequences:
     """What the layers need of a micro-batch's `cu_seqlens` (batches.py), int32 on the host; `tokens` [1, t].
 
-    Under context parallelism they count the whole row, as Transformer Engine wants them.  What pads a sequence
+    Under context parallelism they count the complete row, as Transformer Engine wants them.  What pads a sequence
     counts as its own: nothing real sees it, attention being causal.  So there is no padding between sequences,
     which only one of its kernels could skip.
     """

@@ -1,6 +1,6 @@
 """The shape of a LLaMA-family model, read from a Hugging Face config.json.  No torch, no Megatron.
 
-recipe.py checks a recipe against it, model.py builds from it, convert/ maps names with it.
+constraints/ checks a recipe against it, llama.py builds from it, convert/ maps names with it.
 """
 
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ from pathlib import Path
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
+from endprompt_megatron.method.rope_parameters import rope_parameters
+from endprompt_megatron.model.families import FAMILIES, Family, applies, supported
 
-FAMILIES = {"llama": "LLaMA-2, 3, 3.1, 3.2, 3.3 and SmolLM2", "mistral": "Mistral-7B-v0.3", "qwen2": "Qwen2.5"}
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -48,13 +49,13 @@ class ModelShape:
 
     @property
     def split_biases(self) -> int:
-        """Elements of a layer's biases that tensor-parallel ranks share out: those of outputs that they share out."""
+        """Elements of a layer's biases that tensor-parallel ranks split: those of outputs that they split."""
         qkv = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
         return qkv + (2 * self.ffn_size if self.mlp_bias else 0)
 
     @property
     def whole_vectors(self) -> int:
-        """Elements of a layer's norms and biases that every tensor-parallel rank has whole."""
+        """Elements of a layer's norms and biases that every tensor-parallel rank holds complete."""
         return self.hidden_size * (2 + self.proj_bias + self.mlp_bias)
 
     def padded_vocab(self, multiple: int) -> int:
@@ -72,20 +73,22 @@ def read_shape(directory: Path | str) -> ModelShape:
 
 def shape_of(config: dict, where: str) -> ModelShape:
     """Shape from the parsed config; `where` is named in errors.  Raises InputError."""
-    family = config.get("model_type")
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if config.get(key):
             raise InputError(f"{where}: mixture of experts ({key}={config[key]}) is not supported; use a dense model")
-    if family not in FAMILIES:
-        known = "; ".join(f"{name} ({models})" for name, models in FAMILIES.items())
-        raise InputError(f"{where}: model_type={family} is not supported; supported are {known}")
+    family = FAMILIES.get(config.get("model_type"))
+    if family is None:
+        raise InputError(
+            f"{where}: model_type={config.get('model_type')} is not supported; supported are {supported()}"
+        )
+    config = family.complete(config)
     values = {key: config.get(key) for key in _REQUIRED}
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    # What a config leaves out or sets to null is as transformers has it.
-    kv_heads = config.get("num_key_value_heads")
+    # Null means what transformers takes it for.
+    kv_heads = config["num_key_value_heads"]
     values["num_key_value_heads"] = kv_heads = heads if kv_heads is None else kv_heads
-    values["max_position_embeddings"] = window = config.get("max_position_embeddings", 2048)
-    if config.get("head_dim") is not None:
+    values["max_position_embeddings"] = window = config["max_position_embeddings"]
+    if config["head_dim"] is not None:
         values["head_dim"] = config["head_dim"]
     for key, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -96,23 +99,22 @@ def shape_of(config: dict, where: str) -> ModelShape:
         raise InputError(
             f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}, and head_dim is missing"
         )
-    if config.get("hidden_act", "silu") != "silu":
+    if config["hidden_act"] != "silu":
         raise InputError(f"{where}: hidden_act={config['hidden_act']} is not supported; LLaMA models use silu")
     _refuse_variants(config, family, window, where)
-    # transformers 5 keeps theta in rope_parameters, transformers 4 at the top level.
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(config.get(key), dict | None):
             raise InputError(f"{where}: {key}={config[key]} should be an object or null")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    rope = rope_parameters(config)
+    partial = rope.scaling.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
     if partial != 1.0:
         raise InputError(f"{where}: partial_rotary_factor={partial} is not supported; LLaMA models rotate whole heads")
-    theta, epsilon = rope.get("rope_theta", config.get("rope_theta", 10000.0)), config.get("rms_norm_eps", 1e-6)
-    for key, value in (("rope_theta", theta), ("rms_norm_eps", epsilon)):
+    epsilon = config["rms_norm_eps"]
+    for key, value in (("rope_theta", rope.theta), ("rms_norm_eps", epsilon)):
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise InputError(f"{where}: {key}={value} should be a positive number")
     return ModelShape(
-        family=family,
+        family=family.model_type,
         num_layers=values["num_hidden_layers"],
         hidden_size=hidden,
         ffn_size=values["intermediate_size"],
@@ -120,29 +122,26 @@ def shape_of(config: dict, where: str) -> ModelShape:
         num_kv_heads=kv_heads,
         head_dim=values.get("head_dim", hidden // heads),
         vocab_size=values["vocab_size"],
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=bool(config["tie_word_embeddings"]),
         norm_epsilon=float(epsilon),
-        # What transformers' classes do: Qwen2's queries, keys and values always have biases, Mistral's never.
-        qkv_bias=family == "qwen2" or bool(family == "llama" and config.get("attention_bias")),
-        proj_bias=bool(family == "llama" and config.get("attention_bias")),
-        mlp_bias=bool(family == "llama" and config.get("mlp_bias")),
-        rope_theta=float(theta),
+        qkv_bias=applies(family.qkv_bias, config),
+        proj_bias=applies(family.proj_bias, config),
+        mlp_bias=applies(family.mlp_bias, config),
+        rope_theta=float(rope.theta),
         window=window,
-        rope_scaling=str(rope.get("rope_type") or rope.get("type") or "default"),
+        rope_scaling=rope.type,
     )
 
 
-def _refuse_variants(config: dict, family: str, window: int, where: str) -> None:
+def _refuse_variants(config: dict, family: Family, window: int, where: str) -> None:
     """Raise InputError for what goes by the name of a supported family and is computed in another way."""
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "quantization_config") if isinstance(quantised, dict) else quantised
         raise InputError(f"{where}: quantised weights ({method}) are not supported; use BF16, FP16 or FP32 weights")
     sliding = config.get("sliding_window")
-    used = family == "mistral" or (family == "qwen2" and config.get("use_sliding_window", False))
-    if used and sliding is not None and sliding < window:
-        remedy = "Mistral-7B-v0.3 has none" if family == "mistral" else "Qwen2.5 has use_sliding_window=false"
-        raise InputError(f"{where}: sliding_window={sliding} is in use and not supported; {remedy}")
+    if applies(family.sliding_window, config) and sliding is not None and sliding < window:
+        raise InputError(f"{where}: sliding_window={sliding} is in use and not supported; {family.without_window}")
     kinds = set(config.get("layer_types") or []) - {"full_attention"}
     if kinds:
         raise InputError(

@@ -1,13 +1,13 @@
-"""Shifted sparse attention, LongLoRA's (S2-Attn, arXiv 2309.12307): in training, tokens see their own group alone.
+"""Shifted sparse attention, LongLoRA's (S2-Attn, arXiv 2309.12307): in training, tokens see their own group only.
 
 The sequence is cut into groups (four, as published).  The first half of all query heads attends causally within
 them; for the other half the cuts are half a group further on, so that what one half keeps apart the other joins.
-Rotated are queries and keys before that, by their true positions.
+Queries and keys are rotated before that, by their true positions.
 
-The published code does this in two ways.  Taken is that of its flash-attention path, which its results were
-trained with: the shifted heads have a half-size group at each end.  Its other path rolls the sequence instead, and
-the last half group sees the first one, which comes before it.  The published code gives every query head its own
-copy of a key head first, so the halves are those of the query heads, and a key head may serve both.  Of an odd
+The published code does this in two ways.  This is the way of its flash-attention path, which its results were
+trained with: the shifted heads have a half-size group at each end.  Its other path rolls the sequence instead, so
+that the last half group sees the first one, which comes before it.  The published code first gives every query head
+its own copy of a key head, so the halves are those of the query heads, and a key head may serve both.  Of an odd
 number of heads, which the flash path refuses, the larger half is shifted, as in the other path.
 """
 
@@ -48,15 +48,15 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, groups: int, plain: int, 
         value = value.repeat_interleave(heads // value.shape[2], dim=2)
     group = length // groups
     half = group // 2
-    parts = []
+    found = []
     if plain:
-        parts.append(_within(query[:, :, :plain], key[:, :, :plain], value[:, :, :plain], group, scale))
+        found.append(_within(query[:, :, :plain], key[:, :, :plain], value[:, :, :plain], group, scale))
     if plain < heads:
         stretches = (x[:, :, plain:].split((half, length - group, half)) for x in (query, key, value))
         sizes = (half, group, half)
         shifted = [_within(*qkv, size, scale) for *qkv, size in zip(*stretches, sizes, strict=True)]
-        parts.append(torch.cat(shifted))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        found.append(torch.cat(shifted))
+    return found[0] if len(found) == 1 else torch.cat(found, 2)
 
 
 def _within(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Tensor:

@@ -1,50 +1,14 @@
-"""The report's pictures of a training run and the palette of its page; evaluate/plots.py draws an evaluation's."""
+"""The report's pictures of a training run; the suites themselves draw what an evaluation measured."""
 
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from endprompt_megatron.common.inline_svg import RUNS, STAND_INS
-from endprompt_megatron.evaluate.plots import DASHES, MARKERS, Palette, dress, legend, length_axis, level_axis, short
+from endprompt_megatron.common.plotting import PAGE, Palette, dress, legend, length_axis, level_axis, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# Told apart without colour too, on paper and by those who do not see it.
-_RUN_MARKERS = dict(zip(RUNS, "vPX*h", strict=True))
-_RUN_DASHES = dict(
-    zip(RUNS, [(0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (2, 1)), (0, (8, 2, 1, 2)), (0, (5, 3))], strict=True)
-)
-
-
-@dataclass(frozen=True)
-class PagePalette(Palette):
-    """Colours of the page, and the names of its models by their keys."""
-
-    names: dict[str, str] = field(default_factory=dict)
-
-    def of(self, label: str) -> str:
-        return STAND_INS.get(label, self.baseline if label.startswith("baseline") else self.ink)
-
-    def line(self, label: str) -> dict:
-        return super().line(label) | {
-            "label": self.names.get(label, label),
-            "marker": {**MARKERS, **_RUN_MARKERS}.get(label, "s"),
-            "linestyle": {**DASHES, **_RUN_DASHES}.get(label, ":"),
-        }
-
-
-_COLOURS = {name: colour for name, colour in STAND_INS.items() if name not in RUNS}
-PAGE = PagePalette(**_COLOURS)
-
-
-def page_palette(names: dict[str, str]) -> PagePalette:
-    """PAGE with names for its legends, by key."""
-    # A leading underscore would hide a line from matplotlib's legend, a dollar sign would begin mathematics.
-    names = {key: name.lstrip("_").replace("$", "\\$") or key for key, name in names.items()}
-    return PagePalette(**_COLOURS, names=names)
 
 
 def smooth(values: list[float], weight: float = 0.85) -> list[float]:
@@ -63,7 +27,7 @@ def series(steps: list[dict], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def losses(axes: "Axes", steps: list[dict], validations: list[dict], palette: PagePalette = PAGE) -> None:
+def losses(axes: "Axes", steps: list[dict], validations: list[dict], palette: Palette = PAGE) -> None:
     """Context and prompt loss over the steps: faint as measured, strong smoothed; validation as dots."""
     for key, name, colour, line in (
         ("loss_context", "context", palette.extended, "-"),
@@ -87,7 +51,7 @@ def over_steps(
     lines: dict[str, tuple[list[int], list[float]]],
     title: str,
     unit: str,
-    palette: PagePalette = PAGE,
+    palette: Palette = PAGE,
     weight: float = 0.85,
 ) -> None:
     """A quantity over the steps, a line a run, smoothed by `weight` (0: as measured); `lines` by the runs' keys."""
@@ -101,7 +65,7 @@ def over_steps(
     legend(axes, palette)
 
 
-def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, palette: PagePalette = PAGE) -> None:
+def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, palette: Palette = PAGE) -> None:
     """One quantity over the steps, small."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -120,7 +84,7 @@ def small(axes: "Axes", steps: list[dict], key: str, title: str, unit: str, pale
     dress(axes, palette, title, "step", unit)
 
 
-def virtual_over_training(axes: "Axes", validations: list[dict], palette: PagePalette = PAGE) -> None:
+def virtual_over_training(axes: "Axes", validations: list[dict], palette: Palette = PAGE) -> None:
     """Probe loss against virtual length, one line a validation: faint at the start, full at the end."""
     probed = [line for line in validations if line.get("virtual")]
     distances: list[int] = []
@@ -144,7 +108,7 @@ def virtual_over_training(axes: "Axes", validations: list[dict], palette: PagePa
     legend(axes, palette)
 
 
-def coverage(axes: "Axes", counts: np.ndarray, gaps: list[tuple[int, int]], palette: PagePalette = PAGE) -> None:
+def coverage(axes: "Axes", counts: np.ndarray, gaps: list[tuple[int, int]], palette: Palette = PAGE) -> None:
     """How often each relative distance is supervised; what is never seen is hatched."""
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
@@ -171,7 +135,7 @@ def coverage(axes: "Axes", counts: np.ndarray, gaps: list[tuple[int, int]], pale
 
 
 def wavelengths(
-    axes: "Axes", before: np.ndarray, after: np.ndarray, gap: tuple[int, int] | None, palette: PagePalette = PAGE
+    axes: "Axes", before: np.ndarray, after: np.ndarray, gap: tuple[int, int] | None, palette: Palette = PAGE
 ) -> None:
     """Tokens of a full turn of each pair of rotary dimensions, before and after scaling, and the gap's width."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator

@@ -4,15 +4,10 @@ from collections.abc import Iterator
 
 from endprompt_megatron import __version__
 from endprompt_megatron.common.html_page import Bullets, Code, Details, Section
+from endprompt_megatron.evaluate.registry import SUITES, Suite
 from endprompt_megatron.method.positions import MAPS, PositionMap
 from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.models import Measured, Model
-
-_QUESTIONS = {
-    "ruler": "retrieval among distractors, tracing and counting (RULER)",
-    "longbench": "questions about and summaries of real documents (LongBench)",
-    "short": "what the extension costs within short inputs (short text)",
-}
 
 
 def not_shown(runs: Runs, measured: Measured) -> Section:
@@ -34,53 +29,31 @@ def _of_nothing() -> list[str]:
 
 
 def _of_model(run: Run, model: Model, measured: Measured) -> list[str]:
-    points, target, there = [], run.value("context.target"), model.measured
+    points, target = [], run.value("context.target")
+    there = [suite for suite in SUITES.values() if suite.name in model.measured]
     target = target if isinstance(target, int) else model.about.get("window")
-    longest = max(_real_lengths(model), default=0)
+    longest = max((length for suite in there for length in _real_lengths(suite, model)), default=0)
     if longest and isinstance(target, int) and longest < target:
-        points.append(
-            f"Real inputs between {longest:,} and {target:,} tokens."
-            + (
-                " Virtual lengths reach further, but there only a short input's tokens compete for attention."
-                if "virtual" in there
-                else ""
-            )
-        )
-    found = (there.get("needle") or {}).get("cells") or []
-    most = max((cell["samples"] for cell in found), default=0)
-    if found and most < 20:
-        prompts = f"{most} prompts a cell say" if most > 1 else "one prompt a cell says"
-        points.append(f"Passkey accuracy to the percent: {prompts} only roughly.")
-    if "perplexity" in there and model.settings.get("windows", 2) < 5:
-        points.append(
-            "Other texts: perplexity comes from a few stretches of one held-out text, "
-            "and differences of a few hundredths in the loss may be chance."
-        )
+        points.append(f"Real inputs between {longest:,} and {target:,} tokens.")
+    for suite in there:
+        limits = suite.limits(model.measured[suite.name], model.settings(suite))
+        points += [f"{suite.title}: {limit}." for limit in limits]
     if not any(other.key.startswith("baseline") and other.run is run for other in measured.models) and not any(
         other.key == "baseline" for other in measured.models
     ):
         points.append("What the model did before: no baseline was measured.")
-    missing = [words for suite, words in _QUESTIONS.items() if suite not in there]
-    if missing:
-        points.append(f"Not run: {'; '.join(missing)}.")
+    not_run = [suite.unknown_without for suite in SUITES.values() if suite not in there and suite.unknown_without]
+    if not_run:
+        points.append(f"Not run: {'; '.join(not_run)}.")
     for what, reason in ((run.evaluation or {}).get("left_out") or {}).items():
         points.append(f"Asked for and left out: {what} ({reason}).")
-    if "ruler" in there and (there["ruler"].get("left_out") or there["ruler"].get("notes")):
-        points.append("RULER's published benchmark: it was asked in part or from other sources, as its section says.")
-    if "longbench" in there and not (there["longbench"].get("mean_21") or {}).get("complete", False):
-        points.append("LongBench's published benchmark: tasks or questions are missing, as its section says.")
     return points
 
 
-def _real_lengths(model: Model) -> list[int]:
-    """Lengths of real inputs in tokens, of any suite that says them."""
-    settings, there = model.settings, model.measured
-    lengths = []
-    if any(suite in there for suite in ("perplexity", "ruler", "needle", "recall")):
-        lengths += settings.get("lengths") or []
-    if "needle" in there:
-        lengths += settings.get("needle_lengths") or []
-    return lengths
+def _real_lengths(suite: Suite, model: Model) -> list[int]:
+    """Lengths of the suite's real inputs in tokens, where its settings say them."""
+    named = suite.real_lengths(model.settings(suite))
+    return [length for lengths in named.values() for length in lengths]
 
 
 def _of_all(runs: Runs, measured: Measured) -> list[str]:
@@ -103,7 +76,7 @@ def _of_all(runs: Runs, measured: Measured) -> list[str]:
                 f"{runs.control.name} (`{method}`).{pair}"
             )
     if any(model.measured for model in measured.models):
-        points.append("How another seed of the training would come out: the intervals are of the questions asked.")
+        points.append("How another seed of the training would come out: the intervals are over the requests alone.")
     return points
 
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
+from endprompt_megatron.common.plotting import MAX_RUNS
 from endprompt_megatron.config.keys import get
 
 RESULTS = "results.json"
-MOST = 6  # runs on a page: colours and line styles that can be told apart
 
 
 @dataclass
@@ -64,8 +64,10 @@ def read_runs(directories: list[Path], control: Path | None = None) -> Runs:
 
     Raises InputError as read_run does, for a run named twice, and for more than can be told apart.
     """
-    if len(directories) > MOST:
-        raise InputError(f"{directories[MOST]}: {len(directories)} runs are too many for one page; name {MOST} at most")
+    if len(directories) > MAX_RUNS:
+        raise InputError(
+            f"{directories[MAX_RUNS]}: {len(directories)} runs are too many for one page; name {MAX_RUNS} at most"
+        )
     every = [*directories, *([control] if control else [])]
     places = [directory.resolve() for directory in every]
     for number, place in enumerate(places):

@@ -1,4 +1,4 @@
-"""The models that a page has measurements of, side by side, and which of them were asked the same questions.
+"""The models that a page has measurements of, side by side, and which of them were evaluated on the same inputs.
 
 The order of the columns of every table: what was there before, interpolated and untrained, the control, the runs.
 """
@@ -8,19 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from endprompt_megatron.evaluate.intervals import compare_intervals
-from endprompt_megatron.evaluate.settings import BASELINE, EXTENDED
+from endprompt_megatron.evaluate.registry import BASELINE, EXTENDED, SUITES, Key, Settings, Suite, differing_inputs
 from endprompt_megatron.report.load import Run, Runs
-
-Key = tuple[str, str, int, str]  # suite, task, length (0: all), metric
-# What makes the inputs of a suite, of its settings; what is not here may differ and stand in one table.
-_ASKED = {
-    "perplexity": ("lengths", "windows", "scored", "seed"),
-    "needle": ("samples", "filler", "seed"),
-    "virtual": ("physical", "probe_samples", "seed"),
-    "ruler": ("ruler_seed", "template"),
-    "longbench": ("limit", "template"),
-    "short": ("limit", "template"),
-}
 
 
 @dataclass
@@ -33,12 +22,13 @@ class Model:
     results: dict  # results.json of the evaluation that measured it
     label: str  # under which it is in there
     measured: dict = field(default_factory=dict)  # suite -> what it measured
+    sources: dict[str, dict] = field(default_factory=dict)  # suite -> the results.json that it is from
     scores: dict[Key, dict] = field(default_factory=dict)
     against: dict[Key, dict] = field(default_factory=dict)  # comparisons with its baseline
 
-    @property
-    def settings(self) -> dict:
-        return self.results.get("settings") or {}
+    def settings(self, suite: Suite) -> Settings:
+        """The settings of the evaluation that measured the suite."""
+        return Settings.of(self.sources[suite.name].get("settings") or {})
 
     @property
     def about(self) -> dict:
@@ -63,32 +53,33 @@ class Measured:
     models: list[Model]
     control: Model | None = None
 
-    def of(self, suite: str) -> list[Model]:
-        """The models that were asked the same as the first run, of those that the suite was run on."""
-        there = [model for model in self.models if suite in model.measured]
+    def of(self, suite: Suite) -> list[Model]:
+        """The models with the inputs of the first run, of those that the suite was run on."""
+        there = [model for model in self.models if suite.name in model.measured]
         first = self._reference(suite)
         return [model for model in there if not _differing(suite, model, first)]
 
-    def left_out(self, suite: str) -> list[str]:
+    def left_out(self, suite: Suite) -> list[str]:
         """Why a model is not in the table, a sentence each."""
         first, found = self._reference(suite), []
         for model in self.models:
-            differing = _differing(suite, model, first) if suite in model.measured else []
+            differing = _differing(suite, model, first) if suite.name in model.measured else []
             if differing:
                 names = ", ".join(differing)
                 found.append(f"Left out: {model.name} measured other inputs than {first.name} ({names}).")
         return found
 
-    def as_results(self, suite: str) -> dict:
-        """The models of a suite in the form of results.json, keys in the place of labels, for evaluate/plots.py."""
+    def as_results(self, suite: Suite) -> dict:
+        """The models of a suite in the form of results.json, keys in the place of labels, for the suite's drawings."""
         models = self.of(suite)
         return {
             "models": {model.key: model.about for model in models},
-            "measurements": {model.key: {suite: model.measured[suite]} for model in models},
+            "measurements": {model.key: {suite.name: model.measured[suite.name]} for model in models},
+            "scores": {model.key: list(model.scores.values()) for model in models},
         }
 
-    def _reference(self, suite: str) -> Model | None:
-        there = [model for model in self.models if suite in model.measured]
+    def _reference(self, suite: Suite) -> Model | None:
+        there = [model for model in self.models if suite.name in model.measured]
         return next((model for model in there if model.key == "extended"), there[-1] if there else None)
 
 
@@ -106,6 +97,7 @@ def measured_models(runs: Runs) -> Measured:
         if same is not None:
             for suite, value in base.measured.items():
                 same.measured.setdefault(suite, value)
+                same.sources.setdefault(suite, base.results)
             same.scores = base.scores | same.scores
         elif base is not None:
             before.append(base)
@@ -126,7 +118,8 @@ def _model(key: str, name: str, run: Run, results: dict, label: str) -> Model | 
     if label not in results["measurements"]:
         return None
     found = Model(key, name, run, results, label)
-    found.measured = {suite: value for suite, value in results["measurements"][label].items() if suite in _ASKED}
+    found.measured = {suite: value for suite, value in results["measurements"][label].items() if suite in SUITES}
+    found.sources = dict.fromkeys(found.measured, results)
     found.scores = _by_key((results.get("scores") or {}).get(label) or [])
     if label == EXTENDED:
         found.against = _by_key(results.get("comparisons") or [])
@@ -134,38 +127,20 @@ def _model(key: str, name: str, run: Run, results: dict, label: str) -> Model | 
 
 
 def _by_key(rows: Iterable[dict]) -> dict[Key, dict]:
-    return {(row["suite"], row["task"], row["length"], row["metric"]): row for row in rows}
+    return {(row["suite"], row["task"], row["length"], row["metric"]): row for row in rows if row["suite"] in SUITES}
 
 
 def _same(one: Model, other: Model) -> bool:
-    """Whether two baselines are one model that gave the same where both were asked the same."""
+    """Whether two baselines are one model that gave the same where both were measured."""
     both = one.measured.keys() & other.measured.keys()
     return one.path == other.path and all(one.measured[suite] == other.measured[suite] for suite in both)
 
 
-def _differing(suite: str, model: Model, reference: Model | None) -> list[str]:
+def _differing(suite: Suite, model: Model, reference: Model | None) -> list[str]:
     """Names of what made other inputs of a suite."""
     if reference is None or model is reference:
         return []
-    differing = [name for name in _ASKED[suite] if model.settings.get(name) != reference.settings.get(name)]
-    reads_text = suite in ("perplexity", "virtual") or (suite == "needle" and model.settings.get("filler") == "text")
-    if reads_text and _text(model) != _text(reference):
-        differing.append("text")
-    mine, theirs = (each.measured[suite] for each in (model, reference))
-    if suite == "ruler" and _sources(mine) != _sources(theirs):
-        differing.append("sources")
-    if suite == "longbench" and mine.get("prompts") != theirs.get("prompts"):
-        differing.append("prompts")
-    return differing
-
-
-def _text(model: Model) -> object:
-    return (model.results.get("text") or {}).get("sha256")
-
-
-def _sources(measured: dict) -> dict:
-    """What RULER's questions are made of; which tasks are left out shows in the table."""
-    return {name: value for name, value in (measured.get("sources") or {}).items() if name != "left_out"}
+    return differing_inputs(suite, *((each.sources[suite.name], each.label) for each in (model, reference)))
 
 
 def against_control(model: Model, control: Model) -> dict[Key, dict]:
@@ -174,6 +149,6 @@ def against_control(model: Model, control: Model) -> dict[Key, dict]:
     for key, score in model.scores.items():
         other = control.scores.get(key) if key[0] in both else None
         compared = compare_intervals(other, score) if other else None
-        if compared is not None and not _differing(key[0], model, control):
+        if compared is not None and not _differing(SUITES[key[0]], model, control):
             found[key] = {name: score[name] for name in ("suite", "task", "length", "metric")} | compared
     return found

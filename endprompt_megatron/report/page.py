@@ -14,10 +14,8 @@ from endprompt_megatron.report.limits import footer, not_shown, provenance
 from endprompt_megatron.report.load import Runs, read_runs
 from endprompt_megatron.report.models import measured_models
 from endprompt_megatron.report.sections.distances import distances
-from endprompt_megatron.report.sections.long_inputs import passkey, text_quality, virtual
+from endprompt_megatron.report.sections.measurements import measurements
 from endprompt_megatron.report.sections.results import results
-from endprompt_megatron.report.sections.ruler_tables import ruler
-from endprompt_megatron.report.sections.task_scores import longbench, short_text
 from endprompt_megatron.report.sections.training_curves import costs, training
 
 
@@ -43,13 +41,8 @@ def page(runs: Runs) -> str:
     """The whole page as HTML."""
     measured = measured_models(runs)
     sections = [
-        results(runs, measured),
-        text_quality(measured),
-        passkey(measured),
-        virtual(runs, measured),
-        ruler(measured),
-        longbench(measured),
-        short_text(measured),
+        results(measured),
+        *measurements(measured),
         training(runs),
         costs(runs),
         distances(runs),

@@ -1,9 +1,11 @@
-"""What a study found: every score by row with intervals, and every row against the reference.  numpy alone.
+"""What a study found: every score by variant with intervals, and every variant against the reference.
 
-A row's score is the mean over its seeds.  Two intervals of 95% stand beside it, for two sources of chance: Student's
-over the seeds' means (other runs), and a bootstrap over questions of each question's mean over the seeds (other
-questions).  A difference to the reference is taken question by question and seed by seed, and counts as beyond the
-noise where neither of its two intervals holds 0; with one seed only the questions can speak.
+A variant's score is the mean over its seeds.  Two intervals of 95% stand beside it, for two sources of chance:
+Student's over the seeds' means (other runs), and a bootstrap over requests of each request's mean over the seeds
+(other requests).  A difference to the reference is taken request by request and seed by seed, and counts as beyond the
+noise where neither of its two intervals contains 0; with a single seed only the requests can tell.
+
+study.json keeps the keys of its first version: "rows" are variants, "cells" trials, "over_questions" is over requests.
 """
 
 import json
@@ -14,7 +16,7 @@ import numpy as np
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
 from endprompt_megatron.evaluate.intervals import bootstrap, interval, mean, t_interval
-from endprompt_megatron.evaluate.settings import EXTENDED
+from endprompt_megatron.evaluate.registry import EXTENDED
 from endprompt_megatron.study.grid import OVER, Study
 from endprompt_megatron.study.trial import Work
 
@@ -23,27 +25,27 @@ Key = tuple[str, str, int, str]  # suite, task, length, metric
 
 @dataclass
 class Measured:
-    """One cell's evaluation: the values behind each score, the losses by position, what it was asked, what it cost."""
+    """One trial's evaluation: the values behind each score, losses by position, its settings, and what it cost."""
 
     name: str
     values: dict[Key, list[np.ndarray]]
     by_position: list[dict]
-    asked: dict
+    inputs: dict  # what made the requests: settings and text
     state: dict
-    unpaired: set[Key] = field(default_factory=set)  # scores whose values are in no order of questions
+    unpaired: set[Key] = field(default_factory=set)  # scores whose values are not in the order of the requests
 
 
 def compare(study: Study) -> dict:
-    """The comparison of all cells that are done, as study.json holds it.  Raises InputError if none is."""
-    works = [Work(study, cell) for cell in study.cells]
+    """The comparison of all trials that are done, as study.json holds it.  Raises InputError if none is."""
+    works = [Work(study, trial) for trial in study.trials]
     done = [work for work in works if not work.left]
     if not done:
-        raise InputError(f"{study.path}: no cell is done yet; run tools/study.py {study.path} first")
-    rows: dict[str, list[Measured]] = {row: [] for row in study.rows}
+        raise InputError(f"{study.path}: no trial is done yet; first run tools/study.py {study.path}")
+    variants: dict[str, list[Measured]] = {variant: [] for variant in study.variants}
     for work in done:
-        rows[work.cell.row].append(read_cell(work))
-    _refuse_others([each for row in rows.values() for each in row])
-    found = {row: measured for row, measured in rows.items() if measured}
+        variants[work.trial.variant].append(read_trial(work))
+    _refuse_other_inputs([each for variant in variants.values() for each in variant])
+    found = {variant: measured for variant, measured in variants.items() if measured}
     reference = found.get(study.reference) if study.reference else None
     return {
         "format": 1,
@@ -52,13 +54,13 @@ def compare(study: Study) -> dict:
         "axes": study.axes,
         "reference": study.reference,
         "evaluation": done[0].options,
-        "missing": [work.cell.name for work in works if work.left],
-        "rows": [_row(study, name, measured, reference) for name, measured in found.items()],
+        "missing": [work.trial.name for work in works if work.left],
+        "rows": [_variant(study, name, measured, reference) for name, measured in found.items()],
     }
 
 
-def read_cell(work: Work) -> Measured:
-    """A finished cell.  Raises InputError for a file that is missing or broken."""
+def read_trial(work: Work) -> Measured:
+    """A finished trial.  Raises InputError for a file that is missing or broken."""
     directory = work.directory / "evaluation"
     results = read_json(directory / "results.json", "the results of evaluate.py")
     raw = read_json(directory / "values.json", "the values behind an evaluation's scores")
@@ -69,37 +71,37 @@ def read_cell(work: Work) -> Measured:
         if not each["paired"]:
             unpaired.add(key)
     perplexity = results["measurements"][EXTENDED].get("perplexity", {})
-    asked = {"settings": results["settings"], "text": (results.get("text") or {}).get("sha256")}
-    return Measured(work.cell.name, values, perplexity.get("by_position", []), asked, work.state, unpaired)
+    inputs = {"settings": results["settings"], "text": (results.get("text") or {}).get("sha256")}
+    return Measured(work.trial.name, values, perplexity.get("by_position", []), inputs, work.state, unpaired)
 
 
-def _refuse_others(cells: list[Measured]) -> None:
-    """Raise InputError unless all cells were asked the same."""
-    for cell in cells[1:]:
-        if cell.asked != cells[0].asked:
+def _refuse_other_inputs(trials: list[Measured]) -> None:
+    """Raise InputError unless all trials were evaluated on the same inputs."""
+    for trial in trials[1:]:
+        if trial.inputs != trials[0].inputs:
             raise InputError(
-                f"cells {cells[0].name} and {cell.name} were not asked the same (settings or text differ): "
-                "evaluate them anew"
+                f"trials {trials[0].name} and {trial.name} were evaluated on different inputs (settings or text "
+                "differ); evaluate them again"
             )
 
 
-def _row(study: Study, name: str, cells: list[Measured], reference: list[Measured] | None) -> dict:
+def _variant(study: Study, name: str, trials: list[Measured], reference: list[Measured] | None) -> dict:
     return {
         "name": name,
-        "levels": {axis: level for axis, level in cells[0].state["levels"].items() if axis != OVER},
-        "trained": cells[0].state["trained"],
-        "cells": [cell.name for cell in cells],
-        "training": _training(cells),
-        "scores": [score(key, cells) for key in cells[0].values],
-        "differences": differences(cells, reference) if reference and name != study.reference else [],
-        "by_position": _by_position(cells),
-        "cost": _cost(cells),
+        "levels": {axis: level for axis, level in trials[0].state["levels"].items() if axis != OVER},
+        "trained": trials[0].state["trained"],
+        "cells": [trial.name for trial in trials],
+        "training": _training(trials),
+        "scores": [score(key, trials) for key in trials[0].values],
+        "differences": differences(trials, reference) if reference and name != study.reference else [],
+        "by_position": _by_position(trials),
+        "cost": _cost(trials),
     }
 
 
-def _training(cells: list[Measured]) -> dict | None:
-    """What the row's recipe says of its budget, the same for all of its seeds."""
-    state = cells[0].state
+def _training(trials: list[Measured]) -> dict | None:
+    """What the variant's recipe says of its budget, the same for all of its seeds."""
+    state = trials[0].state
     if not state["trained"]:
         return None
     recipe = state["recipe"]
@@ -112,38 +114,38 @@ def _training(cells: list[Measured]) -> dict | None:
     }
 
 
-def _seeds(key: Key, cells: list[Measured]) -> list[float]:
-    return [mean(cell.values[key]) for cell in cells]
+def _seeds(key: Key, trials: list[Measured]) -> list[float]:
+    return [mean(trial.values[key]) for trial in trials]
 
 
-def _over_seeds(key: Key, cells: list[Measured]) -> list[np.ndarray]:
-    """Each question's mean over the cells, by stratum."""
-    return [np.mean(each, axis=0) for each in zip(*(cell.values[key] for cell in cells), strict=True)]
+def _over_seeds(key: Key, trials: list[Measured]) -> list[np.ndarray]:
+    """Each request's mean over the trials, by stratum."""
+    return [np.mean(each, axis=0) for each in zip(*(trial.values[key] for trial in trials), strict=True)]
 
 
-def score(key: Key, cells: list[Measured]) -> dict:
-    """A row's score: mean over seeds, each seed's, and the intervals over seeds and over questions."""
-    seeds = _seeds(key, cells)
-    strata = _over_seeds(key, cells)
-    over_questions = interval(strata)
+def score(key: Key, trials: list[Measured]) -> dict:
+    """A variant's score: mean over seeds, each seed's, and the intervals over seeds and over requests."""
+    seeds = _seeds(key, trials)
+    strata = _over_seeds(key, trials)
+    over_requests = interval(strata)
     return {
         **dict(zip(("suite", "task", "length", "metric"), key, strict=True)),
         "mean": float(np.mean(seeds)),
         "seeds": seeds,
         "over_seeds": _list(t_interval(seeds)),
-        "over_questions": [over_questions.low, over_questions.high] if over_questions else None,
+        "over_questions": [over_requests.low, over_requests.high] if over_requests else None,
         "samples": int(sum(len(values) for values in strata)),
     }
 
 
-def differences(cells: list[Measured], reference: list[Measured]) -> list[dict]:
-    """The row minus the reference for every score that both have, over the seeds that both have.
+def differences(trials: list[Measured], reference: list[Measured]) -> list[dict]:
+    """The variant minus the reference for every score that both have, over the seeds that both have.
 
-    A row without seeds, or of which no seed is the reference's, is compared with the mean of all of the reference's.
+    A variant without seeds, or with other seeds than the reference, is compared with the reference's mean over seeds.
     """
-    pairs = _pairs(cells, reference)
+    pairs = _pairs(trials, reference)
     found = []
-    for key in cells[0].values:
+    for key in trials[0].values:
         if key not in reference[0].values:
             continue
         by_seed = [
@@ -153,50 +155,50 @@ def differences(cells: list[Measured], reference: list[Measured]) -> list[dict]:
         seeds = [mean(strata) for strata in by_seed]
         over_seeds = t_interval(seeds)
         strata = [np.mean(each, axis=0) for each in zip(*by_seed, strict=True)]
-        several = key not in cells[0].unpaired and any(len(values) > 1 for values in strata)
-        questions = bootstrap(strata) if several else None
-        told = [bounds for bounds in (over_seeds, questions) if bounds is not None]
+        several = key not in trials[0].unpaired and any(len(values) > 1 for values in strata)
+        over_requests = bootstrap(strata) if several else None
+        known = [bounds for bounds in (over_seeds, over_requests) if bounds is not None]
         found.append(
             {
                 **dict(zip(("suite", "task", "length", "metric"), key, strict=True)),
                 "difference": float(np.mean(seeds)),
                 "seeds": seeds,
                 "over_seeds": _list(over_seeds),
-                "over_questions": _list(questions),
-                "beyond_noise": bool(told) and all(low > 0 or high < 0 for low, high in told),
+                "over_questions": _list(over_requests),
+                "beyond_noise": bool(known) and all(low > 0 or high < 0 for low, high in known),
             }
         )
     return found
 
 
-def _pairs(cells: list[Measured], reference: list[Measured]) -> list[tuple[list[Measured], list[Measured]]]:
+def _pairs(trials: list[Measured], reference: list[Measured]) -> list[tuple[list[Measured], list[Measured]]]:
     """Who is compared with whom."""
-    theirs = {cell.state["levels"].get(OVER): cell for cell in reference}
-    same = [(cell, theirs.get(cell.state["levels"].get(OVER))) for cell in cells]
+    theirs = {trial.state["levels"].get(OVER): trial for trial in reference}
+    same = [(trial, theirs.get(trial.state["levels"].get(OVER))) for trial in trials]
     pairs = [([mine], [other]) for mine, other in same if other is not None]
     if pairs:
         return pairs
-    if len(cells) == 1:  # the untrained model: each of the reference's seeds differs from it in its own way
-        return [(cells, [other]) for other in reference]
-    return [(cells, reference)]
+    if len(trials) == 1:  # the untrained model: each of the reference's seeds differs from it in its own way
+        return [(trials, [other]) for other in reference]
+    return [(trials, reference)]
 
 
-def _by_position(cells: list[Measured]) -> list[dict]:
+def _by_position(trials: list[Measured]) -> list[dict]:
     """Losses by position, means over seeds."""
     return [
         {"start": buckets[0]["start"], "end": buckets[0]["end"], "loss": float(np.mean([b["loss"] for b in buckets]))}
-        for buckets in zip(*(cell.by_position for cell in cells), strict=True)
+        for buckets in zip(*(trial.by_position for trial in trials), strict=True)
     ]
 
 
-def _cost(cells: list[Measured]) -> dict:
+def _cost(trials: list[Measured]) -> dict:
     """Means over seeds of seconds and speed, and the highest peak of memory."""
 
     def average(values: list[float]) -> float | None:
         return round(float(np.mean(values)), 3) if values else None
 
-    stages = [cell.state["stages"] for cell in cells]
-    costs = [cell.state["cost"] for cell in cells]
+    stages = [trial.state["stages"] for trial in trials]
+    costs = [trial.state["cost"] for trial in trials]
     return {
         "step_seconds": average([cost["step_seconds"] for cost in costs if "step_seconds" in cost]),
         "tokens_per_s": average([cost["tokens_per_s"] for cost in costs if "tokens_per_s" in cost]),
@@ -211,7 +213,7 @@ def _list(bounds: tuple[float, float] | None) -> list[float] | None:
 
 
 def as_json(comparison: dict) -> str:
-    """Text of study.json, one line a row."""
+    """Text of study.json, one line per variant."""
     head = json.dumps({key: value for key, value in comparison.items() if key != "rows"}, indent=1)
-    rows = ",\n".join(json.dumps(row) for row in comparison["rows"])
-    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
+    variants = ",\n".join(json.dumps(variant) for variant in comparison["rows"])
+    return f'{head[:-2]},\n "rows": [\n{variants}\n ]\n}}\n'

@@ -1,4 +1,4 @@
-"""The tables of a study's comparison, made of study.json: budgets, scores, losses by position, differences, cost."""
+"""The tables of a study's comparison, from study.json: budgets, scores, losses by position, differences, cost."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ _SUITES = {"ruler": "RULER", "longbench": "LongBench", "needle": "Passkey", "vir
 
 
 @dataclass(frozen=True)
-class Table:
-    """`rows` of text; `marks`: cells to be set apart, (row, column)."""
+class ScoreTable:
+    """A table of texts with its title and note; `marks`: the (row, column) of cells to set in bold."""
 
     title: str
     note: str
@@ -21,7 +21,7 @@ class Table:
     marks: frozenset[tuple[int, int]] = frozenset()
 
 
-def tables(comparison: dict) -> list[Table]:
+def tables(comparison: dict) -> list[ScoreTable]:
     """Budgets, scores, losses by position, differences to the reference, cost."""
     found = [_budgets(comparison), *_scores(comparison)]
     position = _positions(comparison)
@@ -30,18 +30,18 @@ def tables(comparison: dict) -> list[Table]:
     return [*found, _cost(comparison)]
 
 
-def _budgets(comparison: dict) -> Table:
+def _budgets(comparison: dict) -> ScoreTable:
     rows = []
-    for row in comparison["rows"]:
-        t = row["training"]
-        cells = [row["name"], str(len(row["cells"]))]
+    for variant in comparison["rows"]:
+        t = variant["training"]
+        cells = [variant["name"], str(len(variant["cells"]))]
         if t is None:
             cells += ["not trained", *["-"] * 6]
         else:
             numbers = (t["tokens"], t["steps"], t["global_batch_size"], t["physical"], t["samples"])
             cells += [t["method"], t["rope"], *(f"{number:,}" for number in numbers)]
         rows.append(cells)
-    trained = [row["training"] for row in comparison["rows"] if row["training"]]
+    trained = [variant["training"] for variant in comparison["rows"] if variant["training"]]
     note = ""
     if trained:
         tokens = [t["tokens"] for t in trained]
@@ -49,10 +49,11 @@ def _budgets(comparison: dict) -> Table:
         note = (
             f"Tokens consumed differ by {apart:,} at most, less than a global batch ({batch:,})."
             if apart
-            else f"Every trained row consumed the same {tokens[0]:,} tokens."
+            else f"Every trained variant consumed the same {tokens[0]:,} tokens."
         )
-    header = ["row", "seeds", "method", "RoPE", "tokens", "steps", "sequences a step", "tokens a sequence", "sequences"]
-    return Table("Training budgets", note, header, rows)
+    sequences = ["sequences a step", "tokens a sequence", "sequences"]
+    header = ["variant", "seeds", "method", "RoPE", "tokens", "steps", *sequences]
+    return ScoreTable("Training budgets", note, header, rows)
 
 
 def key_of(score: dict) -> Key:
@@ -94,7 +95,7 @@ def _columns(keys: list[Key]) -> list[str]:
 
 
 def all_keys(comparison: dict, part: str) -> list[Key]:
-    return list(dict.fromkeys(key_of(score) for row in comparison["rows"] for score in row[part]))
+    return list(dict.fromkeys(key_of(score) for variant in comparison["rows"] for score in variant[part]))
 
 
 def form(metric: str) -> tuple[float, int]:
@@ -102,16 +103,16 @@ def form(metric: str) -> tuple[float, int]:
     return (1.0, 3) if metric in LOWER_IS_BETTER else (100.0, 1)
 
 
-def _scores(comparison: dict) -> list[Table]:
+def _scores(comparison: dict) -> list[ScoreTable]:
     found = []
     for title, keys in groups(all_keys(comparison, "scores")):
         scale, digits = form(keys[0][3])
         lower = keys[0][3] in LOWER_IS_BETTER
         rows, means = [], []
-        for row in comparison["rows"]:
-            at = {key_of(score): score for score in row["scores"]}
-            rows.append([row["name"], *(_value(at.get(key), scale, digits) for key in keys)])
-            trained = row["trained"]
+        for variant in comparison["rows"]:
+            at = {key_of(score): score for score in variant["scores"]}
+            rows.append([variant["name"], *(_value(at.get(key), scale, digits) for key in keys)])
+            trained = variant["trained"]
             means.append([at[key]["mean"] if trained and key in at else None for key in keys])
         marks = set()
         for column in range(len(keys)):
@@ -120,9 +121,9 @@ def _scores(comparison: dict) -> list[Table]:
             marks |= {(line, column + 1) for value, line in there if value == best}
         note = (
             f"{'Nats, lower is better' if lower else 'Percent, higher is better'}; mean over seeds, ± half of "
-            "Student's 95% interval over seeds where there are several. Bold: the best trained row."
+            "Student's 95% interval over seeds where there are several. Bold: the best trained variant."
         )
-        found.append(Table(title, note, ["row", *_columns(keys)], rows, frozenset(marks)))
+        found.append(ScoreTable(title, note, ["variant", *_columns(keys)], rows, frozenset(marks)))
     return found
 
 
@@ -136,50 +137,49 @@ def _value(score: dict | None, scale: float, digits: int) -> str:
     return text
 
 
-def _positions(comparison: dict) -> Table | None:
-    with_losses = [row for row in comparison["rows"] if row["by_position"]]
+def _positions(comparison: dict) -> ScoreTable | None:
+    with_losses = [variant for variant in comparison["rows"] if variant["by_position"]]
     if not with_losses:
         return None
     buckets = with_losses[0]["by_position"]
     every = max(1, len(buckets) // 8)
     chosen = [range(start, min(start + every, len(buckets))) for start in range(0, len(buckets), every)]
-    header = ["row", *(f"{buckets[of[0]]['start']:,}-{buckets[of[-1]]['end']:,}" for of in chosen)]
+    header = ["variant", *(f"{buckets[of[0]]['start']:,}-{buckets[of[-1]]['end']:,}" for of in chosen)]
     rows = []
-    for row in with_losses:
-        losses = [row["by_position"][place] for place in range(len(buckets))]
+    for variant in with_losses:
+        losses = [variant["by_position"][place] for place in range(len(buckets))]
         cells = []
         for of in chosen:
             tokens = [losses[place]["end"] - losses[place]["start"] for place in of]
             total = sum(losses[place]["loss"] * count for place, count in zip(of, tokens, strict=True))
             cells.append(f"{total / sum(tokens):.3f}")
-        rows.append([row["name"], *cells])
-    return Table(POSITIONS, "Nats, mean over seeds.", header, rows)
+        rows.append([variant["name"], *cells])
+    return ScoreTable(POSITIONS, "Nats, mean over seeds.", header, rows)
 
 
-def _differences(comparison: dict) -> list[Table]:
+def _differences(comparison: dict) -> list[ScoreTable]:
     reference, found = comparison["reference"], []
     if reference is None:
         return []
     for title, keys in groups(all_keys(comparison, "differences")):
         scale, digits = form(keys[0][3])
         rows, marks = [], set()
-        for row in comparison["rows"]:
-            at = {key_of(each): each for each in row["differences"]}
+        for variant in comparison["rows"]:
+            at = {key_of(each): each for each in variant["differences"]}
             if not at:
                 continue
             for column, key in enumerate(keys):
                 if key in at and at[key]["beyond_noise"]:
                     marks.add((len(rows), column + 1))
-            rows.append([row["name"], *(_change(at.get(key), scale, digits) for key in keys)])
+            rows.append([variant["name"], *(_change(at.get(key), scale, digits) for key in keys)])
         note = (
-            f"Row minus {reference}, question by question and seed by seed"
-            f"{' (nats, negative is better)' if scale == 1 else ' (percent points)'}; in brackets the wider of the "
-            "two 95% intervals, over seeds and over questions. Bold: neither holds 0. Each comparison stands alone: "
-            "of twenty that differ by chance only, about one is bold."
+            f"Variant minus {reference}, request by request and seed by seed"
+            f"{' (nats, negative is better)' if scale == 1 else ' (percentage points)'}; in brackets the wider of the "
+            "two 95% intervals, over seeds and over requests. Bold: neither contains 0. Each comparison stands alone: "
+            "of twenty that differ by chance alone, about one is bold."
         )
-        found.append(
-            Table(f"{title}: difference to {reference}", note, ["row", *_columns(keys)], rows, frozenset(marks))
-        )
+        header = ["variant", *_columns(keys)]
+        found.append(ScoreTable(f"{title}: difference to {reference}", note, header, rows, frozenset(marks)))
     return found
 
 
@@ -194,16 +194,16 @@ def _change(each: dict | None, scale: float, digits: int) -> str:
     return text
 
 
-def _cost(comparison: dict) -> Table:
+def _cost(comparison: dict) -> ScoreTable:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
     rows = []
-    for row in comparison["rows"]:
-        cost = row["cost"]
+    for variant in comparison["rows"]:
+        cost = variant["cost"]
         rows.append(
             [
-                row["name"],
+                variant["name"],
                 number(cost["step_seconds"], ",.1f"),
                 number(cost["tokens_per_s"], ",.0f"),
                 number(cost["memory_gib"], ".2f"),
@@ -212,9 +212,9 @@ def _cost(comparison: dict) -> Table:
                 number(cost["seconds"].get("evaluate"), ",.0f"),
             ]
         )
-    header = ["row", "steps, s", "tokens/s", "peak memory, GiB", "training, CPU s", "training, s", "evaluation, s"]
+    header = ["variant", "steps, s", "tokens/s", "peak memory, GiB", "training, CPU s", "training, s", "evaluation, s"]
     note = (
-        "Of a cell, means over seeds (memory: the highest of a rank). Steps: the sum of the steps' times; training and "
-        "evaluation with the start of their processes."
+        "Per trial, mean over seeds (memory: the highest of a rank). Steps: the sum of the steps' times; training and "
+        "evaluation include the start of their processes."
     )
-    return Table("Cost", note, header, rows)
+    return ScoreTable("Cost", note, header, rows)

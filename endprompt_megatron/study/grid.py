@@ -1,7 +1,7 @@
-"""study.yaml: a grid of named recipe overrides over one base recipe, and the cells that it makes.
+"""study.yaml: a grid of named recipe overrides over one base recipe, and the trials that it makes.
 
-A cell is one level of every axis, such as method=pose, rope=yarn, seed=2.  Its name joins the levels; without the
-seed that is its row, what tables show.  Every trained cell consumes the same tokens, within a global batch.
+A trial is one level of every axis, such as method=pose, rope=yarn, seed=2.  Its name joins the levels; without the
+seed it is a variant, which tables show.  Every trained trial consumes the same tokens, within a global batch.
 No torch: whatever is wrong here shows at once.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.config.resolve import load_resolved
-from endprompt_megatron.evaluate.settings import Settings, parse_suites
+from endprompt_megatron.evaluate.registry import option_names, parse_suites
 
 OVER = "seed"  # the axis that is averaged over
 KEEP = ("all", "scores")
@@ -24,15 +24,15 @@ _KEYS = {
     *("keep", "processes", "parallel"),
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
-_OPTIONS = {*(set(Settings.__dataclass_fields__) - {"suites"}), "suite", "threads"}  # of tools/evaluate.py
+_OPTIONS = {*option_names(), "suite", "threads"}  # of tools/evaluate.py
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One run and its evaluation.  `recipe` is as resolved; None: the base model as it is."""
 
     name: str
-    row: str
+    variant: str
     levels: dict[str, str]
     recipe: Recipe | None
     trained: bool
@@ -52,33 +52,35 @@ class Study:
     title: str
     about: str
     model: Path  # the base model's Hugging Face directory
-    cells: list[Cell]
+    trials: list[Trial]
     evaluation: dict[str, Any]  # options of tools/evaluate.py by name
-    reference: str | None  # the row that others are compared with
+    reference: str | None  # the variant that others are compared with
     keep: str
     processes: int
     parallel: int
     axes: dict[str, list[str]] = field(default_factory=dict)
 
-    def directory(self, cell: Cell) -> Path:
-        """Where the cell's recipe, run, model and evaluation are."""
-        return cell_directory(self.out, cell.name)
+    def directory(self, trial: Trial) -> Path:
+        """Where the trial's recipe, run, model and evaluation are."""
+        return trial_directory(self.out, trial.name)
 
     @property
-    def rows(self) -> list[str]:
-        """Names of rows, in order: the untrained ones first."""
-        return list(dict.fromkeys(cell.row for cell in self.cells))
+    def variants(self) -> list[str]:
+        """Names of variants, in order: the untrained ones first."""
+        return list(dict.fromkeys(trial.variant for trial in self.trials))
 
-    def chosen(self, names: list[str]) -> list[Cell]:
-        """The cells of these names or rows, all without any.  Raises InputError for an unknown name."""
-        known = {cell.name for cell in self.cells} | set(self.rows)
+    def chosen(self, names: list[str]) -> list[Trial]:
+        """The trials of these names or variants, all without any.  Raises InputError for an unknown name."""
+        known = {trial.name for trial in self.trials} | set(self.variants)
         for name in names:
             if name not in known:
-                raise InputError(f"--only {name}: no such cell; there are {', '.join(c.name for c in self.cells)}")
-        return [cell for cell in self.cells if not names or cell.name in names or cell.row in names]
+                raise InputError(
+                    f"--only {name}: no such trial or variant; the trials are {', '.join(c.name for c in self.trials)}"
+                )
+        return [trial for trial in self.trials if not names or trial.name in names or trial.variant in names]
 
 
-def cell_directory(out: Path, name: str) -> Path:
+def trial_directory(out: Path, name: str) -> Path:
     """STUDY/cells/NAME."""
     return out / "cells" / name
 
@@ -98,15 +100,15 @@ def read_study(path: Path) -> Study:
     for key in ("processes", "parallel"):
         numbers[key] = given.get(key, 1)
         if type(numbers[key]) is not int or numbers[key] < 1:
-            raise InputError(f"{path}: {key}={numbers[key]} should be a number, at least 1")
+            raise InputError(f"{path}: {key}={numbers[key]} should be a whole number, at least 1")
     shared = overrides_of(path, "overrides", given.get("overrides") or {})
     axes = _axes(path, given.get("axes"))
-    cells = _untrained(path, base, out, shared, given.get("untrained") or {})
-    cells += _grid(path, base, out, shared, axes, _excluded(path, axes, given.get("exclude") or []))
-    names = [cell.name for cell in cells]
+    trials = _untrained(path, base, out, shared, given.get("untrained") or {})
+    trials += _grid(path, base, out, shared, axes, _excluded(path, axes, given.get("exclude") or []))
+    names = [trial.name for trial in trials]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{path}: two cells are named {name}; rename a level or an untrained model")
+            raise InputError(f"{path}: two trials are named {name}; rename a level or an untrained model")
     model = load_resolved(base, [*shared, f"checkpoint.dir={out}"]).model.hf
     study = Study(
         path=path,
@@ -114,16 +116,18 @@ def read_study(path: Path) -> Study:
         title=_text(path, given, "title", path.stem),
         about=_text(path, given, "about", ""),
         model=Path(model),
-        cells=cells,
+        trials=trials,
         evaluation=_evaluation(path, given.get("evaluation")),
         reference=_text(path, given, "reference", "") or None,
         keep=keep,
         axes={axis: list(levels) for axis, levels in axes.items()},
         **numbers,
     )
-    if study.reference is not None and study.reference not in study.rows:
-        raise InputError(f"{path}: reference={study.reference} is no row; there are {', '.join(study.rows)}")
-    refuse_unequal(path, cells)
+    if study.reference is not None and study.reference not in study.variants:
+        raise InputError(
+            f"{path}: reference={study.reference} is not a variant; choose from {', '.join(study.variants)}"
+        )
+    refuse_unequal(path, trials)
     return study
 
 
@@ -148,7 +152,7 @@ def _text(path: Path, given: dict, key: str, default: str | None) -> str:
     if value is None:
         raise InputError(f"{path}: {key} is missing")
     if not isinstance(value, str):
-        raise InputError(f"{path}: {key}={value} should be a text")
+        raise InputError(f"{path}: {key}={value} should be text")
     return value
 
 
@@ -160,17 +164,17 @@ def overrides_of(path: Path, where: str, given: Any) -> list[str]:
 
 
 def _named(path: Path, where: str, given: Any) -> dict[str, Any]:
-    """A mapping whose keys can be a part of a directory's name.  Raises InputError."""
+    """A mapping whose keys can be part of a directory's name.  Raises InputError."""
     if not isinstance(given, dict):
         raise InputError(f"{path}: {where}={given} should be a mapping from names to recipe keys")
     for name in given:
         if not _NAME.fullmatch(str(name)):
-            raise InputError(f"{path}: {where}.{name}: a name has letters, digits, _ and . only")
+            raise InputError(f"{path}: {where}.{name}: a name may contain only letters, digits, _ and .")
     return {str(name): value for name, value in given.items()}
 
 
 def _axes(path: Path, given: Any) -> dict[str, dict[str, list[str]]]:
-    """Overrides by level by axis; `seed: [1, 2]` is short for levels seed1 and seed2."""
+    """Overrides by level by axis; `seed: [1, 2]` is shorthand for the levels seed1 and seed2."""
     if not given:
         raise InputError(f"{path}: axes is missing; give for example {{method: {{short: {{context.method: short}}}}}}")
     axes = {}
@@ -198,49 +202,50 @@ def _excluded(path: Path, axes: dict, given: Any) -> list[dict[str, list[str]]]:
     return found
 
 
-def _untrained(path: Path, base: Path, out: Path, shared: list[str], given: Any) -> list[Cell]:
+def _untrained(path: Path, base: Path, out: Path, shared: list[str], given: Any) -> list[Trial]:
     """The models that are only measured: null, the base as it is; recipe keys, its RoPE scaled as they say."""
-    cells = []
+    trials = []
     for name, keys in _named(path, "untrained", given).items():
         own = None if keys is None else overrides_of(path, f"untrained.{name}", keys)
         recipe = None if own is None else _recipe(path, name, base, out, [*shared, *own])
-        cells.append(Cell(name, name, {}, recipe, trained=False))
-    return cells
+        trials.append(Trial(name, name, {}, recipe, trained=False))
+    return trials
 
 
-def _grid(path: Path, base: Path, out: Path, shared: list[str], axes: dict, excluded: list) -> list[Cell]:
-    """All combinations, one seed after the other, so that a part of the grid already compares all rows."""
+def _grid(path: Path, base: Path, out: Path, shared: list[str], axes: dict, excluded: list) -> list[Trial]:
+    """All combinations, one seed after the other, so that a part of the grid already compares all variants."""
     order = [OVER] * (OVER in axes) + [axis for axis in axes if axis != OVER]
-    cells = []
+    trials = []
     for combination in itertools.product(*(axes[axis] for axis in order)):
         chosen = dict(zip(order, combination, strict=True))
         levels = {axis: chosen[axis] for axis in axes}
         if any(all(levels[axis] in names for axis, names in rule.items()) for rule in excluded):
             continue
         name = "-".join(levels.values())
-        row = "-".join(level for axis, level in levels.items() if axis != OVER) or "all"
+        variant = "-".join(level for axis, level in levels.items() if axis != OVER) or "all"
         own = [override for axis, level in levels.items() for override in axes[axis][level]]
-        cells.append(Cell(name, row, levels, _recipe(path, name, base, out, [*shared, *own]), trained=True))
-    if not cells:
-        raise InputError(f"{path}: exclude leaves no cell")
-    return cells
+        trials.append(Trial(name, variant, levels, _recipe(path, name, base, out, [*shared, *own]), trained=True))
+    if not trials:
+        raise InputError(f"{path}: exclude leaves no trial")
+    return trials
 
 
 def _recipe(path: Path, name: str, base: Path, out: Path, overrides: list[str]) -> Recipe:
     try:
-        return load_resolved(base, [*overrides, f"checkpoint.dir={cell_directory(out, name) / 'run'}"])
+        return load_resolved(base, [*overrides, f"checkpoint.dir={trial_directory(out, name) / 'run'}"])
     except InputError as error:
-        raise InputError(f"{path}: cell {name}: {error}") from None
+        raise InputError(f"{path}: trial {name}: {error}") from None
 
 
 def _evaluation(path: Path, given: Any) -> dict[str, Any]:
     """Options of tools/evaluate.py by name.  Raises InputError for one that it does not have."""
     if not isinstance(given, dict) or not given.get("lengths") or not given.get("suite"):
-        raise InputError(f"{path}: evaluation needs suite and lengths, as tools/evaluate.py has them")
+        raise InputError(f"{path}: evaluation requires suite and lengths, as tools/evaluate.py takes them")
     named = {str(name).replace("-", "_"): value for name, value in given.items()}
     for name in named:
         if name not in _OPTIONS:
-            raise InputError(f"{path}: evaluation.{name}: no such option; there are {', '.join(sorted(_OPTIONS))}")
+            options = ", ".join(sorted(_OPTIONS))
+            raise InputError(f"{path}: evaluation.{name}: tools/evaluate.py has no such option; choose from {options}")
     try:
         parse_suites(option_text(named["suite"]))
     except InputError as error:
@@ -249,17 +254,18 @@ def _evaluation(path: Path, given: Any) -> dict[str, Any]:
 
 
 def option_text(value: Any) -> str:
-    """An option's value as the command line has it: lists with commas."""
+    """An option's value as the command line takes it: lists with commas."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def refuse_unequal(path: Path, cells: list[Cell]) -> None:
-    """Raise InputError unless all trained cells consume the same tokens, within one global batch."""
-    trained = sorted((cell for cell in cells if cell.trained), key=lambda cell: cell.tokens)
-    least, most = trained[0], trained[-1]
-    batch = max(cell.recipe.tokens_per_step for cell in trained)
-    if most.tokens - least.tokens >= batch:
+def refuse_unequal(path: Path, trials: list[Trial]) -> None:
+    """Raise InputError unless all trained trials consume the same tokens, within one global batch."""
+    trained = sorted((trial for trial in trials if trial.trained), key=lambda trial: trial.tokens)
+    fewest, most = trained[0], trained[-1]
+    batch = max(trial.recipe.tokens_per_step for trial in trained)
+    if most.tokens - fewest.tokens >= batch:
         raise InputError(
-            f"{path}: cells do not get the same tokens: {least.name} {least.tokens:,}, {most.name} {most.tokens:,}, "
-            f"a global batch ({batch:,}) or more apart; give train.tokens once, in the base recipe"
+            f"{path}: trials do not consume the same tokens: {fewest.name} {fewest.tokens:,}, "
+            f"{most.name} {most.tokens:,}, a global batch ({batch:,}) or more apart; "
+            "set train.tokens once, in the base recipe"
         )

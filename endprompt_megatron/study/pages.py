@@ -1,14 +1,15 @@
 """A study's comparison as files: study.json, study.md and study.html say the same."""
 
-from html import escape
+import re
 from pathlib import Path
 
 from endprompt_megatron.common.files import disk_errors, write_text
+from endprompt_megatron.common.html_page import Cell, Figure, Page, Paragraph, Row, Section, Table, note, render
 from endprompt_megatron.study.chart import curves
 from endprompt_megatron.study.compare import as_json
 from endprompt_megatron.study.comparison_tables import (
     POSITIONS,
-    Table,
+    ScoreTable,
     all_keys,
     form,
     groups,
@@ -18,7 +19,7 @@ from endprompt_megatron.study.comparison_tables import (
 
 
 def write(comparison: dict, out: Path, markdown_file: Path | None = None) -> list[Path]:
-    """Write study.json, study.md and study.html into `out`, and the Markdown to a place of one's own too."""
+    """Write study.json, study.md and study.html into `out`, and the Markdown also to `markdown_file`."""
     markdown = as_markdown(comparison)
     texts = {
         out / "study.json": as_json(comparison),
@@ -44,10 +45,10 @@ def as_markdown(comparison: dict) -> str:
 
 def _missing(comparison: dict) -> str:
     left = comparison["missing"]
-    return f"Not done yet, and not in the tables: {', '.join(left)}." if left else ""
+    return f"Not done yet, and therefore not in the tables: {', '.join(left)}." if left else ""
 
 
-def _markdown(table: Table) -> str:
+def _markdown(table: ScoreTable) -> str:
     lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)]]
     for line, row in enumerate(table.rows):
         lines.append([f"**{cell}**" if (line, column) in table.marks else cell for column, cell in enumerate(row)])
@@ -56,26 +57,32 @@ def _markdown(table: Table) -> str:
 
 def as_html(comparison: dict) -> str:
     """The page as one file, with the curves of what has several lengths or positions."""
-    from endprompt_megatron.report.style import CSS
-
     pictures = _pictures(comparison)
-    body = [f"<h1>{escape(comparison['title'])}</h1>"]
     paragraphs = [*comparison["about"].strip().split("\n\n"), _missing(comparison)]
-    body += [f"<p>{escape(text)}</p>" for text in paragraphs if text]
-    for table in tables(comparison):
-        body += [f"<h2>{escape(table.title)}</h2>", f'<p class="note">{escape(table.note)}</p>']
-        body += [pictures.get(table.title, ""), _html(table)]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(comparison['title'])}</title><style>{CSS}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
+    return render(
+        Page(
+            title=comparison["title"],
+            heading=comparison["title"],
+            kind="Study",
+            introduction=[Paragraph(text) for text in paragraphs if text],
+            sections=[_section(table, pictures.get(table.title)) for table in tables(comparison)],
+        )
     )
 
 
-def _pictures(comparison: dict) -> dict[str, str]:
+def _section(table: ScoreTable, picture: Figure | None) -> Section:
+    rows = [
+        Row(row[0], [Cell(text, strong=(line, column) in table.marks) for column, text in enumerate(row) if column])
+        for line, row in enumerate(table.rows)
+    ]
+    shown = Table(table.header[1:], rows, first=table.header[0])
+    key = re.sub(r"\W+", "-", table.title.lower()).strip("-")
+    return Section(key, table.title, [*note([table.note]), *([picture] if picture else []), shown])
+
+
+def _pictures(comparison: dict) -> dict[str, Figure | None]:
     """Curves by the title of the table that they stand above: scores whose columns are numbers, losses by position."""
-    order, found = [row["name"] for row in comparison["rows"]], {}
+    order, found = [variant["name"] for variant in comparison["rows"]], {}
     for title, keys in groups(all_keys(comparison, "scores")):
         scale, _ = form(keys[0][3])
         longest = max(key[2] for key in keys)
@@ -85,29 +92,15 @@ def _pictures(comparison: dict) -> dict[str, str]:
         if len(set(x_of.values())) < len(x_of):  # several tasks
             continue
         lines = {}
-        for row in comparison["rows"]:
-            at = {key_of(score): score["mean"] for score in row["scores"]}
-            lines[row["name"]] = sorted((x, scale * at[key]) for key, x in x_of.items() if key in at)
+        for variant in comparison["rows"]:
+            at = {key_of(score): score["mean"] for score in variant["scores"]}
+            lines[variant["name"]] = sorted((x, scale * at[key]) for key, x in x_of.items() if key in at)
         found[title] = curves(title, x_name, "nats" if scale == 1 else "percent", lines, order)
     lines = {
-        row["name"]: [((each["start"] + each["end"]) / 2, each["loss"]) for each in row["by_position"]]
-        for row in comparison["rows"]
-        if row["by_position"]
+        variant["name"]: [((each["start"] + each["end"]) / 2, each["loss"]) for each in variant["by_position"]]
+        for variant in comparison["rows"]
+        if variant["by_position"]
     }
     if lines:
         found[POSITIONS] = curves(POSITIONS, "position, tokens", "nats", lines, order)
     return found
-
-
-def _html(table: Table) -> str:
-    def cell(text: str, marked: bool) -> str:
-        return f"<b>{escape(text)}</b>" if marked else escape(text)
-
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in table.header)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{cell(text, (line, column) in table.marks)}</td>" for column, text in enumerate(row) if column)
-        + "</tr>"
-        for line, row in enumerate(table.rows)
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

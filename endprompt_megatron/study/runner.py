@@ -1,13 +1,12 @@
-"""Runs what is left of a study's cells on this machine, some at once, each stage by the tool that a user would call.
+"""Runs the stages that a study's trials lack on this machine, several at once, by the tools that a user would call.
 
-One process that polls its children and starts no thread: a signal is handed on to them (training then writes a
-checkpoint), and if this process is killed they are asked to stop as well.  A cell is locked by a file whose descriptor
-its children inherit, so a study that is started again waits for what is left of the last one.
+One process polls its children and starts no thread.  It passes signals on to them (training then writes a checkpoint),
+and if it is killed they are asked to stop as well.  Children inherit the descriptor of a trial's lock file, so a study
+that is started again waits for those that the last runner left.
 """
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -25,19 +24,20 @@ from endprompt_megatron.common.errors import (
     EXIT_RESUMABLE,
     InputError,
 )
+from endprompt_megatron.common.file_lock import lock_file
 from endprompt_megatron.common.files import disk_errors
 from endprompt_megatron.distributed.signals import StopSignal
-from endprompt_megatron.study.grid import Cell, Study
+from endprompt_megatron.study.grid import Study, Trial
 from endprompt_megatron.study.trial import TRAIN, Work
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-WAIT_SECONDS = 120.0  # for another process's lock on a cell: a training that was asked to stop needs some of it
+WAIT_SECONDS = 120.0  # for a trial that another process has locked: a training that was asked to stop needs some of it
 _POLL_SECONDS = 0.05
 
 
-def works_of(study: Study, cells: list[Cell], again: bool) -> list[Work]:
-    """The cells' states.  With `again`, cells that were made by other settings are emptied; otherwise InputError."""
-    works = [Work(study, cell) for cell in cells]
+def works_of(study: Study, trials: list[Trial], again: bool) -> list[Work]:
+    """The trials' states.  With `again`, trials that were run with other settings are emptied; otherwise InputError."""
+    works = [Work(study, trial) for trial in trials]
     for work in works:
         try:
             work.refuse_changed()
@@ -48,29 +48,29 @@ def works_of(study: Study, cells: list[Cell], again: bool) -> list[Work]:
     return works
 
 
-def run(study: Study, cells: list[Cell], *, again: bool = False) -> int:
-    """Do what is left of `cells`; returns the exit code.  Killed and called again, it goes on.
+def run(study: Study, trials: list[Trial], *, again: bool = False) -> int:
+    """Run what `trials` lack; returns the exit code.  Killed and called again, it resumes.
 
-    A cell that fails does not stop the others, wrong input does.  Raises InputError.
+    A trial that fails does not stop the others; wrong input does.  Raises InputError.
     """
-    works = works_of(study, cells, again)
+    works = works_of(study, trials, again)
     _check(works)
     for work in works:
         work.clean()  # a kill may have come between the last record and this
     waiting = [work for work in works if work.left]
     if len(waiting) < len(works):
-        print(f"{len(works) - len(waiting)} of {len(works)} cells are done already", flush=True)
+        print(f"{len(works) - len(waiting)} of {len(works)} trials are already done", flush=True)
     with StopSignal().listening() as stop, disk_errors(study.out, "out"):
         return _Runner(waiting, study.parallel, stop).run()
 
 
 def _check(works: list[Work]) -> None:
-    """Refuse before anything runs what extend.py would refuse after hours of other cells.  Raises InputError."""
+    """Refuse at once what extend.py would refuse after hours of other trials.  Raises InputError."""
     from endprompt_megatron.config.constraints.check import check
 
     for work in works:
-        if work.cell.trained and TRAIN in work.left:
-            check(work.cell.recipe, f"{work.study.path}: cell {work.cell.name}", world_size=work.study.processes)
+        if work.trial.trained and TRAIN in work.left:
+            check(work.trial.recipe, f"{work.study.path}: trial {work.trial.name}", world_size=work.study.processes)
 
 
 @dataclass
@@ -85,7 +85,7 @@ class _Job:
 
     @property
     def name(self) -> str:
-        return f"{self.work.cell.name} {self.stage}"
+        return f"{self.work.trial.name} {self.stage}"
 
 
 class _Runner:
@@ -94,7 +94,7 @@ class _Runner:
         self.active: list[_Job] = []
         self.failed: list[str] = []
         self.wrong: str | None = None
-        self.alone_since = time.monotonic()  # since when nothing runs, though something is left
+        self.alone_since = time.monotonic()  # since when nothing has run, though something is left
         self.resumable = self.asked = False
 
     def run(self) -> int:
@@ -114,15 +114,15 @@ class _Runner:
         if self.wrong is not None:
             raise InputError(self.wrong)
         if self.failed:
-            print(f"failed: {', '.join(self.failed)}; the same command tries them again", file=sys.stderr, flush=True)
+            print(f"failed: {', '.join(self.failed)}; the same command runs them again", file=sys.stderr, flush=True)
             return EXIT_FAILED
         if self.resumable:
-            print("stopped early; the same command goes on", file=sys.stderr, flush=True)
+            print("stopped early; the same command resumes", file=sys.stderr, flush=True)
             return EXIT_RESUMABLE
         return EXIT_DONE
 
     def _begin(self) -> None:
-        """Start cells as long as there is room.  Raises InputError if others have had what is left for too long."""
+        """Start trials while slots are free; it is wrong input if another process holds the rest for too long."""
         for work in list(self.waiting):
             if len(self.active) >= self.parallel or self._ending:
                 return
@@ -134,7 +134,10 @@ class _Runner:
             self.alone_since = time.monotonic()
         elif time.monotonic() - self.alone_since > WAIT_SECONDS:
             busy = self.waiting[0]
-            self.wrong = f"{busy.study.path}: cell {busy.cell.name}: another process is at it; wait for it, or stop it"
+            self.wrong = (
+                f"{busy.study.path}: trial {busy.trial.name}: another process has locked it; "
+                "wait for that process, or stop it"
+            )
 
     @property
     def _ending(self) -> bool:
@@ -149,7 +152,7 @@ class _Runner:
                 job.process.send_signal(signal.SIGTERM)
 
     def _next_stage(self, work: Work, lock: IO) -> None:
-        """Start what is next of a cell whose lock we hold; what needs no process is done at once."""
+        """Start the next stage of a trial whose lock we hold; a stage that needs no process is done at once."""
         work.__post_init__()  # another process may have had the lock
         while work.left:
             stage = work.left[0]
@@ -162,7 +165,7 @@ class _Runner:
                 return
             work.finish(stage, *work.spent(stage, 0.0, 0.0))
         lock.close()
-        print(f"{work.cell.name}: done", flush=True)
+        print(f"{work.trial.name}: done", flush=True)
 
     def _finished(self, job: _Job, code: int, cpu_seconds: float) -> None:
         seconds = time.monotonic() - job.began
@@ -178,12 +181,12 @@ class _Runner:
         job.lock.close()
         log = job.work.directory / f"{job.stage}.log"
         if code == EXIT_INPUT:
-            self.wrong = self.wrong or f"cell {job.name}: {_last_line(log).removeprefix('error: ')} (see {log})"
-        elif code == EXIT_RESUMABLE or self._ending:  # what is no training ends by the signal itself
+            self.wrong = self.wrong or f"trial {job.name}: {_last_line(log).removeprefix('error: ')} (see {log})"
+        elif code == EXIT_RESUMABLE or self._ending:  # only a training handles the signal; it ends the other tools
             self.resumable = True
             print(f"{job.name}: stopped", flush=True)
         else:
-            self.failed.append(job.work.cell.name)
+            self.failed.append(job.work.trial.name)
             print(f"{job.name}: exit code {code}; {_last_line(log)} (see {log})", file=sys.stderr, flush=True)
 
 
@@ -198,7 +201,7 @@ def _start(work: Work, stage: str, command: list[str], lock: IO) -> _Job:
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=[lock.fileno()],
-            start_new_session=True,  # Ctrl-C is ours to hand on
+            start_new_session=True,  # so that Ctrl-C reaches this process alone, which passes it on
             preexec_fn=lambda: _stop_with(parent),  # safe: this process has no threads of its own
         )
     return _Job(work, stage, process, lock, time.monotonic())
@@ -208,7 +211,7 @@ def _stop_with(parent: int) -> None:
     """Ask this process to stop when its parent is killed: prctl(PR_SET_PDEATHSIG, SIGTERM)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != parent:  # killed before that: its signal will not come
+    if os.getppid() != parent:  # it was killed before the call, so no signal will come
         os._exit(EXIT_FAILED)
 
 
@@ -222,24 +225,20 @@ def _ended(process: subprocess.Popen) -> tuple[int, float] | None:
 
 
 def _lock(work: Work) -> IO | None:
-    """The cell's lock, which is ours until it and every child's copy are closed; None while another has it."""
+    """The trial's lock, held until it and every child's copy are closed; None while another process holds it."""
     work.directory.mkdir(parents=True, exist_ok=True)
     file = open(work.directory / "lock", "w")  # noqa: SIM115  (closed when the cell is done)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:  # a file system without locks
-        pass
-    return file
+    if lock_file(file):
+        return file
+    file.close()
+    return None
 
 
 def _last_line(log: Path) -> str:
-    """The line that says what is wrong, out of a stage's log."""
+    """The line of a stage's log that says what went wrong."""
     lines = [line for line in _lines(log) if line.strip()]
     said = [line for line in lines if line.startswith(("error:", "watchdog:"))]
-    return (said or lines or ["nothing was said"])[-1].strip()
+    return (said or lines or ["the log is empty"])[-1].strip()
 
 
 def _lines(log: Path) -> Iterator[str]:

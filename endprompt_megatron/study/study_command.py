@@ -1,4 +1,4 @@
-"""tools/study.py behind its command line: list, run here, submit to Slurm, compare."""
+"""What tools/study.py does: list the trials, run them here, submit them to Slurm, compare them."""
 
 import argparse
 import os
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from endprompt_megatron.common.errors import EXIT_DONE, InputError
 from endprompt_megatron.common.files import disk_errors, read_json, write_text
-from endprompt_megatron.evaluate.score_tables import table
-from endprompt_megatron.study.grid import Cell, Study, read_study
+from endprompt_megatron.common.text_table import text_table
+from endprompt_megatron.study.grid import Study, Trial, read_study
 from endprompt_megatron.study.trial import Work
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
@@ -19,19 +19,19 @@ def run(options: argparse.Namespace) -> int:
     if options.study.suffix == ".json":
         for name in ("only", "list", "again", "slurm", "no_report"):
             if getattr(options, name):
-                raise InputError(f"--{name.replace('_', '-')}: is of a study.yaml, not of {options.study}")
+                raise InputError(f"--{name.replace('_', '-')}: applies only to a study.yaml, not to {options.study}")
         return render(options.study, options.markdown)
     study = read_study(options.study)
-    cells = study.chosen(options.only)
+    trials = study.chosen(options.only)
     if options.list:
-        print(listing(study, cells))
+        print(listing(study, trials))
         return EXIT_DONE
     if options.slurm:
-        return submit(study, cells, again=options.again, dry_run=options.dry_run)
+        return submit(study, trials, again=options.again, dry_run=options.dry_run)
     if not options.report_only:
         from endprompt_megatron.study.runner import run as run_cells
 
-        code = run_cells(study, cells, again=options.again)
+        code = run_cells(study, trials, again=options.again)
         if code != EXIT_DONE or options.no_report:
             return code
     from endprompt_megatron.study.compare import compare
@@ -44,13 +44,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def render(stored: Path, markdown: Path | None) -> int:
-    """The page of a comparison that is stored: Markdown to a file, or printed.  Raises InputError."""
+    """Write the page of a stored comparison as Markdown, or print it.  Raises InputError."""
     from endprompt_megatron.study.pages import as_markdown
 
     try:
         page = as_markdown(read_json(stored, "a stored comparison (study.json)"))
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{stored}: not a comparison that this tool wrote ({error!r})") from None
+        raise InputError(f"{stored}: not a comparison written by this tool ({error!r})") from None
     if markdown is None:
         print(page, end="")
         return EXIT_DONE
@@ -60,31 +60,31 @@ def render(stored: Path, markdown: Path | None) -> int:
     return EXIT_DONE
 
 
-def listing(study: Study, cells: list[Cell]) -> str:
-    """A line a cell: what it trains on and what is done of it."""
+def listing(study: Study, trials: list[Trial]) -> str:
+    """One line per trial: what it trains on and which stages are left."""
     rows = []
-    for cell in cells:
-        work, recipe = Work(study, cell), cell.recipe
+    for trial in trials:
+        work, recipe = Work(study, trial), trial.recipe
         trains = ["-"] * 3
-        if cell.trained:
-            trains = [f"{cell.tokens:,}", f"{recipe.train.steps:,}", f"{recipe.context.physical:,}"]
+        if trial.trained:
+            trains = [f"{trial.tokens:,}", f"{recipe.train.steps:,}", f"{recipe.context.physical:,}"]
         left = work.left
-        rows.append([cell.name, *trains, "done" if not left else f"{', '.join(left)} left"])
-    return table(["cell", "tokens", "steps", "physical", "state"], rows)
+        rows.append([trial.name, *trains, "done" if not left else f"{', '.join(left)} left"])
+    return text_table(["trial", "tokens", "steps", "physical", "state"], rows)
 
 
-def submit(study: Study, cells: list[Cell], *, again: bool, dry_run: bool) -> int:
-    """An array with a task a cell that is not done, and the comparison after it.  Raises InputError."""
-    left = cells
+def submit(study: Study, trials: list[Trial], *, again: bool, dry_run: bool) -> int:
+    """Submit an array with one task per trial that is not done, and the comparison after it.  Raises InputError."""
+    left = trials
     if not dry_run:
         from endprompt_megatron.study.runner import works_of
 
-        left = [work.cell for work in works_of(study, cells, again) if work.left]
+        left = [work.trial for work in works_of(study, trials, again) if work.left]
         study.out.mkdir(parents=True, exist_ok=True)
     if not left:
-        print("all cells are done; --report-only compares them")
+        print("all trials are done; compare them with --report-only")
         return EXIT_DONE
-    names = ":".join(cell.name for cell in left)
+    names = ":".join(trial.name for trial in left)
     script = str(ROOT / "slurm" / "study.sh")
     at_once = f"%{study.parallel}" if study.parallel > 1 else ""
     array = ["sbatch", "--parsable", f"--array=0-{len(left) - 1}{at_once}", script]
@@ -98,7 +98,7 @@ def submit(study: Study, cells: list[Cell], *, again: bool, dry_run: bool) -> in
     job = _sbatch(array, settings)
     report[1] = f"--dependency=afterany:{job}"
     after = _sbatch([report[0], "--parsable", *report[1:]], {**common, "STUDY_CELLS": ""})
-    print(f"job {job}: {len(left)} cells; job {after}: their comparison, into {study.out}")
+    print(f"job {job}: {len(left)} trials; job {after}: their comparison, in {study.out}")
     return EXIT_DONE
 
 
@@ -107,7 +107,7 @@ def _sbatch(command: list[str], settings: dict[str, str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
     except FileNotFoundError:
-        raise InputError("--slurm: there is no sbatch here; leave it out, or submit from the cluster") from None
+        raise InputError("--slurm: sbatch was not found; omit the option, or submit from the cluster") from None
     if done.returncode != EXIT_DONE:
         raise InputError(f"--slurm: sbatch refused ({' '.join(done.stderr.split())})")
     return done.stdout.strip().split(";")[0]

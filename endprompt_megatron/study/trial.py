@@ -1,13 +1,13 @@
-"""One cell of a study: its directory, what is done of it, and the commands of what is not.
+"""One trial of a study: its directory, which of its stages are done, and the commands of the others.
 
     STUDY/cells/NAME/cell.json         the recipe as resolved, which stages are done, what they cost
     STUDY/cells/NAME/recipe.yaml, run/ training (tools/extend.py)
     STUDY/cells/NAME/hf/               the trained model (tools/convert_megatron_to_hf.py), or the scaled base
     STUDY/cells/NAME/evaluation/       tools/evaluate.py
-    STUDY/cells/NAME/STAGE.log         what the tools said
+    STUDY/cells/NAME/STAGE.log         what the tools printed
 
-A stage is recorded after it is done; every tool goes on from what it had made, so a kill at any moment loses nothing
-but time.  No torch.
+A stage is recorded once it is done, and every tool resumes from what it had written, so a kill at any moment costs
+only time.  No torch.
 """
 
 import json
@@ -18,35 +18,35 @@ from pathlib import Path
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json, write_json, write_text
 from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.study.grid import Cell, Study, option_text
+from endprompt_megatron.study.grid import Study, Trial, option_text
 
 TRAIN, EXPORT, EVALUATE = "train", "export", "evaluate"
 
 
 @dataclass
 class Work:
-    """A cell's state on the disk."""
+    """The state of a trial on disk."""
 
     study: Study
-    cell: Cell
+    trial: Trial
 
     def __post_init__(self) -> None:
         """Raises InputError if a file of the directory is broken."""
-        self.directory = self.study.directory(self.cell)
+        self.directory = self.study.directory(self.trial)
         self.path = self.directory / "cell.json"
-        self.state = {"format": 1, "name": self.cell.name, "stages": {}, "cost": {}}
+        self.state = {"format": 1, "name": self.trial.name, "stages": {}, "cost": {}}
         if self.path.exists():
-            self.state = read_json(self.path, "a cell's record")
+            self.state = read_json(self.path, "the record of a trial")
 
     @property
     def recipe(self) -> dict | None:
-        """The recipe without the place of the run, which may be moved."""
-        return None if self.cell.recipe is None else _without_place(self.cell.recipe)
+        """The recipe without the directory of the run, which may be moved."""
+        return None if self.trial.recipe is None else _without_directory(self.trial.recipe)
 
     @property
     def stages(self) -> list[str]:
-        """The stages that the cell has."""
-        return [TRAIN, EXPORT, EVALUATE] if self.cell.trained else [EVALUATE]
+        """The stages that the trial has."""
+        return [TRAIN, EXPORT, EVALUATE] if self.trial.trained else [EVALUATE]
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage is recorded, for these very settings."""
@@ -62,34 +62,34 @@ class Work:
 
     @property
     def options(self) -> dict:
-        """Options of the evaluation, as they are compared and stored."""
+        """Options of the evaluation, in the form in which they are compared and stored."""
         return json.loads(json.dumps(self.study.evaluation))
 
     @property
     def model(self) -> Path:
-        """The Hugging Face directory that is evaluated."""
-        return self.study.model if self.cell.recipe is None else self.directory / "hf"
+        """The Hugging Face directory to evaluate."""
+        return self.study.model if self.trial.recipe is None else self.directory / "hf"
 
     def refuse_changed(self) -> None:
-        """Raise InputError if the cell was made by another recipe, or must be evaluated anew and its model is gone."""
-        where = f"{self.study.path}: cell {self.cell.name}"
-        way_out = "take it back, choose another out, or give --again to make the cell anew"
+        """Raise InputError if the trial had another recipe, or must be evaluated again and its model is gone."""
+        where = f"{self.study.path}: trial {self.trial.name}"
+        way_out = "revert it, choose another out, or give --again to run the trial anew"
         if "recipe" in self.state:
             changed = _difference(self.state["recipe"], self.recipe)
             if changed:
-                raise InputError(f"{where} was made with {changed}; {way_out}")
+                raise InputError(f"{where} was run with {changed}; {way_out}")
         evaluated = self.state["stages"].get(EVALUATE)
-        if evaluated and self.cell.trained and not self.is_done(EVALUATE) and not self.model.is_dir():
+        if evaluated and self.trial.trained and not self.is_done(EVALUATE) and not self.model.is_dir():
             changed = _difference(evaluated["options"], self.options)
-            raise InputError(f"{where} was evaluated with {changed}, and keep: scores removed its model; {way_out}")
+            raise InputError(f"{where} was evaluated with {changed}, and keep: scores has removed its model; {way_out}")
 
     def begin(self) -> None:
-        """Make the directory, and write down what the cell is."""
+        """Create the directory, and record what the trial is."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.state |= {"row": self.cell.row, "levels": self.cell.levels, "trained": self.cell.trained}
+        self.state |= {"row": self.trial.variant, "levels": self.trial.levels, "trained": self.trial.trained}
         self.state["recipe"] = self.recipe
-        if self.cell.recipe is not None:
-            write_text(self.directory / "recipe.yaml", self.cell.recipe.as_yaml())
+        if self.trial.recipe is not None:
+            write_text(self.directory / "recipe.yaml", self.trial.recipe.as_yaml())
         self.write()
 
     def write(self) -> None:
@@ -97,17 +97,17 @@ class Work:
         write_json(self.path, self.state)
 
     def forget(self) -> None:
-        """Remove everything of the cell."""
+        """Remove everything of the trial."""
         shutil.rmtree(self.directory, ignore_errors=True)
         self.__post_init__()
 
     def command(self, stage: str) -> list[str] | None:
-        """The tool and its arguments; None where there is nothing to run any more."""
+        """The tool and its arguments; None where nothing is left to run."""
         if stage == TRAIN:
             processes = ["--processes", str(self.study.processes)] if self.study.processes > 1 else []
             return ["extend.py", str(self.directory / "recipe.yaml"), *processes]
         if stage == EXPORT:
-            if self.model.is_dir():  # it appeared whole, and the record did not come any more
+            if self.model.is_dir():  # complete, but the runner was killed before it recorded that
                 return None
             return [
                 *["convert_megatron_to_hf.py", "--megatron", str(self.directory / "run" / "checkpoints")],
@@ -122,12 +122,12 @@ class Work:
         return command
 
     def prepare(self, stage: str) -> None:
-        """What is to be there before a stage's command."""
-        if stage == EVALUATE and not self.cell.trained and self.cell.recipe is not None:
-            interpolate(self.cell.recipe, self.model)
+        """Create what a stage's command requires."""
+        if stage == EVALUATE and not self.trial.trained and self.trial.recipe is not None:
+            interpolate(self.trial.recipe, self.model)
 
     def finish(self, stage: str, seconds: float, cpu_seconds: float) -> None:
-        """Record a stage as done, and clean up behind the last one."""
+        """Record a stage as done, and clean up after the last one."""
         record = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
         if stage == TRAIN:
             self.state["cost"] |= training_cost(self.directory / "run" / "metrics.jsonl")
@@ -138,7 +138,7 @@ class Work:
         self.clean()
 
     def spent(self, stage: str, seconds: float, cpu_seconds: float) -> tuple[float, float]:
-        """Seconds of this and of earlier, broken attempts of a stage; written down until the stage is done."""
+        """Seconds of this attempt at a stage and of earlier, interrupted ones; recorded until the stage is done."""
         earlier = self.state.setdefault("attempts", {}).get(stage, [0.0, 0.0])
         total = (earlier[0] + seconds, earlier[1] + cpu_seconds)
         self.state["attempts"][stage] = [round(value, 2) for value in total]
@@ -146,7 +146,7 @@ class Work:
         return total
 
     def clean(self) -> None:
-        """With `keep: scores`, remove checkpoints and model of a cell that is done."""
+        """With `keep: scores`, remove the checkpoints and the model of a trial that is done."""
         if self.study.keep == "scores" and not self.left:
             for name in ("run/checkpoints", "run/index", "run/tensorboard", "hf"):
                 shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -167,7 +167,7 @@ def interpolate(recipe: Recipe, out: Path) -> None:
 
 
 def training_cost(metrics: Path) -> dict:
-    """What a run's metrics.jsonl says: tokens, steps, seconds in steps, tokens a second (median), peak memory."""
+    """Tokens, steps, seconds in steps, tokens a second (median) and peak memory, from a run's metrics.jsonl."""
     steps = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
@@ -180,14 +180,14 @@ def training_cost(metrics: Path) -> dict:
         "tokens": last["consumed_tokens"],
         "samples": last["consumed_samples"],
         "steps": last["step"],
-        # Where only some steps are logged, the others are taken to be like them.
+        # Where only some steps are logged, the others are assumed to take as long.
         "step_seconds": round(sum(times) / len(times) * last["step"], 3),
         "tokens_per_s": round(rates[len(rates) // 2], 1),
         "memory_gib": round(max(values["memory_gib"] for values in steps), 3),
     }
 
 
-def _without_place(recipe: Recipe) -> dict:
+def _without_directory(recipe: Recipe) -> dict:
     value = json.loads(json.dumps(recipe.as_dict()))
     del value["checkpoint"]["dir"]
     return value
@@ -206,5 +206,5 @@ def _difference(old: dict | None, new: dict | None) -> str | None:
     for key in {**before, **now}:
         was, is_ = (side[key] if key in side else defaults.get(key) for side in (before, now))
         if was != is_:
-            return f"{key}={json.dumps(was)}, which is {json.dumps(is_)} now"
+            return f"{key}={json.dumps(was)}, which is now {json.dumps(is_)}"
     return None

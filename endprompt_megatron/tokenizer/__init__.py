@@ -1,4 +1,4 @@
-"""One small face for the tokenizers that a LLaMA-family checkpoint can bring.
+"""One small interface to the tokenizers that a LLaMA-family checkpoint can bring.
 
 What a directory holds decides: `tokenizer.json` is read by the library that defines it (tokenizers), a lone
 `tokenizer.model` by sentencepiece (LLaMA-2, Mistral) or as LLaMA-3's tiktoken file, whichever its content is, and
@@ -6,7 +6,7 @@ anything else through transformers.  transformers is not asked for ids where the
 the rules in a LLaMA-2 tokenizer.json by its own, and turns a tokenizer.model into something that differs from
 sentencepiece in runs of blanks.  BOS and EOS of a Hugging Face directory are those that transformers uses.
 
-No special token is ever added here, and none is found in a text: prepare.py and prompts.py place them knowingly.
+No special token is ever added here, and none is recognised in a text: prepare.py and prompts.py place them on purpose.
 """
 
 from pathlib import Path

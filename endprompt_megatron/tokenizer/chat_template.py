@@ -30,7 +30,7 @@ class Refused(Exception):
 
 
 class BadTemplate(Exception):
-    """From what the template writes, it cannot be told which part is an answer."""
+    """From what the template writes, it cannot be told which text is an answer."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class ChatTemplate:
     def _between(self, messages: list[dict], number: int, text: str) -> tuple[int, int]:
         before = self._rendered(messages[:number], add_generation_prompt=True)
         after = text if number + 1 == len(messages) else self._rendered(messages[: number + 1])
-        for part, what in ((before, "up to"), (after, "up to and with")):
-            if not text.startswith(part):
+        for beginning, what in ((before, "up to"), (after, "up to and with")):
+            if not text.startswith(beginning):
                 raise BadTemplate(
-                    f"what it writes {what} turn {number + 1} is not the beginning of the whole conversation; put "
+                    f"what it writes {what} turn {number + 1} is not the beginning of the complete conversation; put "
                     "{% generation %} and {% endgeneration %} around answers"
                 )
         answer = text[len(before) : len(after)]

@@ -1,4 +1,4 @@
-"""A sum over what decides the ids that a text gets, and nothing else.
+"""A checksum of what decides the ids that a text gets, and nothing else.
 
 It is taken over `Tokenizer.rules` and BOS and EOS, not over files: a chat template, the length that a model is
 said to have or the names of reserved tokens do not matter, a piece, a merge or a normaliser does.  A LLaMA-3
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from endprompt_megatron.tokenizer.tokenizer import Tokenizer
 
-# Stands before the checksum, so that another form of it would be told apart.
+# Stands before the checksum: other forms may come.
 FORMAT = "ids1:"
 
 _FILES = (
@@ -32,8 +32,8 @@ def fingerprint_of(tokenizer: Tokenizer) -> str:
     return FORMAT + hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def sum_of_files(path: Path) -> str:
-    """SHA-256 over names and contents of all files of a tokenizer."""
+def checksum_of_files(path: Path) -> str:
+    """SHA-256 over names and contents of all files of a tokenizer, for tokenizers that only transformers can read."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else [path / name for name in _FILES if (path / name).is_file()]:
         content = file.read_bytes()

@@ -12,7 +12,7 @@ from typing import Any
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
 from endprompt_megatron.tokenizer.chat_template import ChatTemplate
-from endprompt_megatron.tokenizer.fingerprint import pruned, sum_of_files
+from endprompt_megatron.tokenizer.fingerprint import checksum_of_files, pruned
 from endprompt_megatron.tokenizer.tokenizer import (
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
@@ -151,7 +151,7 @@ class HuggingFace(Tokenizer):
 
     def rules(self) -> object:
         if self.backend is None:
-            return {"files": sum_of_files(self._directory)}
+            return {"files": checksum_of_files(self._directory)}
         if self._ranks is not None:
             from endprompt_megatron.tokenizer.llama3 import rules_of
 

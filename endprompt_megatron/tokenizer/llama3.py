@@ -20,16 +20,13 @@ import tiktoken
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.tokenizer.fingerprint import pruned
 from endprompt_megatron.tokenizer.tokenizer import (
+    LLAMA3_PATTERN,
     LLAMA3_RANKS,
     LLAMA3_SPECIAL,
     Tokenizer,
     refuse_surrogates,
 )
 
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # A longer text is encoded in blocks of this many characters, and a longer run of blanks, or of anything else, is cut.
 BLOCK, RUN = 400_000, 25_000
 
@@ -99,7 +96,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 def encoding(ranks: dict[bytes, int], special: dict[str, int]) -> tiktoken.Encoding:
     """tiktoken's encoder with LLaMA-3's pattern."""
-    return tiktoken.Encoding("llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def rules_of(ranks: dict[bytes, int]) -> object:
@@ -107,10 +104,10 @@ def rules_of(ranks: dict[bytes, int]) -> object:
     digest = hashlib.sha256()
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         digest.update(b"%d %s\n" % (rank, token.hex().encode()))
-    return {"pattern": PATTERN, "ranks": digest.hexdigest()}
+    return {"pattern": LLAMA3_PATTERN, "ranks": digest.hexdigest()}
 
 
-def pieces(text: str) -> Iterator[str]:
+def blocks(text: str) -> Iterator[str]:
     """`text` as LLaMA-3's own tokenizer cuts it: at every 400,000 characters, and in runs of more than 25,000."""
     for start in range(0, len(text), BLOCK):
         block = text[start : start + BLOCK]
@@ -133,7 +130,7 @@ def has_long_run(text: str) -> bool:
 
 
 def _joined(encode, text: str) -> list[int]:
-    return [identifier for piece in pieces(text) for identifier in encode(piece)]
+    return [identifier for block in blocks(text) for identifier in encode(block)]
 
 
 def ranks_of(content: dict) -> dict[bytes, int] | None:
@@ -153,10 +150,10 @@ def ranks_of(content: dict) -> dict[bytes, int] | None:
         ranks = {bytes(byte_of[character] for character in token): rank for token, rank in vocabulary.items()}
     except KeyError:
         return None
-    whole = sorted(ranks.values()) == list(range(len(vocabulary))) and all(
+    complete = sorted(ranks.values()) == list(range(len(vocabulary))) and all(
         bytes([byte]) in ranks for byte in range(256)
     )
-    return ranks if whole and content["model"]["merges"] == _merges(vocabulary) else None
+    return ranks if complete and content["model"]["merges"] == _merges(vocabulary) else None
 
 
 # What tokenizers writes for LLaMA-3's rules, what is false or absent left out.
@@ -165,7 +162,7 @@ _SPLITTING = {
     "pre_tokenizer": {
         "type": "Sequence",
         "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"},
+            {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated"},
             {"type": "ByteLevel"},
         ],
     }

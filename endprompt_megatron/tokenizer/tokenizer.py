@@ -16,6 +16,11 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
+# How LLaMA-3 splits a text into words, which its tiktoken file does not contain.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # The special tokens that LLaMA-3 has after its ranks: the file does not list them.
 LLAMA3_RANKS, LLAMA3_SPECIAL = 128_000, 256
 

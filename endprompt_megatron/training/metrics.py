@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from endprompt_megatron.checkpoint import Progress
+from endprompt_megatron.checkpoint.run_state import Progress
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import write_text
 from endprompt_megatron.config.recipe import Recipe

@@ -48,7 +48,7 @@ def test_losses_and_answers_equal_transformers(tmp_path):
 
 
 @pytest.mark.skipif(__import__("importlib").util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_without_vllm_it_is_one_line(tmp_path):
+def test_vllm_that_is_not_installed_is_refused_in_one_line(tmp_path):
     from small import assert_one_line_error, run_tool
 
     result = run_tool("evaluate", "--hf", tmp_path, "--lengths", 64, "--out", tmp_path / "out", "--engine", "vllm")

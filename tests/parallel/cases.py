@@ -140,7 +140,7 @@ def make_packed(recipe: Recipe, vocab: int, count: int, seed: int = 0) -> tuple[
 
 def build(recipe: Recipe):
     """What train.py builds, on this rank: (shape, models, optimizer, scheduler), weights loaded."""
-    from endprompt_megatron import checkpoint
+    from endprompt_megatron.checkpoint.resume import initialise
     from endprompt_megatron.distributed import runtime
 
     p = recipe.parallel
@@ -155,7 +155,7 @@ def build(recipe: Recipe):
     models = wrap_models(build_model(shape, recipe, exported(recipe), shared_positions=shared), recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
     weights = weights_to_start_from(Path(recipe.model.init_from), shape, "test: model.init_from")
-    checkpoint.initialise(weights, models, optimizer)
+    initialise(weights, models, optimizer)
     return shape, models, optimizer, scheduler
 
 

@@ -8,7 +8,7 @@ from parallel.cases import build, exported, make_samples, micro_batches, recipe_
 from small import small_llama
 
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
-from endprompt_megatron.checkpoint.weights import boxes
+from endprompt_megatron.checkpoint.weights import shards_of_range
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.model.shape import read_shape
 
@@ -33,13 +33,15 @@ def model(tmp_path_factory):
 
 def train_and_save(recipe, batches, root):
     """On a rank: an update a batch, from the newest checkpoint in `root` if there is one, then a checkpoint."""
-    from endprompt_megatron import checkpoint
+    from endprompt_megatron.checkpoint.resume import resume
+    from endprompt_megatron.checkpoint.run_state import Progress, RunState
+    from endprompt_megatron.checkpoint.save import Saver
     from endprompt_megatron.training.optimizer import update, zero_grad
     from endprompt_megatron.training.step import run_batch
 
     _, models, optimizer, scheduler = build(recipe)
-    state = checkpoint.RunState(models, optimizer, scheduler)
-    progress = checkpoint.resume(root, recipe, "test", state) or checkpoint.Progress()
+    state = RunState(models, optimizer, scheduler)
+    progress = resume(root, recipe, "test", state) or Progress()
     seen = []
     for samples in batches:
         zero_grad(models, optimizer)
@@ -50,7 +52,9 @@ def train_and_save(recipe, batches, root):
         seen.append((losses.total, norm))
     if not batches:
         progress.step += 1
-    checkpoint.save(root, progress, recipe, exported(recipe), state)
+    with Saver(root, recipe, exported(recipe), state) as saver:
+        saver.save(progress)
+        saver.wait()
     return seen
 
 
@@ -78,7 +82,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("written_by", ["dp2", "tp2-dp2", "pp2-dp2"])
-def test_state_is_the_same_to_the_last_bit_in_every_other_layout(ranks, model, tmp_path, written_by):
+def test_saved_state_is_the_same_to_the_last_bit_in_every_other_layout(ranks, model, tmp_path, written_by):
     """Trained and saved in one layout, loaded and saved again in the others, one after the other."""
     world, keys = LAYOUTS[written_by]
     recipe = recipe_for(*model, *keys)
@@ -96,7 +100,7 @@ def test_state_is_the_same_to_the_last_bit_in_every_other_layout(ranks, model, t
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
-def test_training_goes_on_to_the_last_bit_with_two_data_parallel_ranks(ranks, model, tmp_path, bf16):
+def test_training_resumes_to_the_last_bit_with_two_data_parallel_ranks(ranks, model, tmp_path, bf16):
     recipe = recipe_for(*model, *(["precision.dtype=bfloat16"] if bf16 else []), "checkpoint.async=true")
     vocab = read_shape(recipe.model.hf).vocab_size
     batches = [make_samples(recipe, vocab, 8, seed=step) for step in range(5)]
@@ -107,7 +111,7 @@ def test_training_goes_on_to_the_last_bit_with_two_data_parallel_ranks(ranks, mo
     assert_same(*(everything(tmp_path / name / "iter_0000005", vocab) for name in ("parts", "whole")))
 
 
-def test_every_data_parallel_rank_writes_its_share(ranks, model, tmp_path):
+def test_every_data_parallel_rank_writes_its_share_of_a_checkpoint(ranks, model, tmp_path):
     recipe = recipe_for(*model)
     ranks.run(4, train_and_save, recipe, [make_samples(recipe, 321, 8)], tmp_path)
     sizes = [(tmp_path / "iter_0000001" / f"__{rank}_0.distcp").stat().st_size for rank in range(4)]
@@ -132,7 +136,7 @@ def load_with_megatron(recipe, directory):
     return all(torch.equal(ours[key], value) for key, value in tensors.items())
 
 
-def test_megatron_core_loads_what_is_saved(ranks, model, tmp_path):
+def test_megatron_core_loads_a_saved_checkpoint(ranks, model, tmp_path):
     recipe = recipe_for(*model)
     ranks.run(2, train_and_save, recipe, [make_samples(recipe, 321, 8)], tmp_path)
     moved = recipe_for(*model, "parallel.tensor=2")
@@ -140,14 +144,14 @@ def test_megatron_core_loads_what_is_saved(ranks, model, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 4, 3), (2, 3, 4), (1, 1, 6)])
-def test_a_range_of_a_flattened_tensor_is_a_few_boxes_in_order(shape):
+def test_a_range_of_a_flattened_tensor_is_a_few_shards_in_order(shape):
     import torch
 
     count = math.prod(shape)
     whole = torch.arange(count).view(shape)
     for start, end in itertools.combinations_with_replacement(range(count + 1), 2):
         found, number = [], 0
-        for offset, size in boxes(shape, start, end):
+        for offset, size in shards_of_range(shape, start, end):
             part = whole
             for axis, (begin, length) in enumerate(zip(offset, size, strict=True)):
                 part = part.narrow(axis, begin, length)
@@ -167,12 +171,13 @@ def memory_of_a_save(recipe, root):
 
     import psutil
 
-    from endprompt_megatron import checkpoint
     from endprompt_megatron.checkpoint.optimizer_state import stored_state
+    from endprompt_megatron.checkpoint.run_state import Progress, RunState
+    from endprompt_megatron.checkpoint.save import Saver
     from endprompt_megatron.checkpoint.weights import stored_weights, weights_of
 
     _, models, optimizer, scheduler = build(recipe)
-    state = checkpoint.RunState(models, optimizer, scheduler)
+    state = RunState(models, optimizer, scheduler)
     weights = weights_of(models)
     parts = [*stored_weights(weights), *stored_state(optimizer, weights)]
     own = sum(part.load().add_(0).nbytes for part in parts)  # written to once: zeros take no memory before
@@ -190,7 +195,9 @@ def memory_of_a_save(recipe, root):
     looking = threading.Thread(target=look)
     before = anonymous()
     looking.start()
-    checkpoint.save(root, checkpoint.Progress(1, 0), recipe, exported(recipe), state)
+    with Saver(root, recipe, exported(recipe), state) as saver:
+        saver.save(Progress(1, 0))
+        saver.wait()
     ended.set()
     looking.join()
     return own, peak[0] - before

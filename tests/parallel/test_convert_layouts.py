@@ -21,7 +21,7 @@ MODELS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_megatron_model_loads_and_saves_it(tmp_path, ranks, model, layout):
+def test_megatrons_model_loads_and_saves_a_converted_checkpoint(tmp_path, ranks, model, layout):
     hf = small_llama(tmp_path / "hf", **MODELS[model])
     convert_hf_to_megatron(hf, tmp_path / "megatron")
     source, saved = tmp_path / "megatron/iter_0000000", tmp_path / "reloaded/iter_0000012"

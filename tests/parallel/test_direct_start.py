@@ -29,7 +29,7 @@ MODELS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_weights_are_those_of_a_converted_checkpoint(tmp_path, ranks, model, layout):
+def test_a_direct_start_loads_the_weights_of_a_converted_checkpoint(tmp_path, ranks, model, layout):
     hf = small_llama(tmp_path / "hf", **MODELS[model])
     convert_hf_to_megatron(hf, tmp_path / "megatron")
     if "sharded" in model:

@@ -51,13 +51,13 @@ def asked(engine) -> dict:
     }
 
 
-def ask_megatron(source, layout, piece) -> dict:
+def ask_megatron(source, layout, chunk) -> dict:
     """On a rank."""
     from endprompt_megatron.evaluate.engines import megatron_engine
 
     model = model_at(source)
     megatron_engine.start(*layout, model.config)
-    engine = megatron_engine.MegatronEngine(model.weights, model.config, dtype="float32", piece=piece)
+    engine = megatron_engine.MegatronEngine(model.weights, model.config, dtype="float32", chunk=chunk)
     engine.end_ids = set()
     return asked(engine) | {"described": engine.describe()}
 
@@ -92,12 +92,12 @@ def compare(found: dict, expected: dict) -> None:
     assert (found["ranks"] == expected["ranks"]).all()
 
 
-@pytest.mark.parametrize("piece", [16, 4096], ids=["pieces", "whole"])
+@pytest.mark.parametrize("chunk", [16, 4096], ids=["chunks", "whole"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_and_answers_equal_transformers(ranks, models, layout, piece):
+def test_losses_and_answers_equal_transformers(ranks, models, layout, chunk):
     place, expected = models("plain")
     tensor, pipeline = LAYOUTS[layout]
-    results = ranks.run(tensor * pipeline, ask_megatron, place / "megatron", (tensor, pipeline), piece)
+    results = ranks.run(tensor * pipeline, ask_megatron, place / "megatron", (tensor, pipeline), chunk)
     assert len(expected["generated"]) == 6
     assert len(expected["ended"]) == expected["generated"].index(expected["generated"][3])
     assert len(expected["asked to end"]) == 2

@@ -11,7 +11,9 @@ from parallel.reloading import reload
 from safetensors.torch import load_file
 from small import small_llama
 
+from endprompt_megatron.checkpoint.layout import write_manifest
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
+from endprompt_megatron.common.files import checksums_of
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
@@ -28,11 +30,14 @@ MODELS = {
 
 def start_and_save(recipe, root):
     """On a rank: load, and save without a step, with optimizer state."""
-    from endprompt_megatron import checkpoint
+    from endprompt_megatron.checkpoint.run_state import Progress, RunState
+    from endprompt_megatron.checkpoint.save import Saver
 
     _, models, optimizer, scheduler = build(recipe)
-    state = checkpoint.RunState(models, optimizer, scheduler)
-    checkpoint.save(root, checkpoint.Progress(step=3), recipe, exported(recipe), state)
+    state = RunState(models, optimizer, scheduler)
+    with Saver(root, recipe, exported(recipe), state) as saver:
+        saver.save(Progress(step=3))
+        saver.wait()
 
 
 def keys(layout):
@@ -53,7 +58,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("written_by", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_saved_by_training_is_read_as_the_conversion_is(place, ranks, tmp_path, model, written_by):
+def test_a_checkpoint_of_training_is_read_like_one_of_the_conversion(place, ranks, tmp_path, model, written_by):
     hf, converted, saved = place / model / "hf", place / model / "megatron", tmp_path / "saved"
     count, overrides = keys(written_by)
     ranks.run(count, start_and_save, recipe_for(tmp_path, hf, converted, *overrides), saved)
@@ -99,8 +104,8 @@ def test_megatrons_own_loader_reads_what_training_saved(place, ranks, tmp_path, 
     ranks.run(tensor * pipeline, reload, saved, model / "hf", again, (tensor, pipeline, 1), "bfloat16")
     shutil.copytree(saved / "hf", again / "hf")
     manifest = json.loads((saved / "endprompt.json").read_text())
-    manifest.pop("crc32"), manifest.pop("files")
-    (again / "endprompt.json").write_text(json.dumps(manifest))
+    said = {key: value for key, value in manifest.items() if key not in ("format", "files", "crc32")}
+    write_manifest(again, **said, files=checksums_of(again, []))
     convert_megatron_to_hf(tmp_path / "again", tmp_path / "back")
     source, back = (load_file(at / "model.safetensors") for at in (model / "hf", tmp_path / "back"))
     for name, value in source.items():

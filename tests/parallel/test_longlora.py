@@ -123,11 +123,11 @@ def test_gradients_of_shifted_attention_equal_those_under_a_dense_mask(ranks, mo
     check(ranks, models("gqa"), world, *keys, *SHIFTED, "train.micro_batch_size=2")
 
 
-def test_it_does_so_with_two_groups_for_whole_heads_and_recomputed(ranks, models):
+def test_gradients_of_shifted_attention_in_two_groups_with_equal_heads_and_recomputed(ranks, models):
     check(ranks, models("mha"), 1, *SHIFTED, "longlora.groups=2", "parallel.recompute=full")
 
 
-def test_it_does_so_at_full_length(ranks, models):
+def test_gradients_of_shifted_attention_at_full_length(ranks, models):
     check(ranks, models("gqa"), 1, *SHIFTED, "context.method=full", "context.physical=256", rows=2)
 
 
@@ -139,12 +139,12 @@ def test_gradients_of_lora_equal_those_of_adapters_made_by_hand(ranks, models, l
 
 @pytest.mark.parametrize("keys", [[], WITHOUT, [*WITHOUT, "parallel.recompute=full"]], ids=["", "alone", "recomputed"])
 @pytest.mark.parametrize("layout", ["one", "pp2"])
-def test_they_do_so_with_tied_embeddings_trained_or_not(ranks, models, layout, keys):
+def test_gradients_of_lora_with_tied_embeddings_trained_or_not(ranks, models, layout, keys):
     world, split = LAYOUTS[layout]
     check(ranks, models("odd-vocab-tied"), world, *split, *LORA, *keys)
 
 
-def test_they_do_so_beside_biases(ranks, models):
+def test_gradients_of_lora_beside_biases(ranks, models):
     check(ranks, models("attention-bias"), 2, "parallel.tensor=2", *LORA)
 
 
@@ -162,7 +162,7 @@ def started(recipe) -> tuple:
     return losses.total, parts
 
 
-def test_adapters_start_from_the_base_models_loss_and_alike_in_every_layout(ranks, models):
+def test_adapters_start_at_the_base_models_loss_and_alike_in_every_layout(ranks, models):
     found = {}
     for layout in ("one", "tp2-sp", "pp2-vpp2"):
         world, keys = LAYOUTS[layout]
@@ -183,7 +183,7 @@ def test_adapters_start_from_the_base_models_loss_and_alike_in_every_layout(rank
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2", "pp2-vpp2"])
-def test_validation_and_its_probe_see_everything(ranks, models, layout):
+def test_validation_and_its_probe_see_all_tokens_despite_shifted_attention(ranks, models, layout):
     world, keys = LAYOUTS[layout]
     recipe = recipe_for(*models("gqa"), *keys)
     samples = make_samples(recipe, read_shape(recipe.model.hf).vocab_size, 4)
@@ -209,7 +209,7 @@ def trained(ranks, models, tmp_path_factory):
     return root
 
 
-def test_state_is_the_same_in_every_other_layout_and_only_of_what_is_trained(ranks, models, trained, tmp_path):
+def test_saved_state_of_adapters_is_the_same_in_every_layout_and_of_trained_weights(ranks, models, trained, tmp_path):
     root = shutil.copytree(trained, tmp_path / "run")
     recipe = recipe_for(*models("odd-vocab"), *LORA, *SHIFTED)
     vocab = read_shape(recipe.model.hf).vocab_size
@@ -230,7 +230,7 @@ def test_state_is_the_same_in_every_other_layout_and_only_of_what_is_trained(ran
         assert_same(everything(root / f"iter_{step:07d}", vocab), dict(expected))
 
 
-def test_training_with_adapters_goes_on_to_the_last_bit(ranks, models, tmp_path):
+def test_training_with_adapters_resumes_to_the_last_bit(ranks, models, tmp_path):
     keys = [*LORA, *SHIFTED, "precision.dtype=bfloat16"]
     recipe = recipe_for(*models("gqa"), *keys, "checkpoint.async=true")
     batches = batches_for(recipe, 4)
@@ -244,11 +244,12 @@ def test_training_with_adapters_goes_on_to_the_last_bit(ranks, models, tmp_path)
 
 def logits_of(recipe, root, tokens) -> np.ndarray:
     """On one rank: logits [s, v] of a checkpoint as it is, adapters beside the weights."""
-    from endprompt_megatron import checkpoint
+    from endprompt_megatron.checkpoint.resume import resume
+    from endprompt_megatron.checkpoint.run_state import RunState
 
     _, models, optimizer, scheduler = build(recipe)
-    state = checkpoint.RunState(models, optimizer, scheduler)
-    assert checkpoint.resume(root, recipe, "test", state) is not None
+    state = RunState(models, optimizer, scheduler)
+    assert resume(root, recipe, "test", state) is not None
     model = models[0].eval()
     positions = torch.arange(len(tokens))[None]
     with torch.no_grad():

@@ -7,7 +7,7 @@ from small import small_llama
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.model.longlora import held_parameters, trained_parameters
-from endprompt_megatron.model.published_shapes import CONFIGS
+from endprompt_megatron.model.published_shapes import published_config
 from endprompt_megatron.model.shape import read_shape, shape_of
 from endprompt_megatron.plan.memory import chunk_activations, layer_activations, layer_input, memory, optimizer_bytes
 
@@ -123,7 +123,7 @@ def test_a_tie_is_counted_where_it_is_held(ranks, tied, layout):
 def saved_by(recipe, modules_of) -> list[int]:
     """On a rank: bytes that each of the modules keeps for its backward pass, weights apart; each storage once.
 
-    The rotary phases, which all layers share, are left out.
+    The rotary angles, which all layers share, are left out.
     """
     import torch
 
@@ -136,8 +136,8 @@ def saved_by(recipe, modules_of) -> list[int]:
 
         def keep(tensor, storages=storages):
             storage = tensor.untyped_storage()
-            phases = tensor.dtype == torch.float32 and not tensor.requires_grad and tensor.shape[-1] == shape.head_dim
-            if storage.data_ptr() not in weights and not (phases and recipe.precision.dtype == "bfloat16"):
+            angles = tensor.dtype == torch.float32 and not tensor.requires_grad and tensor.shape[-1] == shape.head_dim
+            if storage.data_ptr() not in weights and not (angles and recipe.precision.dtype == "bfloat16"):
                 storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
             return tensor
 
@@ -212,8 +212,8 @@ def parameters_of(name: str) -> int:
     recipe = Recipe()
     with torch.device("meta"):
         (model,) = build_chunks(
-            shape_of(CONFIGS[name], name),
-            {**CONFIGS[name], "architectures": ["LlamaForCausalLM"]},
+            shape_of(published_config(name), name),
+            {**published_config(name), "architectures": ["LlamaForCausalLM"]},
             recipe.parallel,
             recipe.precision,
             recipe.longlora,
@@ -233,7 +233,7 @@ def parameters_of(name: str) -> int:
 )
 def test_parameters_of_published_models_are_exact(ranks, name, count):
     """By the planner, by the real model class on the meta device, and by what is published."""
-    shape = shape_of(CONFIGS[name], name)
+    shape = shape_of(published_config(name), name)
     recipe = Recipe()
     recipe.context.physical = 8192
     (stage,) = memory(shape, recipe, 1)

@@ -38,7 +38,8 @@ def train_steps(recipe, batches, root=None):
 
     Then a checkpoint, if a root is given.
     """
-    from endprompt_megatron import checkpoint
+    from endprompt_megatron.checkpoint.run_state import Progress, RunState
+    from endprompt_megatron.checkpoint.save import Saver
     from endprompt_megatron.training.optimizer import update, zero_grad
     from endprompt_megatron.training.step import run_batch
 
@@ -51,9 +52,11 @@ def train_steps(recipe, batches, root=None):
         scheduler.step(increment=1)
         seen.append((losses.total, norm, updated, float(sum(p.double().sum() for p in models[0].parameters()))))
     if root is not None:
-        progress = checkpoint.Progress(len(batches), 0)
-        state = checkpoint.RunState(models, optimizer, scheduler)
-        checkpoint.save(root, progress, recipe, exported(recipe), state)
+        progress = Progress(len(batches), 0)
+        state = RunState(models, optimizer, scheduler)
+        with Saver(root, recipe, exported(recipe), state) as saver:
+            saver.save(progress)
+            saver.wait()
     return seen
 
 

@@ -150,7 +150,13 @@ def test_evaluation_runs_as_a_job_that_depends_on_it(ground, whole):
     found = ground.cluster.wait(int(submitted[0].split()[-1]))
     assert found["JobState"] == "COMPLETED", ground.said("whole")
     results = json.loads((ground.place / "whole" / "evaluation" / "results.json").read_text())
-    assert set(results["models"]) if "models" in results else results
+    for label in ("baseline", "extended"):
+        assert results["models"][label]["path"]
+        losses = {each["length"]: each["loss"] for each in results["measurements"][label]["perplexity"]["by_length"]}
+        assert set(losses) == {64, 128}
+        assert all(0 < loss < 20 for loss in losses.values())
+    assert set(results["models"]) == {"baseline", "extended"}
+    assert results["settings"]["suites"] == ["perplexity"]
     assert list((ground.place / "whole").glob("*.html"))
 
 

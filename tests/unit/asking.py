@@ -6,7 +6,7 @@ from unit import doubles, tiny_suite
 
 from endprompt_megatron.evaluate.evaluation import evaluate
 from endprompt_megatron.evaluate.preparation import Model
-from endprompt_megatron.evaluate.settings import Settings
+from endprompt_megatron.evaluate.registry import Settings
 from endprompt_megatron.evaluate.split import Alone, Part
 from endprompt_megatron.tokenizer import load_tokenizer
 
@@ -18,7 +18,7 @@ def ask(model_dir, out, model, *, part=None, merge=False, **options):
 
 
 def questions(settings, model_dir):
-    return list(tiny_suite.questions(settings, load_tokenizer(model_dir)))
+    return list(tiny_suite.samples(settings, load_tokenizer(model_dir)))
 
 
 def knowing(model_dir, settings, answer, kind=doubles.Knowing):

@@ -14,7 +14,8 @@ from endprompt_megatron.evaluate.engines.base import Answer
 from endprompt_megatron.evaluate.evaluation import evaluate
 from endprompt_megatron.evaluate.intervals import comparisons
 from endprompt_megatron.evaluate.preparation import Model
-from endprompt_megatron.evaluate.settings import SUITES, Settings
+from endprompt_megatron.evaluate.registry import SUITES, Settings, Subject
+from endprompt_megatron.evaluate.requests import Response
 from endprompt_megatron.evaluate.suites import lm_eval, lm_eval_suite
 
 LONGBENCH = Path(__file__).resolve().parent.parent / "longbench"
@@ -93,7 +94,9 @@ def sources(directory: Path) -> Path:
     return directory
 
 
-def evaluated(made: Path, out: Path, skill=after, suites=SUITES[:5], **more):
+def evaluated(
+    made: Path, out: Path, skill=after, suites=("perplexity", "needle", "virtual", "ruler", "longbench"), **more
+):
     """results.json in `out` of a model as good as `skill` and its baseline; short text besides, where asked for."""
     native = [suite for suite in suites if suite != "short"]
     files = {key: str(made / "ruler" / name) for key, name in (("squad", "squad.json"), ("hotpotqa", "hotpotqa.json"))}
@@ -128,16 +131,16 @@ def evaluated(made: Path, out: Path, skill=after, suites=SUITES[:5], **more):
 
 def _told(settings, model, models, skill):
     """The double of a model, which knows the references of every question."""
-    from endprompt_megatron.evaluate.registry import KINDS, QuestionSuite
     from endprompt_megatron.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model.config)
     double = Skilled(model.weights, tokenizer, before if model is models["baseline"] else skill)
-    for name in settings.suites:
-        if name in KINDS:
-            suite = QuestionSuite(name, settings, model.config, model.window, tokenizer)
-            for question in suite.module.questions(suite.settings, tokenizer):
-                double.references[key_of(question.prompt)] = question.references
+    for label, asked in models.items():
+        if asked is model:
+            for name in {"ruler", "longbench"} & set(settings.suites):
+                prepared = SUITES[name].prepare(Subject(settings, models, label, tokenizer, None, model.window))
+                for request in prepared.requests():
+                    double.references[key_of(request.prompt.ids)] = request.notes["references"]
     return double
 
 
@@ -145,9 +148,7 @@ def _add_short(results, settings):
     """Short text as lm-eval's worker gives it, put together by the suite itself."""
     series = {}
     for label, shift in (("baseline", 0.0), ("extended", -0.03)):
-        suite = lm_eval_suite.ShortSuite.__new__(lm_eval_suite.ShortSuite)
-        suite.module, suite.settings = lm_eval, settings
-        pairs = []
+        responses = []
         for task, (share, count) in SHORT.items():
             row = {
                 "score": 100 * round((share + shift) * count) / count,
@@ -157,9 +158,9 @@ def _add_short(results, settings):
                 "questions": count,
                 "all": {},
             }
-            pairs.append((None, {"tasks": {task: row}, "lm_eval": "0.4.9"}))
-        results["measurements"][label]["short"] = suite.result(pairs)
-        series[label] = suite.series(pairs)
+            responses.append(Response("short", task, 0, 0, {}, {"tasks": {task: row}, "lm_eval": "0.4.9"}))
+        results["measurements"][label]["short"] = lm_eval_suite.result(responses, settings.limit)
+        series[label] = lm_eval_suite.series(responses)
         results["scores"][label] += [each.score() for each in series[label]]
     results["comparisons"] += comparisons(series["baseline"], series["extended"])
 

@@ -1,4 +1,4 @@
-"""A small study that is right, and made-up cells."""
+"""A small study that is right, and made-up trials."""
 
 import json
 from pathlib import Path
@@ -39,23 +39,23 @@ def write_study(directory: Path, text: str = STUDY, **replaced: str) -> Path:
 
 
 def made_up(directory: Path, values: dict[str, np.ndarray], text: str = STUDY) -> Study:
-    """The study with finished cells that nobody trained: `values` of one recall score, by cell."""
+    """The study with finished trials that nobody trained: `values` of one recall score, by trial."""
     (directory / "recipe.yaml").write_text(RECIPE)
     study = read_study(write_study(directory, text.replace("out: study", f"out: {directory / 'study'}")))
-    for cell in study.cells:
-        if cell.name not in values:
+    for trial in study.trials:
+        if trial.name not in values:
             continue
-        work = Work(study, cell)
+        work = Work(study, trial)
         work.begin()
-        cost = {"tokens": cell.tokens, "samples": 1, "steps": 2, "step_seconds": 3.0, "tokens_per_s": 5.0}
-        work.state["cost"] = cost | {"memory_gib": 0.5} if cell.trained else {}
+        cost = {"tokens": trial.tokens, "samples": 1, "steps": 2, "step_seconds": 3.0, "tokens_per_s": 5.0}
+        work.state["cost"] = cost | {"memory_gib": 0.5} if trial.trained else {}
         for stage in work.stages:
             work.state["stages"][stage] = {"seconds": 1.0, "cpu_seconds": 2.0, "options": work.options}
         work.write()
         found = work.directory / "evaluation"
         found.mkdir(exist_ok=True)
         entry = {"suite": "recall", "task": "64", "length": 128, "metric": "loss", "paired": True}
-        entry["strata"] = [list(map(float, values[cell.name]))]
+        entry["strata"] = [list(map(float, values[trial.name]))]
         (found / "values.json").write_text(json.dumps({"format": 1, "extended": [entry]}))
         results = {"settings": {"seed": 0}, "text": {"sha256": "1"}, "measurements": {"extended": {}}}
         (found / "results.json").write_text(json.dumps(results))

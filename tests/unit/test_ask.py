@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import small
@@ -16,17 +17,21 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.evaluate import registry, store
 from endprompt_megatron.evaluate.evaluation import evaluate
 from endprompt_megatron.evaluate.preparation import Model
-from endprompt_megatron.evaluate.settings import Settings
+from endprompt_megatron.evaluate.registry import Settings
+from endprompt_megatron.evaluate.requests import Request
 from endprompt_megatron.evaluate.split import Part, parse_part
-from endprompt_megatron.evaluate.tables import terminal
+from endprompt_megatron.evaluate.terminal import terminal
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """The small suite in RULER's place; returns what turns its settings."""
     made = {"settings": tiny_suite.TinySettings()}
-    kind = registry.Kind("unit.tiny_suite", lambda *_: made["settings"], by_length=True)
-    monkeypatch.setitem(registry.KINDS, "ruler", kind)
+    monkeypatch.setitem(
+        registry.SUITES,
+        "ruler",
+        replace(registry.SUITES["ruler"], prepare=lambda s: tiny_suite.prepare(made["settings"], s)),
+    )
 
     def turn(**options):
         made["settings"] = tiny_suite.TinySettings(**options)
@@ -88,7 +93,7 @@ def test_an_answer_is_cut_at_the_first_stop(tmp_path, model_dir, tiny):
     assert answers == [right(question) for question in questions(settings, model_dir)]
 
 
-def test_run_again_asks_nothing_and_more_questions_ask_only_the_new_ones(tmp_path, model_dir, tiny):
+def test_an_evaluation_run_again_asks_nothing_and_with_more_samples_only_the_new_ones(tmp_path, model_dir, tiny):
     engine = knowing(model_dir, tiny(samples=8), right)
     tiny(samples=5)
     first = ask(model_dir, tmp_path / "out", engine)
@@ -119,7 +124,7 @@ def test_a_changed_prompt_is_asked_again_and_a_changed_model_refused(tmp_path, m
 
 
 @pytest.mark.parametrize("keep", [1, 60, -1, -2], ids=["one byte", "sixty bytes", "no newline", "one byte less"])
-def test_a_line_cut_by_a_kill_is_asked_again(tmp_path, model_dir, tiny, keep):
+def test_a_request_whose_stored_line_a_kill_cut_is_asked_again(tmp_path, model_dir, tiny, keep):
     first = ask(model_dir, tmp_path / "out", knowing(model_dir, tiny(), right))
     path = tmp_path / "out/answers/extended.0-of-1.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -133,7 +138,7 @@ def test_a_line_cut_by_a_kill_is_asked_again(tmp_path, model_dir, tiny, keep):
         json.loads(line)
 
 
-def test_parts_in_any_order_give_the_table_of_one_process(tmp_path, model_dir, tiny):
+def test_parts_of_an_evaluation_in_any_order_give_the_table_of_one_process(tmp_path, model_dir, tiny):
     settings = tiny()
     whole = ask(model_dir, tmp_path / "whole", knowing(model_dir, settings, right))
     engines = []
@@ -145,7 +150,7 @@ def test_parts_in_any_order_give_the_table_of_one_process(tmp_path, model_dir, t
         if index != 1:
             assert results is None
             assert not (tmp_path / "out" / "results.json").exists()
-            with pytest.raises(InputError, match=r"of 3 parts of the extended model are not whole; run --part \d/3"):
+            with pytest.raises(InputError, match=r"of 3 parts of extended are not complete; run --part \d/3"):
                 ask(model_dir, tmp_path / "out", None, merge=True)
     assert sorted(engine.asked for engine in engines) == [6, 7, 7]
     assert stable(results) == stable(whole)
@@ -154,19 +159,19 @@ def test_parts_in_any_order_give_the_table_of_one_process(tmp_path, model_dir, t
     assert ask(model_dir, tmp_path / "out", None, part=Part(0, 2)) is not None
 
 
-def test_two_processes_do_not_do_the_same_part(tmp_path, model_dir, tiny):
+def test_two_processes_cannot_answer_the_same_part_of_an_evaluation(tmp_path, model_dir, tiny):
     ask(model_dir, tmp_path / "out", knowing(model_dir, tiny(), right))
     first, second = (store.Answers(tmp_path / "out", "extended", Part()) for _ in range(2))
-    entry = store.Entry("ruler", "first", 24, 0)
-    first.add("a", entry, {}, 1.0)
+    request = Request("ruler", "first", 24, 0, b"", 0)
+    first.add("a", request, {}, 1.0)
     with pytest.raises(InputError, match="another process does part 0-of-1"):
-        second.add("b", entry, {}, 1.0)
+        second.add("b", request, {}, 1.0)
     first.close()
-    second.add("b", entry, {}, 1.0)
+    second.add("b", request, {}, 1.0)
     second.close()
 
 
-def test_parts_that_begin_at_one_moment_do_not_take_each_others_directory_for_foreign(tmp_path):
+def test_parts_that_begin_at_once_do_not_refuse_each_others_directory(tmp_path):
     identity = {"engine": "transformers", "dtype": "float32", "models": {"extended": "a"}}
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(2)
@@ -192,7 +197,7 @@ def test_parts_that_begin_at_one_moment_do_not_take_each_others_directory_for_fo
         store.open_state(tmp_path / "alien", identity, write=True)
 
 
-def test_a_question_beyond_the_window_is_one_line_unless_asked_for(tmp_path, model_dir, tiny):
+def test_an_input_beyond_the_window_is_refused_without_beyond_window(tmp_path, model_dir, tiny):
     settings = tiny(lengths=(24, 80))
     with pytest.raises(InputError, match=r"--lengths 80: above the window of 64 of .*--beyond-window"):
         ask(model_dir, tmp_path / "out", None, lengths=[24, 80])
@@ -203,7 +208,7 @@ def test_a_question_beyond_the_window_is_one_line_unless_asked_for(tmp_path, mod
     assert results["scores"]["extended"][-1]["score"] == 1.0
 
 
-def test_parts_are_named_by_hand_or_by_slurm():
+def test_part_is_read_from_the_command_line_or_the_slurm_array():
     assert parse_part(None) == Part(0, 1)
     assert parse_part("2/4") == Part(2, 4)
     numbers = {"ID": "7", "MIN": "5", "MAX": "8", "COUNT": "4"}
@@ -248,7 +253,7 @@ def evaluate_here(model_dir, out, text):
     evaluate(Settings(**NATIVE, text=str(text)), {"extended": Model(model_dir, model_dir)}, out, engine)
 
 
-def test_killed_at_any_moment_and_run_again_it_gives_the_same_table(tmp_path, model_dir):
+def test_an_evaluation_killed_at_any_moment_and_run_again_gives_the_same_table(tmp_path, model_dir):
     book = tmp_path / "book.txt"
     book.write_text(small.text(1500))
     evaluate_here(model_dir, tmp_path / "whole", book)
@@ -288,7 +293,7 @@ def test_killed_at_any_moment_and_run_again_it_gives_the_same_table(tmp_path, mo
     assert stable(found) == stable(whole)
 
 
-def test_a_suite_that_the_machine_cannot_ask_is_left_out_where_others_are_asked(tmp_path, model_dir, tiny):
+def test_a_suite_without_its_data_is_left_out_if_others_are_asked(tmp_path, model_dir, tiny):
     model = knowing(model_dir, tiny(samples=2), right)
     scores = ask(model_dir, tmp_path / "without", model)["scores"]
     results = ask(model_dir, tmp_path / "out", model, suites=["ruler", "longbench"])

@@ -10,24 +10,31 @@ from unit import doubles
 from unit.asking import ask
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate import registry
-from endprompt_megatron.evaluate.settings import Settings
-from endprompt_megatron.evaluate.tables import terminal
+from endprompt_megatron.evaluate.preparation import Model
+from endprompt_megatron.evaluate.registry import Settings, Subject
+from endprompt_megatron.evaluate.suites import lm_eval, longbench, ruler
+from endprompt_megatron.evaluate.suites.longbench import longbench_declaration
+from endprompt_megatron.evaluate.suites.ruler import ruler_declaration
+from endprompt_megatron.evaluate.terminal import terminal
 from endprompt_megatron.tokenizer import load_tokenizer
 
 OFFLINE = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe"]  # RULER's that need no essays
 
 
-def test_doubles_score_100_and_0_on_rulers_own_questions(tmp_path):
-    module = pytest.importorskip("endprompt_megatron.evaluate.suites.ruler")
+def subject(model_dir, tokenizer, options):
+    """One model that an evaluation with these options asks."""
+    models = {"extended": Model(model_dir, model_dir)}
+    return Subject(Settings(**options), models, "extended", tokenizer, None, models["extended"].window)
+
+
+def test_ruler_scores_perfect_answers_100_and_empty_ones_0(tmp_path):
     model = small.small_llama(tmp_path / "model", max_position_embeddings=8192, vocab_size=2000, tokenizer=False)
     # Its worked examples are made for tokenizers that know words.
-    texts = [path.read_text() for path in Path(module.__file__).parent.glob("*.py")]
+    texts = [path.read_text() for path in Path(ruler.__file__).parent.glob("*.py")]
     small.small_tokenizer(model, vocab_size=2000, texts=texts)
     options = {"lengths": [4096, 8192], "ruler_samples": 2, "ruler_tasks": OFFLINE, "suites": ["ruler"]}
-    made = registry.KINDS["ruler"].settings(module, Settings(**options), model, 8192)
     tokenizer = load_tokenizer(model)
-    asked = list(module.questions(made, tokenizer))
+    asked = list(ruler.samples(ruler_declaration.settings_for(subject(model, tokenizer, options)), tokenizer))
     for answer, score in ((lambda question: ", ".join(question.references), 1.0), (lambda _: "", 0.0)):
         engine = doubles.Knowing(asked, tokenizer, answer)
         results = ask(model, tmp_path / str(score), engine, **options)
@@ -37,14 +44,13 @@ def test_doubles_score_100_and_0_on_rulers_own_questions(tmp_path):
         assert "RULER, extended" in terminal(results)
 
 
-def test_doubles_score_100_and_0_on_longbenchs_own_layout(tmp_path):
-    pytest.importorskip("endprompt_megatron.evaluate.suites.longbench")
+def test_longbench_scores_perfect_answers_100_and_empty_ones_0(tmp_path):
     data = Path(__file__).resolve().parent.parent / "longbench"
     model = small.small_llama(tmp_path / "model", max_position_embeddings=4096)
     options = {"lengths": [64], "longbench_data": str(data), "suites": ["longbench"], "dtype": "float32"}
-    kind, tokenizer = registry.KINDS["longbench"], load_tokenizer(model)
-    module = pytest.importorskip(kind.module)
-    asked = list(module.questions(kind.settings(module, Settings(**options), model, 4096), tokenizer))
+    tokenizer = load_tokenizer(model)
+    settings = longbench_declaration.settings_for(subject(model, tokenizer, options))
+    asked = list(longbench.samples(settings, tokenizer))
     for answer, score in ((lambda question: question.references[0], 1.0), (lambda _: "", 0.0)):
         results = ask(model, tmp_path / str(score), doubles.Knowing(asked, tokenizer, answer), **options)
         scores = {each["task"]: each for each in results["scores"]["extended"]}
@@ -62,12 +68,12 @@ def test_sliding_perplexity_scores_every_token_once_from_a_window_that_moves(tmp
     from unit.test_engine import natural, reference_losses
 
     from endprompt_megatron.evaluate.engines.transformers_engine import TransformersEngine
-    from endprompt_megatron.evaluate.requests import answered
+    from endprompt_megatron.evaluate.requests import responses
     from endprompt_megatron.evaluate.suites import perplexity
 
     engine = TransformersEngine(model_dir, "cpu", dtype="float32")
     rows = np.random.default_rng(0).integers(3, 300, (2, 150))
-    pairs = answered(engine, perplexity.sliding_items(rows, 64, 20))
+    slid = responses(engine, perplexity.sliding_requests(rows, 64, 20))
     expected = []
     for row in rows:
         done = 1
@@ -77,23 +83,18 @@ def test_sliding_perplexity_scores_every_token_once_from_a_window_that_moves(tmp
             expected += losses[0, -(end - done) :].tolist()
             done = end
     assert len(expected) == 2 * 149
-    whole = answered(engine, perplexity.items(rows, [100, 150], scored=32))
-    found = perplexity.result([*whole, *pairs])["sliding"]
+    whole = responses(engine, perplexity.requests_by_length(rows, [100, 150], scored=32))
+    found = perplexity.result([*whole, *slid])["sliding"]
     assert (found["window"], found["stride"], found["tokens"]) == (64, 20, 298)
     assert found["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
     assert "sliding" not in perplexity.result(whole)
     # A window as long as the text is the text read whole.
-    read = perplexity.result([*whole, *answered(engine, perplexity.sliding_items(rows, 4096, 20))])["sliding"]
+    read = perplexity.result([*whole, *responses(engine, perplexity.sliding_requests(rows, 4096, 20))])["sliding"]
     assert read["window"] == 150
     assert read["loss"] == pytest.approx(np.mean([reference_losses(engine.model, rows, natural(rows))[0]]), rel=1e-5)
 
 
-def test_short_text_is_measured_task_by_task_without_an_engine(tmp_path, model_dir, monkeypatch):
-    import sys
-    import types
-
-    from endprompt_megatron.evaluate.suites import lm_eval_suite
-
+def test_lm_eval_tasks_are_asked_one_by_one_without_an_engine(tmp_path, model_dir, monkeypatch):
     measured = []
 
     def run(directory, tasks, limit, *, backend, dtype, chat):
@@ -104,14 +105,14 @@ def test_short_text_is_measured_task_by_task_without_an_engine(tmp_path, model_d
         row = {"score": 50.0, "stderr": 25.0, "metric": "acc,none", "shots": 5, "questions": 4}
         return {"tasks": {task: row | ({} if task == "mmlu" else {"score": 25.5})}, "lm_eval": "1.2.3"}
 
-    module = types.ModuleType("short_double")
-    module.TASKS, module.run = {"mmlu": None, "gsm8k": None, "humaneval": None}, run
-    module.left_out = lambda tasks: {task: "may not run here" for task in tasks if task == "humaneval"}
     if importlib.util.find_spec("lm_eval") is None:
         with pytest.raises(InputError, match="short text: needs lm-eval, which is not installed"):
             ask(model_dir, tmp_path / "out", None, suites=["short"])
-    monkeypatch.setitem(sys.modules, "short_double", module)
-    monkeypatch.setattr(lm_eval_suite, "MODULE", "short_double")
+    monkeypatch.setattr(lm_eval, "TASKS", {"mmlu": None, "gsm8k": None, "humaneval": None})
+    monkeypatch.setattr(lm_eval, "run", run)
+    monkeypatch.setattr(
+        lm_eval, "left_out", lambda tasks, include: {task: "may not run here" for task in tasks if task == "humaneval"}
+    )
     with pytest.raises(InputError, match="--short-tasks humaneval: may not run here, or leave the task out"):
         ask(model_dir, tmp_path / "out", None, suites=["short"], short_tasks=["mmlu", "humaneval"])
     with pytest.raises(KeyboardInterrupt):

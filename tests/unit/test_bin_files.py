@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from small import assert_one_line_error, run_tool, small_llama
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.recipe import Model, Recipe
 from endprompt_megatron.convert.hf_weights import HfWeights
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.convert.verify import verify
 from endprompt_megatron.model.shape import read_shape
-from endprompt_megatron.preflight.model_files import _of_files, _shards
+from endprompt_megatron.preflight.model_files import hf_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def data_files(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_conversion_is_that_of_safetensors(original, tmp_path, files, workers):
+def test_bin_files_convert_to_the_same_bytes_as_safetensors(original, tmp_path, files, workers):
     convert_hf_to_megatron(original, tmp_path / "expected/m")
     hf = as_bin(original, tmp_path / "hf", files)
     convert_hf_to_megatron(hf, tmp_path / "found/m", workers=workers)
@@ -54,19 +55,19 @@ def test_the_conversion_is_that_of_safetensors(original, tmp_path, files, worker
     assert verify(hf, tmp_path / "found/m", to_hf=False).tensors == 39
 
 
-def test_a_part_of_a_tensor_of_any_strides_is_read(tmp_path, original):
+def test_a_slice_of_a_bin_tensor_of_any_strides_is_read(tmp_path, original):
     hf = as_bin(original, tmp_path / "hf")
     value = torch.arange(12.0).reshape(3, 4)
     torch.save({"turned": value.t(), "half": torch.arange(24.0)[12:].reshape(3, 4)}, hf / "pytorch_model.bin")
     weights = HfWeights(hf)
-    assert torch.equal(weights.part("turned", (slice(1, 3), slice(0, 2))), value.t()[1:3, :2])
+    assert torch.equal(weights.read_slice("turned", (slice(1, 3), slice(0, 2))), value.t()[1:3, :2])
     assert torch.equal(weights.get("half"), value + 12)
 
 
-def test_safetensors_go_before(original, tmp_path):
+def test_safetensors_are_preferred_to_bin_files(original, tmp_path):
     hf = as_bin(original, tmp_path / "hf")
     shutil.copy(original / "model.safetensors", hf)
-    assert {name for name, _, _ in HfWeights(hf).entries.values()} == {"model.safetensors"}
+    assert {held.file_name for held in HfWeights(hf).tensors.values()} == {"model.safetensors"}
 
 
 class Evil:
@@ -106,12 +107,12 @@ REFUSED = {
     "no-dictionary": ["pytorch_model.bin", "one Tensor"],
     "no-tensor": ["pytorch_model.bin", "step is a int"],
     "quantised": ["pytorch_model.bin", "lm_head.weight", "int8", "quantised"],
-    "missing": ["model.norm.weight is missing"],
+    "missing": ["a tensor is missing: model.norm.weight"],
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused_before_anything_is_written(original, tmp_path, kind):
+def test_bad_bin_files_are_refused_before_anything_is_written(original, tmp_path, kind):
     hf = as_bin(original, tmp_path / "hf")
     damage(kind, hf)
     with pytest.raises(InputError) as refused:
@@ -123,15 +124,15 @@ def test_refused_before_anything_is_written(original, tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_the_tool_says_it_in_one_line(original, tmp_path):
+def test_a_bin_file_with_code_is_refused_in_one_line(original, tmp_path):
     hf = as_bin(original, tmp_path / "hf")
     damage("code", hf)
     assert_one_line_error(run_tool("convert_hf_to_megatron", "--hf", hf, "--out", tmp_path / "out"), "refused")
 
 
 @pytest.mark.parametrize("files", [1, 3])
-def test_preflight_reads_them_too(original, tmp_path, files):
+def test_preflight_reads_bin_files_too(original, tmp_path, files):
     hf = as_bin(original, tmp_path / "hf", files)
-    found = _of_files("HF checkpoint", hf, _shards(hf), read_shape(hf))
+    found = hf_checkpoint(Recipe(model=Model(hf=str(hf))), read_shape(hf))
     assert f"{files} file" in found.found
     assert "39 tensors" in found.found

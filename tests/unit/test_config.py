@@ -115,26 +115,26 @@ LAYOUT = {
 
 
 @pytest.mark.parametrize("case", KEYS)
-def test_key_is_refused(ground, extend, case):
+def test_recipe_key_is_refused(ground, extend, case):
     overrides, needles = KEYS[case]
     assert_one_line_error(extend(ground, "recipe.yaml", *overrides), *needles)
 
 
 @pytest.mark.parametrize("case", VALUES)
-def test_value_is_refused(ground, extend, case):
+def test_recipe_value_is_refused(ground, extend, case):
     overrides, needles = VALUES[case]
     assert_one_line_error(extend(ground, "recipe.yaml", *overrides), *needles)
 
 
 @pytest.mark.parametrize("case", LAYOUT)
-def test_layout_is_refused(ground, extend, case):
+def test_parallel_layout_is_refused(ground, extend, case):
     world_size, overrides, needles = LAYOUT[case]
     assert_one_line_error(extend(ground, "recipe.yaml", *overrides, world_size=world_size), *needles)
 
 
 @pytest.mark.skipif(has_transformer_engine(), reason="Transformer Engine is installed")
 @pytest.mark.parametrize("key", ["precision.fp8=hybrid", "optim.moments_dtype=bfloat16"])
-def test_what_needs_transformer_engine_is_refused_without_it(ground, extend, key):
+def test_recipe_key_that_needs_transformer_engine_is_refused_without_it(ground, extend, key):
     result = extend(ground, "recipe.yaml", key)
     assert_one_line_error(result, key, "needs Transformer Engine")
 
@@ -176,7 +176,7 @@ def test_recipe_that_is_a_directory_is_refused(ground, extend):
     assert_one_line_error(extend(ground, "hf"), "hf", "cannot be read")
 
 
-def test_inherit_cycle_of_two_is_refused(place, extend):
+def test_recipes_that_inherit_each_other_are_refused(place, extend):
     (place / "a.yaml").write_text("inherit: b.yaml")
     (place / "b.yaml").write_text("inherit: a.yaml")
     assert_one_line_error(extend(place, "a.yaml"), "a.yaml", "cycle")
@@ -187,7 +187,7 @@ def load(place: Path, monkeypatch, *overrides: str, recipe: str = "recipe.yaml")
     return load_resolved(recipe, overrides)
 
 
-def test_defaults_follow_from_the_model_and_the_lengths(ground, monkeypatch):
+def test_window_and_factor_follow_from_the_model_and_the_lengths(ground, monkeypatch):
     recipe = load(ground, monkeypatch)
     assert recipe.context.original == 64
     assert recipe.context.rope.factor == 4.0
@@ -195,16 +195,16 @@ def test_defaults_follow_from_the_model_and_the_lengths(ground, monkeypatch):
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [(512, 1), (513, 2), (10_000, 20)])
-def test_tokens_become_steps_of_whole_batches(ground, monkeypatch, tokens, steps):
+def test_token_budget_becomes_steps_of_whole_batches(ground, monkeypatch, tokens, steps):
     assert load(ground, monkeypatch, f"train.tokens={tokens}").train.steps == steps
 
 
-def test_of_steps_and_tokens_the_last_override_holds(ground, monkeypatch):
+def test_last_override_of_steps_and_tokens_holds(ground, monkeypatch):
     recipe = load(ground, monkeypatch, "train.tokens=5120000", "train.steps=7")
     assert (recipe.train.steps, recipe.train.tokens) == (7, None)
 
 
-def test_inherited_recipe_holds_where_nothing_else_is_said(place, monkeypatch):
+def test_inherited_recipe_holds_where_a_recipe_does_not_differ(place, monkeypatch):
     (place / "deeper").mkdir()
     (place / "deeper/twin.yaml").write_text("inherit: ../recipe.yaml\ncontext: {target: 512}\ntrain: {tokens: 1024}\n")
     (place / "deeper/again.yaml").write_text("inherit: twin.yaml\ncontext: {prompts: [EP_2, EP_3]}\n")
@@ -245,6 +245,6 @@ def test_async_is_one_key_in_yaml_override_and_dict(place, monkeypatch, written)
         ("a-checkpoints", None),
     ],
 )
-def test_run_directory_holds_the_checkpoints(ground, monkeypatch, directory, run):
+def test_run_directory_is_found_from_checkpoint_dir(ground, monkeypatch, directory, run):
     recipe = load(ground, monkeypatch, f"checkpoint.dir={directory}")
     assert recipe.run_dir == Path(run or directory)

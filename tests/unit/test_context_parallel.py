@@ -41,7 +41,7 @@ def gathered(shares: list[torch.Tensor], dim: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("method", MAPS)
-def test_shares_gathered_are_the_whole_sample(method, size):
+def test_zigzag_shares_gathered_are_the_complete_sample(method, size):
     whole = batch(method)
     assert set(whole) == set(KEYS)
     for key, value in whole.items():
@@ -51,7 +51,7 @@ def test_shares_gathered_are_the_whole_sample(method, size):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("method", ["end_prompt", "end_prompt_random", "pose"])
-def test_phases_come_from_the_sliced_positions(hf, method, rope, size):
+def test_rotary_angles_come_from_the_sliced_positions(hf, method, rope, size):
     config = read_json(hf / "config.json", "config")
     scaled = scaled_config(config, rope, TARGET / 64, 64, TARGET, "test")
     rotary = PositionRotary(transformers_config(scaled), head_dim=16)
@@ -60,11 +60,11 @@ def test_phases_come_from_the_sliced_positions(hf, method, rope, size):
     for rank in range(size):
         rotary.position_ids = zigzag_slice(positions, rank, size, dim=1)
         shares.append(rotary(PHYSICAL))
-    assert torch.equal(gathered(shares, 0), rotary.phases(positions))  # [s, b, 1, d] float32
+    assert torch.equal(gathered(shares, 0), rotary.rotary_angles(positions))  # [s, b, 1, d] float32
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_weighted_loss_is_the_sum_of_the_shares(size):
+def test_weighted_loss_is_the_sum_over_zigzag_shares(size):
     """The loss is normalised over all ranks: parts divided by the whole weight add up to it."""
     whole = batch("end_prompt")
     losses = torch.rand(whole["tokens"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -10,6 +10,7 @@ from small import run_tool, small_llama, small_tokenizer
 
 from endprompt_megatron.checkpoint import layout
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
+from endprompt_megatron.common.files import checksums_of
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.hf_weights import HfWeights
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf, parse_size
@@ -67,7 +68,7 @@ def assert_same_weights(left: Path, right: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_round_trip_is_bit_exact(tmp_path, shape):
+def test_conversion_there_and_back_is_bit_exact(tmp_path, shape):
     hf = small_llama(tmp_path / "hf", **SHAPES[shape])
     convert_hf_to_megatron(hf, tmp_path / "megatron")
     convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
@@ -82,7 +83,7 @@ def test_round_trip_is_bit_exact(tmp_path, shape):
         assert (hf / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
 
 
-def test_exported_model_loads_in_transformers_and_says_the_same(tmp_path):
+def test_an_exported_model_loads_in_transformers_with_the_same_logits(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hf = small_llama(tmp_path / "hf", vocab_size=321, dtype="bfloat16")
@@ -114,7 +115,7 @@ def test_shards_and_index_equal_those_of_transformers(tmp_path):
         assert (sharded / name).read_bytes().strip() == (tmp_path / "back" / name).read_bytes().strip(), name
 
 
-def test_cast_only_when_asked(tmp_path):
+def test_conversion_casts_only_when_a_dtype_is_given(tmp_path):
     hf = small_llama(tmp_path / "hf")
     convert_hf_to_megatron(hf, tmp_path / "megatron", dtype="bf16")
     convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
@@ -129,7 +130,7 @@ def test_cast_only_when_asked(tmp_path):
             assert torch.equal(tensor.to(torch.float32), source[name].to(torch.bfloat16).to(torch.float32)), name
 
 
-def test_old_buffers_and_a_tied_duplicate_are_ignored(tmp_path):
+def test_rotary_buffers_and_a_copy_of_tied_embeddings_are_ignored(tmp_path):
     from safetensors.torch import save_file
 
     hf = small_llama(tmp_path / "hf", tie_word_embeddings=True)
@@ -145,7 +146,7 @@ def test_old_buffers_and_a_tied_duplicate_are_ignored(tmp_path):
     assert exported.keys() == tensors.keys()
 
 
-def test_map_by_an_independent_computation(tmp_path):
+def test_the_map_of_weights_equals_an_independent_computation(tmp_path):
     """Group by group, the way Megatron's attention and gated MLP take their weights apart."""
     hf = small_llama(tmp_path / "hf", head_dim=24)
     convert_hf_to_megatron(hf, tmp_path / "megatron")
@@ -166,13 +167,14 @@ def test_map_by_an_independent_computation(tmp_path):
         assert torch.equal(fc1[layer], torch.cat([gate, up]))
 
 
-def test_table_names_every_weight_once(tmp_path):
+def test_the_map_of_weights_names_each_of_a_model_once(tmp_path):
     hf = small_llama(tmp_path / "hf")
     shape = read_shape(hf)
-    pieces = list(mapping.pieces(shape))
-    assert [name for piece in pieces for name, _ in piece.hf] == list(dict.fromkeys(n for p in pieces for n, _ in p.hf))
-    assert {name for piece in pieces for name, _ in piece.hf} == HfWeights(hf).entries.keys()
-    assert sum(piece.elements for piece in pieces) == shape.parameters
+    mapped = list(mapping.mapped_tensors(shape))
+    names = [name for tensor in mapped for name, _ in tensor.hf]
+    assert names == list(dict.fromkeys(names))
+    assert set(names) == HfWeights(hf).tensors.keys()
+    assert sum(tensor.elements for tensor in mapped) == shape.parameters
 
 
 def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_path):
@@ -186,7 +188,7 @@ def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_pat
 
     def add(key, tensor):
         sizes = tuple(tensor.shape)
-        stored.append(data_files.Stored(key, sizes, (0,) * len(sizes), sizes, tensor.dtype, lambda: tensor))
+        stored.append(data_files.Shard(key, sizes, (0,) * len(sizes), sizes, tensor.dtype, lambda: tensor))
 
     for key in first.tensors:
         tensor = first.read(key, (0,) * len(first.shape(key)), first.shape(key), torch.bfloat16)
@@ -204,7 +206,14 @@ def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_pat
         "train": {"tokens": 1_000_000_000, "steps": None},
     }
     layout.write_manifest(
-        target, step=30, consumed_samples=1920, recipe=recipe, vocab_size=321, dtype="bfloat16", source="hf"
+        target,
+        step=30,
+        consumed_samples=1920,
+        recipe=recipe,
+        vocab_size=321,
+        dtype="bfloat16",
+        source="hf",
+        files=checksums_of(target, []),
     )
     (tmp_path / "run/iter_0000040").mkdir()  # a save that was cut off
     assert layout.complete_iterations(tmp_path / "run") == [30]
@@ -219,7 +228,7 @@ def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_pat
     assert "Steps asked for" not in card
 
 
-def test_format_marker_is_megatrons():
+def test_metadata_json_names_megatrons_format():
     from dataclasses import asdict
 
     from megatron.core.dist_checkpointing.core import CheckpointingConfig
@@ -230,7 +239,7 @@ def test_format_marker_is_megatrons():
     assert asdict(CheckpointingConfig("torch_dist", 1)).items() <= FORMAT.items()
 
 
-def test_tools_say_what_they_wrote(tmp_path):
+def test_conversion_tools_print_what_they_wrote(tmp_path):
     hf = small_llama(tmp_path / "hf")
     there = run_tool("convert_hf_to_megatron", "--hf", hf, "--out", tmp_path / "megatron")
     back = run_tool("convert_megatron_to_hf", "--megatron", tmp_path / "megatron/iter_0000000", "--out", tmp_path / "b")
@@ -243,5 +252,5 @@ def test_tools_say_what_they_wrote(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 kb", 1500), ("2GiB", 2**31), ("77", 77)])
-def test_shard_sizes(text, size):
+def test_max_shard_size_takes_units(text, size):
     assert parse_size(text) == size

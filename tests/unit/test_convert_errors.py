@@ -135,7 +135,7 @@ TO_MEGATRON = {
 
 
 @pytest.mark.parametrize("case", TO_MEGATRON)
-def test_hf_to_megatron_refuses(place, capsys, monkeypatch, case):
+def test_conversion_to_megatron_refuses_bad_input(place, capsys, monkeypatch, case):
     directory, damage, needles = TO_MEGATRON[case]
     damage(place / directory)
     result = call(capsys, monkeypatch, "convert_hf_to_megatron", "--hf", place / directory, "--out", place / "out")
@@ -196,7 +196,7 @@ TO_HF = {
 
 
 @pytest.mark.parametrize("case", TO_HF)
-def test_megatron_to_hf_refuses(place, capsys, monkeypatch, case):
+def test_conversion_to_hugging_face_refuses_bad_input(place, capsys, monkeypatch, case):
     options, damage, needles = TO_HF[case]
     damage(place)
     monkeypatch.chdir(place)
@@ -211,7 +211,7 @@ TOOLS = {"convert_hf_to_megatron": ("--hf", "hf"), "convert_megatron_to_hf": ("-
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_out_that_exists_is_left_alone(place, capsys, monkeypatch, tool):
+def test_conversion_leaves_an_existing_output_alone(place, capsys, monkeypatch, tool):
     flag, source = TOOLS[tool]
     (place / "out").mkdir()
     (place / "out/mine").write_text("kept")
@@ -221,7 +221,7 @@ def test_out_that_exists_is_left_alone(place, capsys, monkeypatch, tool):
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_out_below_a_file(place, capsys, monkeypatch, tool):
+def test_conversion_refuses_an_output_below_a_file(place, capsys, monkeypatch, tool):
     flag, source = TOOLS[tool]
     (place / "file").write_text("")
     result = call(capsys, monkeypatch, tool, flag, place / source, "--out", place / "file/out")
@@ -236,7 +236,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("told", [True, False], ids=["before", "while-writing"])
 @pytest.mark.parametrize("tool", TOOLS)
-def test_full_disk(originals, small_disk, capsys, monkeypatch, tool, told):
+def test_conversion_to_a_full_disk_is_one_line(originals, small_disk, capsys, monkeypatch, tool, told):
     if not told:  # as on disks where the free space is not what one user may take
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
     flag, source = TOOLS[tool]
@@ -245,7 +245,7 @@ def test_full_disk(originals, small_disk, capsys, monkeypatch, tool, told):
     assert list(small_disk.iterdir()) == []
 
 
-def test_command_line_gives_one_line_and_exit_code_2(tmp_path):
+def test_conversion_tool_gives_one_line_and_exit_code_2(tmp_path):
     result = run_tool("convert_hf_to_megatron", "--hf", tmp_path / "nowhere", "--out", tmp_path / "out")
     assert_one_line_error(result, "nowhere")
 

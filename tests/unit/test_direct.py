@@ -14,6 +14,7 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource, weights_at
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
+from endprompt_megatron.model.families import LLAMA_ROWS
 from endprompt_megatron.model.shape import read_shape
 
 
@@ -26,26 +27,26 @@ def both(tmp_path_factory):
     return HfSource(hf), Checkpoint(place / "megatron/iter_0000000")
 
 
-@pytest.mark.parametrize("row", mapping.ROWS, ids=lambda row: row.megatron)
-def test_any_box_of_any_tensor_is_the_converted_one(both, row):
+@pytest.mark.parametrize("row", LLAMA_ROWS, ids=lambda row: row.megatron)
+def test_any_shard_read_from_hugging_face_equals_the_converted_one(both, row):
     direct, converted = both
     whole = converted.shape(row.megatron)
 
     @settings(max_examples=40, deadline=None)
     @given(st.data())
-    def boxes(data):
+    def compare_shards(data):
         begin = tuple(data.draw(st.integers(0, size - 1)) for size in whole)
         size = tuple(data.draw(st.integers(1, n - first)) for n, first in zip(whole, begin, strict=True))
         value = direct.read(row.megatron, begin, size, torch.float32)
         assert torch.equal(value, converted.read(row.megatron, begin, size, torch.float32))
 
-    boxes()
+    compare_shards()
     everything = direct.read(row.megatron, (0,) * len(whole), whole, torch.bfloat16)
     assert everything.numel() == math.prod(whole)
     assert everything.dtype == torch.bfloat16
 
 
-def test_vocabulary_beyond_the_models_is_zero(both):
+def test_rows_beyond_the_vocabulary_are_read_as_zero(both):
     direct, _ = both
     rows = direct.read(mapping.OUTPUT, (200, 0), (200, 96), torch.float32, zero_outside=True).numpy()
     assert np.all(rows[121:] == 0)
@@ -64,7 +65,7 @@ def test_vocabulary_beyond_the_models_is_zero(both):
         ("no", "no such"),
     ],
 )
-def test_what_can_be_started_from(tmp_path, directory, needle):
+def test_weights_to_start_from_are_found_in_both_formats_or_refused(tmp_path, directory, needle):
     hf = small_llama(tmp_path / "hf")
     convert_hf_to_megatron(hf, tmp_path / "megatron")
     if needle is None:
@@ -75,13 +76,13 @@ def test_what_can_be_started_from(tmp_path, directory, needle):
         weights_at(tmp_path / directory, read_shape(hf), "model.init_from")
 
 
-def test_another_model_is_refused(tmp_path):
+def test_weights_of_another_model_are_refused(tmp_path):
     small, large = small_llama(tmp_path / "hf"), small_llama(tmp_path / "larger", num_hidden_layers=5)
     with pytest.raises(InputError, match=r"larger holds another model: num_layers=5, model.hf has 4"):
         weights_at(large, read_shape(small), "model.init_from")
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path):
+def test_a_tensor_in_two_weight_files_is_refused(tmp_path):
     import json
 
     from safetensors.torch import load_file, save_file

@@ -68,19 +68,19 @@ def test_jumped_positions_see_the_context_and_not_the_packed_sequence_trap(engin
     assert not torch.allclose(cut_off, reference_logits(engine.model, tokens, positions), atol=1e-2)
 
 
-@pytest.mark.parametrize("piece", [1, 7, 32, 89])
+@pytest.mark.parametrize("chunk", [1, 7, 32, 89])
 @pytest.mark.parametrize("jump", [False, True], ids=["natural", "jumped"])
-def test_reading_in_pieces_equals_reading_whole(model_dir, engine, piece, jump):
+def test_reading_an_input_in_chunks_equals_reading_it_whole(model_dir, engine, chunk, jump):
     tokens = random_tokens(2, 90)
     positions = natural(tokens)
     if jump:
         positions[:, 60:] += 1000
-    pieces = TransformersEngine(model_dir, "cpu", dtype="float32", whole=0, piece=piece)
-    losses, correct = pieces.token_losses(tokens, positions)
+    chunks = TransformersEngine(model_dir, "cpu", dtype="float32", whole=0, chunk=chunk)
+    losses, correct = chunks.token_losses(tokens, positions)
     whole, whole_correct = engine.token_losses(tokens, positions)
     np.testing.assert_allclose(losses, whole, rtol=1e-5, atol=1e-5)
     assert (correct == whole_correct).all()
-    np.testing.assert_allclose(pieces.token_losses(tokens, positions, last=40)[0], whole[:, -40:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(chunks.token_losses(tokens, positions, last=40)[0], whole[:, -40:], rtol=1e-5, atol=1e-5)
 
 
 def test_scoring_only_the_last_tokens_gives_the_same_losses(engine):
@@ -94,16 +94,16 @@ def test_scoring_only_the_last_tokens_gives_the_same_losses(engine):
 
 def test_dynamic_rope_does_not_depend_on_what_was_read_before(tmp_path):
     directory = small.small_llama(tmp_path / "model", rope_parameters=DYNAMIC)
-    engine = TransformersEngine(directory, "cpu", dtype="float32", whole=16, piece=16)
+    engine = TransformersEngine(directory, "cpu", dtype="float32", whole=16, chunk=16)
     middle, long = random_tokens(1, 100), random_tokens(1, 300)
     before, _ = engine.token_losses(middle)
     engine.token_losses(long)
     np.testing.assert_array_equal(before, engine.token_losses(middle)[0])
 
 
-@pytest.mark.parametrize("whole", [0, 4096], ids=["pieces", "whole"])
+@pytest.mark.parametrize("whole", [0, 4096], ids=["chunks", "whole"])
 def test_greedy_answers_and_their_scores_equal_repeated_full_forwards(model_dir, whole):
-    engine = TransformersEngine(model_dir, "cpu", dtype="float32", whole=whole, piece=16)
+    engine = TransformersEngine(model_dir, "cpu", dtype="float32", whole=whole, chunk=16)
     engine.end_ids = set()
     prompt, expected = random_tokens(1, 50)[0].tolist(), [7, 8, 9]
     answer = engine.answer(prompt, expected, 6)

@@ -13,8 +13,8 @@ from endprompt_megatron.evaluate import held_out_text
 from endprompt_megatron.evaluate.engines.transformers_engine import TransformersEngine
 from endprompt_megatron.evaluate.evaluation import evaluate
 from endprompt_megatron.evaluate.preparation import Model
-from endprompt_megatron.evaluate.requests import answered
-from endprompt_megatron.evaluate.settings import Settings
+from endprompt_megatron.evaluate.registry import Settings
+from endprompt_megatron.evaluate.requests import responses
 from endprompt_megatron.evaluate.suites import needle, perplexity, virtual
 from endprompt_megatron.method import virtual_probe
 from endprompt_megatron.tokenizer import load_tokenizer
@@ -33,7 +33,9 @@ class CountingEngine:
 
 def test_perplexity_scores_the_same_tokens_at_every_length_and_every_token_once_by_position():
     rows = np.stack([np.arange(100), np.arange(100) + 2])
-    result = perplexity.perplexity(CountingEngine(), rows, [20, 50, 100], scored=10)
+    result = perplexity.result(
+        responses(CountingEngine(), perplexity.requests_by_length(rows, [20, 50, 100], scored=10))
+    )
     for entry in result["by_length"]:
         assert entry["windows"] == [94.5, 96.5]  # mean of 90..99, and 2 more
         assert entry["loss"] == 95.5
@@ -55,7 +57,7 @@ def test_windows_do_not_overlap_and_short_texts_are_refused():
         assert (np.diff(rows, axis=1) == 1).all()
         assert (np.diff(rows[:, 0]) >= length).all()
         assert rows[0, 0] >= 0
-    with pytest.raises(InputError, match="--lengths 1001: the held-out text has 1000 tokens"):
+    with pytest.raises(InputError, match="--lengths 1001: the held-out text has only 1000 tokens"):
         held_out_text.windows(tokens, 1001, 1)
     with pytest.raises(InputError, match=r"--windows 4: .* use --windows 3"):
         held_out_text.windows(tokens, 300, 4)
@@ -95,7 +97,7 @@ class Answering:
 
 
 def ask_needle(engine, tokenizer, lengths, **options):
-    return needle.result(answered(engine, needle.items(tokenizer, lengths, **options)))
+    return needle.result(responses(engine, needle.passkey_requests(tokenizer, lengths, **options)))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_passkey_counts_exact_digits_and_repeats_by_seed(model_dir, form, correc
         assert (cell["accuracy"], cell["recall"], cell["logprob"]) == (correct, 1.0, -0.5)
 
 
-def test_passkey_too_short_names_the_least_length(model_dir):
+def test_a_length_too_short_for_a_passkey_is_refused_with_the_minimum(model_dir):
     tokenizer = load_tokenizer(model_dir)
     with pytest.raises(InputError, match=r"--lengths 50: .* use (\d+) or more") as caught:
         ask_needle(Answering(tokenizer, ""), tokenizer, [50])
@@ -186,7 +188,7 @@ def in_transformers(model):
     return TransformersEngine(model.weights, "cpu", dtype="float32")
 
 
-def test_tool_measures_two_models_and_repeats_exactly(tmp_path, model_dir, book):
+def test_evaluate_tool_measures_two_models_and_repeats_exactly(tmp_path, model_dir, book):
     base = small.small_llama(tmp_path / "base", seed=1)
     arguments = ["--hf", model_dir, "--baseline", base, "--lengths", "300,600", "--scored", 64, "--text", book]
     arguments += ["--physical", 32, "--distances", "32,64,128", "--depths", "0.5", "--dtype", "float32"]
@@ -265,10 +267,16 @@ BAD = {
     "stride": ({"--stride": "64"}, "--stride 64: should be below the window of 64"),
     "megatron": ({"--hf": None, "--engine": "megatron", "--megatron": "{tmp}/none"}, "none: no such directory"),
     "both": ({"--megatron": "{tmp}/none", "--engine": "megatron"}, "--hf: give it, or --megatron RUN/checkpoints"),
-    "megatron in transformers": ({"--hf": None, "--megatron": "{tmp}"}, "is read by --engine megatron"),
-    "iteration": ({"--iteration": "3"}, "--iteration 3: is of --megatron, which is not given"),
+    "megatron in transformers": ({"--hf": None, "--megatron": "{tmp}"}, "needs --engine megatron"),
+    "iteration": ({"--iteration": "3"}, "--iteration 3: applies only to --megatron, which is not given"),
     "pipeline": ({"--pipeline": "0"}, "--pipeline 0: should be at least 1"),
     "ruler samples": ({"--ruler-samples": "0"}, "--ruler-samples 0: should be at least 1"),
+    "ruler template": (
+        {"--suite": "perplexity,ruler", "--ruler-template": "llama"},
+        "--ruler-template llama: unknown; use chat",
+    ),
+    "ruler template without ruler": ({"--ruler-template": "Phi3"}, "--ruler-template Phi3: applies only to the ruler"),
+    "longbench-e without longbench": ({"--longbench-e": True}, "--longbench-e: applies only to the longbench suite"),
     "distances": ({"--distances": "16"}, "--distances 16: below the probe's 32 tokens"),
 }
 
@@ -286,7 +294,7 @@ def places(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gives_one_line(case, places, model_dir, book, monkeypatch, capsys):
+def test_evaluate_tool_refuses_bad_input_in_one_line(case, places, model_dir, book, monkeypatch, capsys):
     import runpy
     import sys
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 from small import assert_one_line_error, run_tool, small_llama
 
-from endprompt_megatron.convert.describe_checkpoint import damaged_files, inspect
+from endprompt_megatron.convert.describe_checkpoint import damage_of, inspect
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
 
@@ -18,7 +18,7 @@ def place(tmp_path):
     return tmp_path
 
 
-def test_both_sides_hold_the_same_number_of_bytes(place):
+def test_inspection_counts_the_same_bytes_on_both_sides(place):
     tensors = load_file(place / "hf/model.safetensors")
     hf, megatron = inspect(place / "hf"), inspect(place / "megatron")
     assert {tensor.name: tensor.shape for tensor in hf.tensors} == {n: tuple(t.shape) for n, t in tensors.items()}
@@ -33,7 +33,7 @@ def test_both_sides_hold_the_same_number_of_bytes(place):
     assert hf.training == {}
 
 
-def test_page_and_json(place):
+def test_inspection_prints_a_page_or_json(place):
     page = run_tool("inspect_checkpoint", place / "megatron", "--tensors", "--check")
     assert page.returncode == 0, page.stderr
     assert "4 of 16, 2 for keys and values" in page.stdout
@@ -44,10 +44,10 @@ def test_page_and_json(place):
     assert found["files"]["__0_0.distcp"] == (place / "megatron/iter_0000000/__0_0.distcp").stat().st_size
 
 
-def test_every_kind_of_damage_is_named(place):
+def test_inspection_names_every_kind_of_damage(place):
     directory = place / "megatron/iter_0000000"
     contents = inspect(directory)
-    assert damaged_files(contents) == []
+    assert damage_of(contents) == []
     data = bytearray((directory / "__0_0.distcp").read_bytes())
     data[len(data) // 2] ^= 1
     (directory / "__0_0.distcp").write_bytes(data)
@@ -60,5 +60,5 @@ def test_every_kind_of_damage_is_named(place):
 
 
 @pytest.mark.parametrize(("path", "needle"), [("nowhere", "no such directory"), (".", "holds no complete checkpoint")])
-def test_what_is_no_checkpoint_is_one_line(place, path, needle):
+def test_inspection_of_no_checkpoint_is_one_line(place, path, needle):
     assert_one_line_error(run_tool("inspect_checkpoint", place / path), needle)

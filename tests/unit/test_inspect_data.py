@@ -130,7 +130,9 @@ def test_inspect_data_shows_samples_sources_and_a_picture(place, tmp_path):
 
     with Image.open(tmp_path / "rows.png") as picture:
         assert picture.width > 1000
-        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+        colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+        assert len(np.unique(colours, axis=0)) > 50
+        assert (colours == (0xEE, 0xF3, 0xF9)).all(1).sum() > 1000  # the model's own window, of its config.json
     assert not (place / "run").exists()  # a look leaves nothing behind
     as_json = run_tool("inspect_data", place / "recipe.yaml", "--json", "--start", 3, "--samples", 4)
     looked = json.loads(as_json.stdout)

@@ -15,10 +15,10 @@ from endprompt_megatron.evaluate.suites.longbench import (
     chat_wrapper,
     check,
     default_max_length,
-    longbench_summary,
-    questions,
+    samples,
     score,
     sources,
+    summary,
 )
 from endprompt_megatron.evaluate.suites.longbench.longbench_prompts import cut_middle, is_published
 from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import (
@@ -98,14 +98,14 @@ def test_the_paper_mean_follows_from_its_groups():
 
 
 @pytest.mark.parametrize(("window", "length"), [(4096, 3500), (8192, 7500), (16384, 15500), (32768, 31500)])
-def test_prompts_leave_the_room_that_the_original_leaves(window, length):
+def test_longbench_prompts_leave_as_many_tokens_as_the_original(window, length):
     assert default_max_length(window) == length
 
 
 @pytest.mark.parametrize("which", ["directory", "bos_directory"])
 @pytest.mark.parametrize("max_length", [100_000, 301, 120])
 @pytest.mark.parametrize("wrapper", [None, "[INST]{prompt}[/INST]"])
-def test_prompts_are_those_of_the_original(which, max_length, wrapper, request):
+def test_longbench_prompts_equal_the_originals(which, max_length, wrapper, request):
     from transformers import AutoTokenizer
 
     directory = request.getfixturevalue(which)
@@ -113,7 +113,7 @@ def test_prompts_are_those_of_the_original(which, max_length, wrapper, request):
     settings = LongBenchSettings(data=RECORDS, max_length=max_length, chat=wrapper)
     templates = json.loads((RECORDS / "config" / "dataset2prompt.json").read_text())
     asked = 0
-    for question in questions(settings, load_tokenizer(directory)):
+    for question in samples(settings, load_tokenizer(directory)):
         lines = (RECORDS / "data" / f"{question.task}.jsonl").read_text().splitlines()
         record = json.loads(lines[question.number])
         few_shot_or_code = question.task in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
@@ -126,7 +126,7 @@ def test_prompts_are_those_of_the_original(which, max_length, wrapper, request):
     assert asked == 42
 
 
-def test_both_ends_of_a_cut_prompt_stay(directory):
+def test_a_longbench_prompt_cut_in_the_middle_keeps_both_ends(directory):
     tokenizer = load_tokenizer(directory)
     text = "The beginning stays. " + "the middle goes " * 200 + "and so does the end."
     short, cut = cut_middle(tokenizer, text, 60)
@@ -155,38 +155,38 @@ def test_directory_and_archive_give_the_same_questions(directory, tmp_path):
             file.write(path, f"data/{path.name}")
     shutil.copy(RECORDS / "config" / "dataset2prompt.json", tmp_path)
     tokenizer = load_tokenizer(directory)
-    expected = list(questions(SETTINGS, tokenizer))
-    assert list(questions(replace(SETTINGS, data=archive), tokenizer)) == expected
+    expected = list(samples(SETTINGS, tokenizer))
+    assert list(samples(replace(SETTINGS, data=archive), tokenizer)) == expected
     prompts = RECORDS / "config" / "dataset2prompt.json"
     plain = replace(SETTINGS, data=RECORDS / "data", prompts=prompts)
-    assert list(questions(plain, tokenizer)) == expected
+    assert list(samples(plain, tokenizer)) == expected
     assert [(q.suite, q.task, q.length, q.number) for q in expected] == [
         ("longbench", name, 100_000, number) for name in TASKS for number in (0, 1)
     ]
 
 
-def test_limit_and_tasks_leave_the_rest_out(directory):
+def test_longbench_limit_and_tasks_select_questions(directory):
     settings = replace(SETTINGS, tasks=("trec", "qasper"), limit=1)
-    asked = list(questions(settings, load_tokenizer(directory)))
+    asked = list(samples(settings, load_tokenizer(directory)))
     assert [(question.task, question.number) for question in asked] == [("qasper", 0), ("trec", 0)]
     assert check(settings) == {"qasper": 1, "trec": 1}
     assert check(SETTINGS) == dict.fromkeys(TASKS, 2)
 
 
 def test_a_perfect_model_scores_100_and_a_silent_one_0_on_every_task(directory):
-    asked = list(questions(SETTINGS, load_tokenizer(directory)))
-    perfect = longbench_summary([(question, score(question, question.references[0])) for question in asked])
+    asked = list(samples(SETTINGS, load_tokenizer(directory)))
+    perfect = summary([(question, score(question, question.references[0])) for question in asked])
     assert {name: entry["score"] for name, entry in perfect["tasks"].items()} == dict.fromkeys(TASKS, 100.0)
     assert perfect["mean_16"]["score"] == pytest.approx(100)
     assert perfect["mean_21"]["score"] == pytest.approx(100)
-    silent = longbench_summary([(question, score(question, "")) for question in asked])
+    silent = summary([(question, score(question, "")) for question in asked])
     assert {name: entry["score"] for name, entry in silent["tasks"].items()} == dict.fromkeys(TASKS, 0.0)
     assert silent["mean_16"]["score"] == silent["mean_21"]["score"] == 0
     assert all(group["all"]["score"] == 0 for group in silent["groups"].values())
 
 
 def test_few_shot_answers_end_with_their_line_and_others_do_not(directory):
-    for question in questions(SETTINGS, load_tokenizer(directory)):
+    for question in samples(SETTINGS, load_tokenizer(directory)):
         answer = question.references[0]
         if question.task in ("trec", "triviaqa", "samsum", "lsht"):
             assert score(question, f"\n\n{answer}\nDialogue: {' '.join(map(str, range(50)))}") > 0.99
@@ -195,9 +195,9 @@ def test_few_shot_answers_end_with_their_line_and_others_do_not(directory):
 
 
 def test_means_weigh_tasks_alike_and_say_what_they_lack(directory):
-    asked = [question for question in questions(SETTINGS, load_tokenizer(directory)) if question.task != "trec"]
+    asked = [question for question in samples(SETTINGS, load_tokenizer(directory)) if question.task != "trec"]
     values = {name: index / 40 for index, name in enumerate(TASKS)}
-    table = longbench_summary([(question, "an answer", values[question.task]) for question in asked])
+    table = summary([(question, "an answer", values[question.task]) for question in asked])
     english = [100 * values[name] for name in NOT_CHINESE if name != "trec"]
     assert table["mean_16"]["score"] == pytest.approx(sum(english) / 15)
     assert table["mean_16"]["missing"] == table["mean_21"]["missing"] == table["missing"] == ["trec"]
@@ -209,34 +209,34 @@ def test_means_weigh_tasks_alike_and_say_what_they_lack(directory):
     assert few_shot["not_chinese"]["missing"] == ["trec"]
 
 
-def test_a_mean_over_everything_is_complete(directory):
-    one = {question.task: question for question in questions(replace(SETTINGS, limit=1), load_tokenizer(directory))}
+def test_a_longbench_mean_over_all_tasks_is_complete(directory):
+    one = {question.task: question for question in samples(replace(SETTINGS, limit=1), load_tokenizer(directory))}
     scored = [(one[name], 0.5) for name, task in TASKS.items() for _ in range(task.size)]
-    table = longbench_summary(scored)
+    table = summary(scored)
     for mean in (table["mean_16"], table["mean_21"], *table["groups"]["code"].values()):
         assert mean == {"score": 50.0, "complete": True, "missing": [], "short": []}
 
 
-def test_nothing_asked_gives_no_mean():
-    assert longbench_summary([])["mean_16"]["score"] is None
-    assert longbench_summary([])["missing"] == list(TASKS)
+def test_longbench_has_no_mean_of_no_scores():
+    assert summary([])["mean_16"]["score"] is None
+    assert summary([])["missing"] == list(TASKS)
 
 
 def test_own_prompts_are_not_passed_off_as_the_published_ones(directory):
-    asked = list(questions(replace(SETTINGS, tasks=("lcc", "trec")), load_tokenizer(directory)))
-    assert longbench_summary([(question, 1.0) for question in asked])["prompts"] == "not the published ones: lcc, trec"
+    asked = list(samples(replace(SETTINGS, tasks=("lcc", "trec")), load_tokenizer(directory)))
+    assert summary([(question, 1.0) for question in asked])["prompts"] == "not the published ones: lcc, trec"
     published = [replace(question, extra={**question.extra, "published_prompt": True}) for question in asked]
-    assert longbench_summary([(question, 1.0) for question in published])["prompts"] == "published"
+    assert summary([(question, 1.0) for question in published])["prompts"] == "published"
     assert not is_published(TASKS["lcc"], "{context}")
     prompts = RECORDS / "config" / "dataset2prompt.json"
     assert sources(SETTINGS) == {"data": RECORDS, "prompts": prompts, "published_prompts": False}
 
 
 def test_longbench_e_is_scored_by_length(extended, directory):
-    asked = list(questions(extended, load_tokenizer(directory)))
+    asked = list(samples(extended, load_tokenizer(directory)))
     assert len(asked) == 26
     assert {question.suite for question in asked} == {"longbench_e"}
-    table = longbench_summary([(question, 0.25 if question.number else 1.0) for question in asked])
+    table = summary([(question, 0.25 if question.number else 1.0) for question in asked])
     assert table["by_words"]["qasper"] == {"0-4k": 100.0, "4-8k": None, "8k+": 25.0}
     assert table["by_words"]["mean"] == {"0-4k": 100.0, "4-8k": None, "8k+": 25.0}
     assert table["tasks"]["qasper"]["score"] == 62.5
@@ -288,7 +288,7 @@ def test_a_damaged_record_is_named_before_the_first_question(what, packed, copy,
             for path in (copy / "data").iterdir():
                 archive.write(path, f"data/{path.name}")
     with pytest.raises(InputError) as caught:
-        questions(replace(SETTINGS, data=data), load_tokenizer(directory))
+        samples(replace(SETTINGS, data=data), load_tokenizer(directory))
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(str(data))
@@ -311,7 +311,7 @@ def test_missing_tasks_are_named_together(copy):
     assert check(replace(SETTINGS, data=copy, tasks=("qasper",))) == {"qasper": 2}
 
 
-def test_what_is_no_benchmark_is_refused(copy, tmp_path):
+def test_a_path_without_longbench_data_is_refused(copy, tmp_path):
     assert "no such file or directory" in refused(replace(SETTINGS, data=tmp_path / "nowhere"))
     (tmp_path / "data.zip").write_text("not a zip")
     assert "cannot be read as a zip archive" in refused(replace(SETTINGS, data=tmp_path / "data.zip"))
@@ -333,7 +333,7 @@ def test_an_archive_that_was_cut_or_damaged_is_refused(tmp_path):
     assert "cannot be read as a zip archive" in refused(settings)
 
 
-def test_prompt_texts_are_wanted_and_checked(copy):
+def test_longbench_prompt_texts_are_required_and_checked(copy):
     file = copy / "config" / "dataset2prompt.json"
     texts = json.loads(file.read_text())
     settings = replace(SETTINGS, data=copy)
@@ -358,7 +358,7 @@ def test_prompt_texts_are_wanted_and_checked(copy):
         ({"chat": "[INST]"}, "should hold {prompt} once"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(change, needle):
+def test_longbench_settings_that_cannot_be_used_are_refused(change, needle):
     assert needle in refused(replace(SETTINGS, **change))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from endprompt_megatron.evaluate.question import Question
+from endprompt_megatron.evaluate.suites.benchmark import Sample
 from endprompt_megatron.evaluate.suites.longbench import score
 from endprompt_megatron.evaluate.suites.longbench.longbench_metrics import METRICS
 from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import TASKS
@@ -15,18 +15,18 @@ CASES = json.loads((Path(__file__).resolve().parent.parent / "longbench" / "scor
 
 
 def scored(task: str, prediction: str, answers: list[str], classes: list[str] = ()) -> float:
-    question = Question("longbench", task, 0, 0, [], 1, answers, extra={"classes": list(classes)})
-    return score(question, prediction)
+    sample = Sample("longbench", task, 0, 0, [], 1, answers, extra={"classes": list(classes)})
+    return score(sample, prediction)
 
 
 @pytest.mark.parametrize("task", sorted({case["task"] for case in CASES}))
-def test_scores_are_the_originals_to_the_last_bit(task):
+def test_longbench_scores_equal_the_originals_to_the_last_bit(task):
     cases = [case for case in CASES if case["task"] == task]
     found = [scored(task, case["prediction"], case["answers"], case["classes"]) for case in cases]
     assert found == [case["score"] for case in cases]
 
 
-def test_every_metric_has_scores_of_the_original():
+def test_stored_original_scores_cover_every_longbench_metric():
     for metric in METRICS:
         scores = [case["score"] for case in CASES if TASKS[case["task"]].metric == metric]
         assert 0 in scores, metric
@@ -47,7 +47,7 @@ def test_rouge_is_0_where_the_originals_recursion_ends(task, deepest):
 
 @pytest.mark.parametrize("task", [name for name in TASKS if TASKS[name].metric != "code"])
 @pytest.mark.parametrize("prediction", ["", " ", "\n", "...", string.punctuation, "。，！？、", "the a an", "\u3000"])
-def test_answers_without_words_score_0(task, prediction):
+def test_longbench_scores_answers_without_words_0(task, prediction):
     reference = {"passage_retrieval_en": "Paragraph 3", "passage_retrieval_zh": "段落3", "passage_count": "3"}
     assert scored(task, prediction, [reference.get(task, "three sheep")], ["three sheep"]) == 0
 

@@ -27,7 +27,7 @@ def test_gradient_of_a_target_is_its_weight_over_the_total():
     torch.testing.assert_close(losses.grad, WEIGHTS / 11)
 
 
-def test_micro_batches_add_up_to_the_whole_batch_however_it_is_cut():
+def test_losses_of_micro_batches_add_up_to_that_of_the_batch_however_it_is_cut():
     total = WEIGHTS.sum(dtype=torch.float64)
     whole = weighted_loss(LOSSES, WEIGHTS, total)
     rows = sum(weighted_loss(LOSSES[i : i + 1], WEIGHTS[i : i + 1], total) for i in range(2))
@@ -42,20 +42,20 @@ def test_loss_in_bfloat16_is_summed_in_float32():
     assert weighted_loss(losses, torch.ones(1, 1000), torch.tensor(1000.0)).item() == 1.0
 
 
-def test_parts_are_unweighted_sums_and_counts_of_targets_that_count():
+def test_loss_parts_are_unweighted_sums_and_counts_of_targets_with_a_weight():
     parts = loss_parts(LOSSES, WEIGHTS, PROMPT)
     assert parts.tolist() == [1 + 2 + 3 + 4, 4, 8 + 6 + 10, 3]
     assert parts.dtype == torch.float64
     assert split_loss(parts) == (2.5, 8.0)
 
 
-def test_target_of_weight_zero_may_be_anything():
+def test_a_target_of_weight_zero_may_be_anything():
     losses = LOSSES.clone()
     losses[1, 3] = float("nan")
     assert loss_parts(losses, WEIGHTS, PROMPT).tolist() == [10, 4, 24, 3]
 
 
-def test_parts_without_targets():
+def test_loss_parts_without_targets_have_no_prompt_loss():
     context, prompt = split_loss(torch.tensor([6.0, 3.0, 0.0, 0.0]))
     assert (context, prompt) == (2.0, None)
     context, prompt = split_loss(torch.tensor([0.0, 0.0, 6.0, 3.0]))

@@ -62,7 +62,7 @@ def test_lcegs_ntk_has_one_base_at_full_length(name, target):
     assert attention_factor == 1.0
 
 
-def test_lcegs_yarn_by_the_formula():
+def test_lcegs_yarn_frequencies_follow_the_formula():
     """Turns r = L0 / wavelength: as they are above 32, interpolated below 1, a ramp between their dimensions."""
     inv_freq, attention_factor, base = trained("lceg_llama2_7b_32k_yarn")
     assert attention_factor == pytest.approx(0.1 * math.log(8) + 1)

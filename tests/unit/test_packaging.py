@@ -142,3 +142,21 @@ def test_make_alone_lists_every_command():
     assert result.returncode == 0, result.stderr
     for command in ("demo", "demo-control", "test", "lint", "clean"):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE), command
+
+
+@pytest.mark.parametrize(
+    ("module", "spared"),
+    [
+        ("convert.to_megatron", {"megatron.core", "transformers"}),
+        ("convert.to_hf", {"megatron.core", "transformers"}),
+        ("data.corpus.prepare", {"torch", "megatron.core", "transformers"}),
+        ("plan.plan_page", {"torch", "megatron.core", "transformers"}),
+        ("evaluate.evaluate_command", {"torch", "megatron.core", "transformers"}),
+        ("report.page", {"torch", "megatron.core", "transformers"}),
+    ],
+)
+def test_a_tools_module_spares_the_imports_it_does_not_need(module, spared):
+    """Each of these takes seconds to import, and worker processes pay for it again."""
+    code = f"import sys, endprompt_megatron.{module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert not spared & set(loaded.split())

@@ -10,7 +10,7 @@ from benchmarks.plan import PUBLISHED, predicted, published_tokens
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.model.flops import flops_per_token
-from endprompt_megatron.model.published_shapes import CONFIGS, published_config
+from endprompt_megatron.model.published_shapes import published_config, published_configs
 from endprompt_megatron.model.shape import shape_of
 from endprompt_megatron.plan.estimate import estimate
 from endprompt_megatron.plan.memory import layer_activations, memory, peak_in_flight
@@ -104,7 +104,7 @@ def test_a_step_of_few_micro_batches_holds_no_more_than_there_are():
 
 
 def test_recompute_trades_memory_for_time():
-    shape = shape_of(CONFIGS["llama-3-8b"], "llama")
+    shape = shape_of(published_config("llama-3-8b"), "llama")
     gpu = of_kind("h100").gpu
     none, some, full = (
         estimate(shape, layout(tensor=2, sequence=True, **keys), gpu, 8)
@@ -119,7 +119,7 @@ def test_recompute_trades_memory_for_time():
 
 
 def test_the_optimizer_is_shared_by_data_and_context_parallel_ranks():
-    shape = shape_of(CONFIGS["llama-3-8b"], "llama")
+    shape = shape_of(published_config("llama-3-8b"), "llama")
     alone, shared = (memory(shape, layout(context=c), gpus)[0] for c, gpus in ((1, 1), (2, 8)))
     assert alone.optimizer == 8 * shared.optimizer == shape.parameters * 12
     assert alone.weights == shared.weights
@@ -127,7 +127,7 @@ def test_the_optimizer_is_shared_by_data_and_context_parallel_ranks():
 
 
 def test_uneven_pipelines_give_the_ends_a_layer_less():
-    shape = shape_of(CONFIGS["llama-3.1-405b"], "llama")
+    shape = shape_of(published_config("llama-3.1-405b"), "llama")
     recipe = layout(tensor=8, pipeline=8, context=2, virtual_pipeline=8, count_embedding=True, count_loss=True)
     stages = memory(shape, recipe, 1024)
     assert [sum(stage.layers) for stage in stages] == [15, 16, 16, 16, 16, 16, 16, 15]
@@ -149,7 +149,7 @@ def test_uneven_pipelines_give_the_ends_a_layer_less():
     ],
 )
 def test_published_models_are_known_by_their_usual_names(name, model):
-    assert published_config(name) is CONFIGS[model]
+    assert published_config(name) == published_configs()[model]
 
 
 def test_other_names_are_not_taken_for_published_models():

@@ -168,9 +168,9 @@ def test_a_directory_that_is_there_is_read_and_not_looked_up(tmp_path):
     directory = tmp_path / "Meta-Llama-3-8B"
     directory.mkdir()
     assert_one_line_error(run_tool("plan", RECIPE, f"model.hf={directory}"), "config.json")
-    from endprompt_megatron.model.published_shapes import CONFIGS
+    from endprompt_megatron.model.published_shapes import published_config
 
-    (directory / "config.json").write_text(json.dumps(CONFIGS["llama-3.2-1b"]))
+    (directory / "config.json").write_text(json.dumps(published_config("llama-3.2-1b")))
     result = run_tool("plan", RECIPE, f"model.hf={directory}", "--json")
     shape = json.loads(result.stdout)["shape"]
     assert (shape["num_layers"], shape["published"]) == (16, False)

@@ -28,7 +28,7 @@ def drawn(length: int, document_len: int, index: int, seed: int) -> tuple[int, i
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 42, 2**32 - 1])
-def test_samples_are_the_published_ones_given_r1_r2_and_u(tmp_path, seed):
+def test_pose_samples_are_the_published_ones_given_r1_r2_and_u(tmp_path, seed):
     documents = write_dataset(tmp_path / "corpus", lengths=LENGTHS)
     dataset = train_set(
         tmp_path / "corpus",
@@ -57,7 +57,7 @@ def test_samples_are_the_published_ones_given_r1_r2_and_u(tmp_path, seed):
     assert seen == set(LENGTHS[:-1])
 
 
-def test_draws_have_the_published_distributions_and_do_not_hang_together():
+def test_pose_draws_have_the_published_distributions_and_are_independent():
     n, c, count = 60, WINDOW, 8000
     values = np.array([drawn(c, n, index, seed) for seed in range(40) for index in range(count // 40)]).T
     ranges = ((1, (c + 1) // 2), (c, n), (0, TARGET - c))

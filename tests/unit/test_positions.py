@@ -55,7 +55,7 @@ def brute_force_counts(positions: np.ndarray, target: int) -> np.ndarray:
 
 @settings(deadline=None, max_examples=300)
 @given(cases())
-def test_positions_are_strictly_increasing_inside_the_window_and_pure(case):
+def test_position_ids_are_strictly_increasing_inside_the_window_and_pure(case):
     method, a, b, target, keywords = case
     positions = position_ids(method, a, b, target, **keywords)
     assert positions.dtype == np.int64
@@ -69,7 +69,7 @@ def test_positions_are_strictly_increasing_inside_the_window_and_pure(case):
 
 @settings(deadline=None, max_examples=200)
 @given(cases(methods=WITH_PROMPT))
-def test_the_context_is_untouched_and_contiguous(case):
+def test_context_before_a_prompt_is_untouched_and_contiguous(case):
     method, a, b, target, keywords = case
     np.testing.assert_array_equal(position_ids(method, a, b, target, **keywords)[:a], np.arange(a))
 
@@ -91,7 +91,7 @@ def test_end_prompt_equals_the_formula_and_supervises_exactly_the_papers_distanc
 
 
 @pytest.mark.parametrize(("a", "b", "target"), [(8181, 11, 65536), (8174, 18, 65536), (8182, 10, 131072)])
-def test_the_published_setting_supervises_two_ranges_and_leaves_one_gap(a, b, target):
+def test_published_setting_supervises_two_ranges_and_leaves_one_gap(a, b, target):
     counts = distance_counts(position_ids("end_prompt", a, b, target), target)
     assert supervised_ranges(counts) == [(0, a - 1), (target - a - b + 1, target - 1)]
     assert gaps(counts) == [(a, target - a - b)]
@@ -102,7 +102,7 @@ def test_the_published_setting_supervises_two_ranges_and_leaves_one_gap(a, b, ta
 
 @settings(deadline=None, max_examples=300)
 @given(cases())
-def test_counts_equal_brute_force(case):
+def test_distance_counts_equal_brute_force(case):
     method, a, b, target, keywords = case
     positions = position_ids(method, a, b, target, **keywords)
     np.testing.assert_array_equal(distance_counts(positions, target), brute_force_counts(positions, target))
@@ -110,7 +110,7 @@ def test_counts_equal_brute_force(case):
 
 @settings(deadline=None, max_examples=50)
 @given(st.sets(st.integers(0, 99), min_size=1), st.sets(st.integers(0, 99), min_size=1))
-def test_counts_of_any_increasing_positions_equal_brute_force_and_add_up(first, second):
+def test_distance_counts_of_any_increasing_positions_equal_brute_force_and_add_up(first, second):
     arrays = [np.array(sorted(positions)) for positions in (first, second)]
     expected = sum(brute_force_counts(positions, 100) for positions in arrays)
     np.testing.assert_array_equal(counts_of_bends(sum(distance_bends(p, 100) for p in arrays)), expected)
@@ -197,7 +197,7 @@ def test_pose_with_two_chunks_follows_the_published_ranges():
 
 
 @pytest.mark.parametrize("method", ["end_prompt_random", "end_prompt_log", "end_prompt_pose", "pose"])
-def test_random_maps_depend_on_index_and_on_seed(method):
+def test_random_position_maps_depend_on_index_and_on_seed(method):
     a, b = (40, 0) if method == "pose" else (30, 10)
     draws = {
         (seed, index): tuple(position_ids(method, a, b, 4000, index=index, seed=seed))
@@ -207,20 +207,20 @@ def test_random_maps_depend_on_index_and_on_seed(method):
     assert len(draws) > 35
 
 
-def test_maps_without_chance_ignore_index_and_seed():
+def test_position_maps_without_chance_ignore_index_and_seed():
     for method in [name for name, position_map in MAPS.items() if not position_map.varies]:
         a, b = (50, 0) if method == "full" else (20, 0) if method == "short" else (20, 8)
         first = position_ids(method, a, b, 50, index=1, seed=1)
         np.testing.assert_array_equal(first, position_ids(method, a, b, 50, index=2, seed=9))
 
 
-def test_draws_stay_what_they_are():
+def test_random_position_ids_stay_what_they_are():
     """A changed draw changes every run that is resumed: these numbers may only move with a reason."""
     assert position_ids("end_prompt_random", 5, 3, 1000, index=3, seed=42)[5] == 206
     assert position_ids("pose", 8, 0, 1000, index=3, seed=42).tolist() == [0, 708, 709, 710, 711, 712, 713, 714]
 
 
-def test_segment_lengths():
+def test_context_shrinks_by_the_prompt():
     assert segment_lengths("end_prompt", 8192, 11, 65536) == (8181, 11)
     assert segment_lengths("end_prompt_pose", 100, 20, 1000) == (80, 20)
     assert segment_lengths("short", 8192, 11, 65536) == (8192, 0)
@@ -241,7 +241,7 @@ def test_segment_lengths():
         (("end_prompt_multi", 8, 6, 16), "not 4 copies"),
     ],
 )
-def test_what_cannot_be_placed_is_refused(arguments, message):
+def test_position_ids_refuse_what_cannot_be_placed(arguments, message):
     with pytest.raises(ValueError, match=message):
         position_ids(*arguments)
 
@@ -249,6 +249,6 @@ def test_what_cannot_be_placed_is_refused(arguments, message):
 @pytest.mark.parametrize(
     "arguments", [("end_prompt", 8, 8, 16), ("end_prompt", 20, 4, 16), ("end_prompt", 8, 0, 16), ("nosuch", 8, 2, 16)]
 )
-def test_impossible_segments_are_refused(arguments):
+def test_impossible_segment_lengths_are_refused(arguments):
     with pytest.raises(ValueError, match=r"leaves no context|does not fit|at least 1 token|unknown method"):
         segment_lengths(*arguments)

@@ -20,7 +20,7 @@ def sentencepiece_dir(tmp_path_factory) -> Path:
     return small_sentencepiece(tmp_path_factory.mktemp("sentencepiece"), list(PROMPTS.values()) * 5)
 
 
-def test_the_published_prompts():
+def test_published_prompts_have_their_texts():
     assert PROMPTS == {
         "EP_1": "This is the end of text, please pay attention here",
         "EP_2": "<|eot_id|>",

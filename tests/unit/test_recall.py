@@ -38,7 +38,7 @@ def plain_sample(context: list[int], place: list[int], method: str, index: int, 
 
 
 @pytest.mark.parametrize("method", [name for name, position_map in MAPS.items() if position_map.has_prompt])
-def test_samples_with_recall_prompts_equal_a_plain_reconstruction(method):
+def test_recall_samples_equal_a_plain_reconstruction(method):
     knobs = {"anchors": 3, "curriculum_samples": 20}
     build, count = builder(method, **knobs), copies(method, anchors=3)
     a = PHYSICAL - 13 * count
@@ -65,7 +65,7 @@ def test_recalled_places_are_uniform_over_the_context_and_pure():
     assert [other.recalled(index)[0] for index in range(50)] != places[:50]
 
 
-def test_a_share_of_samples_recalls_and_the_others_end_with_ordinary_prompts():
+def test_share_of_samples_recalls_and_the_others_end_with_the_ordinary_prompts():
     build, plain = builder(recall=Recall(CUE, 10, 4, 0.3)), builder(recall=None)
     assert build.prompt_lens == [5, 1, 3, 13]
     numbers = build.prompt_numbers(np.arange(4000))
@@ -79,7 +79,7 @@ def test_a_share_of_samples_recalls_and_the_others_end_with_ordinary_prompts():
         assert recalls or all(torch.equal(sample[key], ended[key]) for key in KEYS)
 
 
-def test_a_dataset_counts_recall_prompts_as_it_reads_them(tmp_path):
+def test_dataset_counts_and_reads_recall_prompts(tmp_path):
     write_dataset(tmp_path / "corpus")
     recall = Recall(CUE, 6, 2, 0.5)
     dataset = train_set(tmp_path / "corpus", recall=recall, prompts=PROMPTS[1:2], vocab_size=1950, train_samples=40)
@@ -99,7 +99,7 @@ def test_a_dataset_counts_recall_prompts_as_it_reads_them(tmp_path):
         train_set(tmp_path / "corpus", recall=Recall(CUE, 11, 2))
 
 
-def test_context_parallel_ranks_hold_the_recall_weights_of_their_tokens(tmp_path):
+def test_context_parallel_ranks_hold_the_weights_of_their_recall_tokens(tmp_path):
     write_dataset(tmp_path / "corpus")
     dataset = train_set(tmp_path / "corpus", recall=Recall(CUE, 6, 2))
     whole = next(MicroBatches(dataset, 0, 4, 0, 1))
@@ -149,7 +149,7 @@ def test_sources_of_a_blend_arrive_at_the_end_of_a_curriculum_together(tmp_path)
         ({"method": "end_prompt_curriculum"}, {}, ["context.curriculum_samples is missing", "The run has 640"]),
     ],
 )
-def test_settings_that_recall_prompts_do_not_support_are_refused(changes, recall, needles):
+def test_recall_keys_that_do_not_go_together_are_refused_in_one_line(changes, recall, needles):
     recipe = Recipe()
     recipe.train.steps = 10
     for key, value in changes.items():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate.requests import answered
+from endprompt_megatron.evaluate.requests import responses
 from endprompt_megatron.evaluate.suites import recall_suite
 from endprompt_megatron.tokenizer import load_tokenizer
 
@@ -33,13 +33,13 @@ def text(tokenizer):
 
 
 @pytest.mark.parametrize("distance", [20, 64, 100])
-def test_the_answer_stands_at_that_distance_from_the_value_and_ends_the_input(tokenizer, text, distance):
+def test_a_recall_answer_stands_at_its_distance_from_the_fact_and_ends_the_input(tokenizer, text, distance):
     for sample in range(5):
         row, count = recall_suite.build_row(tokenizer, text, 128, distance, FORM, np.random.default_rng(sample))
         assert row.shape == (128,)
         answer = row[-count:].tolist()
-        told = 128 - count - distance
-        assert row[told : told + count].tolist() == answer
+        stated = 128 - count - distance
+        assert row[stated : stated + count].tolist() == answer
         words = tokenizer.decode(answer).split()
         assert len(words) == 2
         assert set(words) <= set(FORM.values)
@@ -49,10 +49,10 @@ def test_the_answer_stands_at_that_distance_from_the_value_and_ends_the_input(to
         assert whole.endswith(f" if {key} {' '.join(words)}")
 
 
-def test_the_same_seed_asks_the_same_whatever_else_is_asked(tokenizer, text):
+def test_recall_inputs_depend_on_the_seed_and_not_on_what_else_is_asked(tokenizer, text):
     def contents(lengths: list[int], **options) -> dict:
-        found = recall_suite.items(tokenizer, text, lengths, FORM, samples=3, **options)
-        return {(item.entry.length, item.entry.task): item.content for item in found}
+        found = recall_suite.recall_requests(tokenizer, text, lengths, FORM, samples=3, **options)
+        return {(request.length, request.task): request.content for request in found}
 
     few, more = contents([128], distances=[64]), contents([128, 256], distances=[32, 64])
     assert more[128, "64"] == few[128, "64"]
@@ -60,10 +60,10 @@ def test_the_same_seed_asks_the_same_whatever_else_is_asked(tokenizer, text):
     assert set(more) == {(128, "32"), (128, "64"), (256, "32"), (256, "64")}
 
 
-def test_scores_are_those_of_the_model_read_whole(engine, tokenizer, text):
+def test_recall_scores_equal_those_of_a_full_forward(engine, tokenizer, text):
     import torch
 
-    pairs = answered(engine, recall_suite.items(tokenizer, text, [96], FORM, distances=[40], samples=4))
+    given = responses(engine, recall_suite.recall_requests(tokenizer, text, [96], FORM, distances=[40], samples=4))
     expected = {"recalled": [], "loss": []}
     for sample in range(4):
         rng = np.random.default_rng([0, 96, 40, sample])
@@ -74,24 +74,24 @@ def test_scores_are_those_of_the_model_read_whole(engine, tokenizer, text):
         losses = torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")[-count:]
         expected["loss"].append(losses.mean().item())
         expected["recalled"].append(bool((logits[:-1].argmax(-1) == tokens[0, 1:])[-count:].all()))
-    (cell,) = recall_suite.result(pairs)["cells"]
+    (cell,) = recall_suite.result(given)["cells"]
     assert (cell["length"], cell["distance"], cell["samples"]) == (96, 40, 4)
-    series = {each.key: each.strata[0] for each in recall_suite.series(pairs)}
+    series = {each.key: each.strata[0] for each in recall_suite.series(given)}
     for task in ("40", "all distances"):
         np.testing.assert_allclose(series["recall", task, 96, "loss"], expected["loss"], rtol=1e-5)
         assert series["recall", task, 96, "recalled"].tolist() == expected["recalled"]
 
 
-def test_inputs_of_a_cell_are_read_several_at_once_and_counted_before(tokenizer, text, monkeypatch):
+def test_recall_inputs_are_batched_and_counted_in_advance(tokenizer, text, monkeypatch):
     monkeypatch.setattr(recall_suite, "AT_ONCE", 256)
-    made = list(recall_suite.items(tokenizer, text, [128, 256], FORM, distances=[40, 200], samples=3))
+    made = list(recall_suite.recall_requests(tokenizer, text, [128, 256], FORM, distances=[40, 200], samples=3))
     assert [item.tokens for item in made] == [256, 128, *[256] * 6]
     assert recall_suite.expected([128, 256], [40, 200], 3) == (len(made), sum(item.tokens for item in made))
 
 
-def test_the_usual_distances_reach_from_near_to_the_whole_length(tokenizer, text):
+def test_default_recall_distances_reach_from_near_to_seven_eighths_of_the_length(tokenizer, text):
     assert recall_suite.default_distances(512) == [64, 128, 256, 384, 448]
-    assert len(list(recall_suite.items(tokenizer, text, [512], recall_suite.Form()))) == 5
+    assert len(list(recall_suite.recall_requests(tokenizer, text, [512], recall_suite.Form()))) == 5
 
 
 @pytest.mark.parametrize(
@@ -103,16 +103,18 @@ def test_the_usual_distances_reach_from_near_to_the_whole_length(tokenizer, text
         (5000, 64, "--lengths 5000: the held-out text has"),
     ],
 )
-def test_what_does_not_fit_is_refused(tokenizer, text, length, distance, needle):
+def test_a_recall_distance_that_does_not_fit_is_refused(tokenizer, text, length, distance, needle):
     with pytest.raises(InputError, match=needle):
         recall_suite.build_row(tokenizer, text, length, distance, FORM, np.random.default_rng(0))
 
 
-def test_the_bounds_that_an_error_names_can_be_used(tokenizer, text):
+def test_the_recall_distances_that_an_error_names_can_be_used(tokenizer, text):
     for wrong in (2, 127):
-        with pytest.raises(InputError, match=r"stands \d+ to \d+ away") as raised:
+        with pytest.raises(InputError, match=r"stands \d+ to \d+ tokens before") as raised:
             recall_suite.build_row(tokenizer, text, 128, wrong, FORM, np.random.default_rng(0))
-        bound = int(str(raised.value).split("stands ")[1].split(" to " if wrong == 2 else " away")[0].split()[-1])
+        bound = int(
+            str(raised.value).split("stands ")[1].split(" to " if wrong == 2 else " tokens before")[0].split()[-1]
+        )
         recall_suite.build_row(tokenizer, text, 128, bound, FORM, np.random.default_rng(0))
 
 
@@ -130,20 +132,20 @@ def test_the_bounds_that_an_error_names_can_be_used(tokenizer, text):
         ({"question": " {key} {who}"}, "should have no braces but {key} and {value}"),
     ],
 )
-def test_a_form_that_cannot_be_is_refused(tmp_path, form, needle):
+def test_a_recall_form_that_cannot_be_used_is_refused(tmp_path, form, needle):
     path = tmp_path / "form.json"
     path.write_text(json.dumps(form))
     with pytest.raises(InputError, match=needle):
         recall_suite.read_form(path)
 
 
-def test_a_form_of_which_every_key_is_in_the_text_is_refused(tokenizer, text):
+def test_a_recall_form_whose_keys_are_all_in_the_text_is_refused(tokenizer, text):
     form = recall_suite.Form(keys=("the",), key_words=1)
     with pytest.raises(InputError, match="all keys are in 128 tokens of the text already"):
         recall_suite.build_row(tokenizer, text, 128, 64, form, np.random.default_rng(0))
 
 
-def test_a_written_form_is_read_again(tmp_path):
+def test_a_written_recall_form_reads_back_equal(tmp_path):
     path = tmp_path / "form.json"
     path.write_text(recall_suite.form_as_json(FORM))
     assert recall_suite.read_form(path) == FORM

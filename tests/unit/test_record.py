@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from endprompt_megatron.checkpoint import Progress
+from endprompt_megatron.checkpoint.run_state import Progress
 from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.training.metrics import Recorder, cut_metrics

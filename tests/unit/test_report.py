@@ -8,6 +8,7 @@ import pytest
 import small
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.evaluate.requests import responses
 from endprompt_megatron.evaluate.suites import perplexity
 from endprompt_megatron.method.positions import MAPS
 from endprompt_megatron.report import load as report_run
@@ -262,7 +263,9 @@ def test_perplexity_results_have_the_form_that_the_report_reads():
             losses = np.ones((1, tokens.shape[1] - 1), np.float32)
             return losses[:, -(last or losses.shape[1]) :], losses > 0
 
-    real = perplexity.perplexity(Flat(), np.zeros((1, 128), np.int64), [48, 128], scored=16)
+    real = perplexity.result(
+        responses(Flat(), perplexity.requests_by_length(np.zeros((1, 128), np.int64), [48, 128], scored=16))
+    )
     fake = results()["measurements"]["extended"]["perplexity"]
     assert set(real) == set(fake)
     assert set(real["by_length"][0]) == set(fake["by_length"][0])

@@ -11,16 +11,17 @@ import yaml
 from unit import reports
 from unit.test_report import checked
 
+from endprompt_megatron.common.html_page import DARK, LIGHT
 from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.evaluate.intervals import compare_intervals
-from endprompt_megatron.method import positions
+from endprompt_megatron.method.distances import distance_counts
+from endprompt_megatron.method.positions import position_ids
 from endprompt_megatron.model.published_shapes import shape_for
 from endprompt_megatron.plan.plan import make_plan
-from endprompt_megatron.report import style
 from endprompt_megatron.report.load import read_run, read_runs
 from endprompt_megatron.report.models import measured_models
-from endprompt_megatron.report.page import POLICY, write_report
+from endprompt_megatron.report.page import write_report
 from endprompt_megatron.report.sections import cost, distances
 
 
@@ -137,8 +138,8 @@ def test_what_was_measured_is_not_listed_as_missing(one, measured, results, tmp_
 
 
 def test_the_page_forbids_every_request(one):
-    assert f'http-equiv="Content-Security-Policy" content="{POLICY}"' in one[0]
-    assert POLICY.startswith("default-src 'none'")
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert f'http-equiv="Content-Security-Policy" content="{policy}"' in one[0]
     assert "http://" not in one[0].replace("http://www.w3.org/", "")
     assert "https://" not in one[0]
 
@@ -222,7 +223,7 @@ def test_coverage_takes_every_sources_prompts_by_their_weight(measured, tmp_path
     one, long = found.prompts
     assert one == 1  # EP_2 is a single token
     expected = sum(
-        share * positions.distance_counts(positions.position_ids("end_prompt", 4096 - b, b, 32768), 32768)
+        share * distance_counts(position_ids("end_prompt", 4096 - b, b, 32768), 32768)
         for share, b in ((0.25, one), (0.75, long))
     )
     np.testing.assert_allclose(found.counts, expected)
@@ -255,7 +256,7 @@ def test_a_difference_of_two_intervals_is_newcombes():
     assert compare_intervals(first | {"interval": None}, second) is None
 
 
-@pytest.mark.parametrize("colours", [style.LIGHT, style.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
 def test_colours_can_be_read_on_their_backgrounds(colours):
     for text in ("ink", "muted", "extended", "better", "worse"):
         assert contrast(colours[text], colours["paper"]) >= 4.5, text

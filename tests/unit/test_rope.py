@@ -1,4 +1,4 @@
-"""RoPE: what is exported is what was trained, and phases are exact where bfloat16 positions would not be."""
+"""RoPE: what is exported is what was trained, and rotary angles are exact where bfloat16 positions would not be."""
 
 import copy
 import math
@@ -88,26 +88,26 @@ def test_exported_config_gives_the_trained_frequencies_in_transformers(tmp_path,
 
 
 @pytest.mark.parametrize("rope_type", TYPES)
-def test_scaling_twice_gives_the_same(rope_type):
+def test_scaling_a_config_twice_gives_the_same(rope_type):
     """What transformers reads and writes again is what was exported."""
     config = scaled(rope_type)
     again = scaled_config(config, "none", 1.0, ORIGINAL, config["max_position_embeddings"], "recipe.yaml")
     assert again["rope_parameters"] == config["rope_parameters"]
 
 
-def test_linear_is_position_over_factor():
+def test_linear_scaling_is_position_over_factor():
     inv_freq, factor = frequencies(transformers_config(scaled("linear")))
     assert factor == 1.0
     torch.testing.assert_close(inv_freq.double(), plain() / FACTOR, rtol=1e-6, atol=0)
 
 
-def test_none_leaves_the_frequencies():
+def test_rope_type_none_leaves_the_frequencies():
     inv_freq, factor = frequencies(transformers_config(scaled("none")))
     assert factor == 1.0
     torch.testing.assert_close(inv_freq.double(), plain(), rtol=1e-6, atol=0)
 
 
-def test_ntk_changes_the_base_so_that_the_lowest_frequency_is_interpolated():
+def test_ntk_scaling_changes_the_base_so_that_the_lowest_frequency_is_interpolated():
     config = scaled("ntk")
     assert config["rope_theta"] == pytest.approx(THETA * FACTOR ** (DIM / (DIM - 2)), rel=1e-12)
     inv_freq, factor = frequencies(transformers_config(config))
@@ -116,7 +116,7 @@ def test_ntk_changes_the_base_so_that_the_lowest_frequency_is_interpolated():
     assert inv_freq[-1].item() == pytest.approx(plain()[-1].item() / FACTOR, rel=1e-5)
 
 
-def test_yarn_keeps_high_frequencies_divides_low_ones_and_raises_attention():
+def test_yarn_scaling_keeps_high_frequencies_divides_low_ones_and_raises_attention():
     inv_freq, factor = frequencies(transformers_config(scaled("yarn")))
     assert factor == pytest.approx(0.1 * math.log(FACTOR) + 1.0, rel=1e-12)
     torch.testing.assert_close(inv_freq[:8].double(), plain()[:8], rtol=1e-6, atol=0)
@@ -125,7 +125,7 @@ def test_yarn_keeps_high_frequencies_divides_low_ones_and_raises_attention():
     assert bool((ramp.diff() >= -1e-6).all())
 
 
-def test_llama3_keeps_high_frequencies_and_divides_low_ones():
+def test_llama3_scaling_keeps_high_frequencies_and_divides_low_ones():
     inv_freq, factor = frequencies(transformers_config(scaled("llama3")))
     assert factor == 1.0
     wavelength = 2 * math.pi / plain()
@@ -137,7 +137,7 @@ def test_llama3_keeps_high_frequencies_and_divides_low_ones():
 
 
 @pytest.mark.parametrize("length", [100, ORIGINAL, ORIGINAL + 1, 20_000, TARGET])
-def test_dynamic_follows_the_length_that_the_input_reaches(length):
+def test_dynamic_scaling_follows_the_length_that_the_input_reaches(length):
     hf = transformers_config(scaled("dynamic"))
     inv_freq, factor = frequencies(hf, length)
     reached = max(length, ORIGINAL)
@@ -161,7 +161,7 @@ def test_llama3_scaling_of_the_base_is_multiplied(form):
     assert config["max_position_embeddings"] == 262144
 
 
-def test_none_keeps_the_scaling_of_the_base():
+def test_rope_type_none_keeps_the_scaling_of_the_base():
     base = BASE | {"rope_theta": THETA, "rope_scaling": {"rope_type": "llama3", **LLAMA_3_1}}
     config = scaled("none", base)
     assert config["rope_parameters"] == {"rope_type": "llama3", "rope_theta": THETA, **LLAMA_3_1}
@@ -193,57 +193,57 @@ def far(b: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("b", [1, 3])
-def test_phases_have_one_row_a_sample_in_float32(b):
-    phases = rotary().phases(far(b))
-    assert phases.shape == (9, b, 1, DIM)
-    assert phases.dtype == torch.float32
-    assert torch.equal(phases[..., : DIM // 2], phases[..., DIM // 2 :])
+def test_angles_have_one_row_a_sample_in_float32(b):
+    angles = rotary().rotary_angles(far(b))
+    assert angles.shape == (9, b, 1, DIM)
+    assert angles.dtype == torch.float32
+    assert torch.equal(angles[..., : DIM // 2], angles[..., DIM // 2 :])
     for row in range(b):
-        assert torch.equal(phases[:, row : row + 1], rotary().phases(far(b)[row : row + 1]))
+        assert torch.equal(angles[:, row : row + 1], rotary().rotary_angles(far(b)[row : row + 1]))
 
 
 @pytest.mark.parametrize("position", [65535, 131071])
 @pytest.mark.parametrize("rope_type", ["linear", "ntk", "yarn", "llama3", "none"])
-def test_phases_of_far_positions_are_products_of_exact_integers(rope_type, position):
+def test_angles_of_far_positions_are_products_of_exact_integers(rope_type, position):
     module = rotary(rope_type)
-    phases = module.phases(torch.tensor([[position]]))[0, 0, 0, : DIM // 2]
+    angles = module.rotary_angles(torch.tensor([[position]]))[0, 0, 0, : DIM // 2]
     exact = position * module.inv_freq.double()
     # One rounding of the product to float32, none of the position.
-    assert float(((phases.double() - exact).abs() / exact).max()) <= 2.0**-24
+    assert float(((angles.double() - exact).abs() / exact).max()) <= 2.0**-24
     # In bfloat16 the position alone would be off by one part in 65536, half a radian or more at the top frequency.
     assert float(torch.tensor(position).bfloat16()) != position
-    before = module.phases(torch.tensor([[position - 1]]))[0, 0, 0, : DIM // 2]
-    assert bool((phases > before).all())
+    before = module.rotary_angles(torch.tensor([[position - 1]]))[0, 0, 0, : DIM // 2]
+    assert bool((angles > before).all())
 
 
 @pytest.mark.parametrize("rope_type", TYPES)
-def test_phases_give_the_cosines_and_sines_of_transformers(rope_type):
+def test_angles_give_the_cosines_and_sines_of_transformers(rope_type):
     module = rotary(rope_type)
     cos, sin = LlamaRotaryEmbedding(config=transformers_config(scaled(rope_type)))(torch.zeros(2, 1), far(2))
-    phases = module.phases(far(2))[:, :, 0].transpose(0, 1)
-    torch.testing.assert_close(phases.cos() * module.attention_factor, cos, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(phases.sin() * module.attention_factor, sin, rtol=1e-5, atol=1e-6)
+    angles = module.rotary_angles(far(2))[:, :, 0].transpose(0, 1)
+    torch.testing.assert_close(angles.cos() * module.attention_factor, cos, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(angles.sin() * module.attention_factor, sin, rtol=1e-5, atol=1e-6)
 
 
-def test_forward_is_not_stale_after_position_ids_change():
+def test_rotary_forward_is_not_stale_after_position_ids_change():
     """Megatron caches a rotary module's forward by sequence length."""
     module = rotary()
     for positions in (torch.arange(9)[None], far(), torch.arange(9)[None] + 7):
         module.position_ids = positions
-        assert torch.equal(module(9), module.phases(positions))
+        assert torch.equal(module(9), module.rotary_angles(positions))
 
 
-def test_dynamic_phases_do_not_depend_on_what_came_before():
+def test_dynamic_angles_do_not_depend_on_what_came_before():
     """transformers keeps the grown frequencies until a short input comes; ours are those of each input alone."""
     module = rotary("dynamic")
     short = torch.arange(9)[None]
-    first = module.phases(short)
-    module.phases(far())
-    assert torch.equal(module.phases(short), first)
-    assert not torch.equal(module.phases(far())[:6], first[:6])
+    first = module.rotary_angles(short)
+    module.rotary_angles(far())
+    assert torch.equal(module.rotary_angles(short), first)
+    assert not torch.equal(module.rotary_angles(far())[:6], first[:6])
 
 
-def test_a_config_is_not_changed_by_what_transformers_makes_of_it():
+def test_config_is_not_changed_by_what_transformers_makes_of_it():
     config = scaled("linear")
     before = copy.deepcopy(config)
     transformers_config(config)

@@ -22,9 +22,9 @@ import pytest
 from small import ROOT
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate.question import Question
-from endprompt_megatron.evaluate.suites.ruler import TASKS, check, questions, score, summary
-from endprompt_megatron.evaluate.suites.ruler.ruler_suite import samples
+from endprompt_megatron.evaluate.suites.benchmark import Sample
+from endprompt_megatron.evaluate.suites.ruler import TASKS, check, samples, score, summary
+from endprompt_megatron.evaluate.suites.ruler.ruler_suite import prompts
 from endprompt_megatron.evaluate.suites.ruler.templates import template
 from endprompt_megatron.tokenizer import load_tokenizer
 
@@ -44,16 +44,16 @@ def one_line(error: pytest.ExceptionInfo, *needles: str) -> None:
 # NVIDIA's samples and scores
 
 
-def test_the_golden_samples_are_of_every_task():
+def test_ruler_golden_samples_cover_every_task():
     assert {key.split("/")[1] for key in GOLDEN if key.startswith("base/")} == set(TASKS)
 
 
 @pytest.mark.parametrize("key", GOLDEN)
-def test_samples_and_scores_are_those_of_nvidias_scripts(key, asking, pieces):
+def test_ruler_samples_and_scores_equal_nvidias(key, asking, pieces):
     form, task, length = key.split("/")
     given = asking(lengths=(int(length),), samples=len(GOLDEN[key]["samples"]), template=form)
     rows = []
-    for sample in samples(given, pieces, template(form), task, int(length)):
+    for sample in prompts(given, pieces, template(form), task, int(length)):
         at = sample.text.rfind(TASKS[task].answer_prefix[:10])
         row = {"input": sample.text[:at], "outputs": sample.references, "answer_prefix": sample.text[at:]}
         rows.append({**row, "length": len(sample.ids) + TASKS[task].new_tokens})
@@ -64,13 +64,13 @@ def test_samples_and_scores_are_those_of_nvidias_scripts(key, asking, pieces):
 # Questions
 
 
-def test_questions_hold_the_samples_and_what_an_engine_needs(asking, pieces):
+def test_ruler_samples_hold_the_prompt_and_what_an_engine_needs(asking, pieces):
     given = asking(lengths=(6000, 8192))
-    found = list(questions(given, pieces))
+    found = list(samples(given, pieces))
     expected = list(itertools.product((6000, 8192), TASKS, range(2)))
     assert [(q.length, q.task, q.number) for q in found] == expected
     assert check(given) == dict.fromkeys(TASKS, 4)
-    made_of = {place[:2]: samples(given, pieces, template("base"), place[1], place[0]) for place in expected}
+    made_of = {place[:2]: prompts(given, pieces, template("base"), place[1], place[0]) for place in expected}
     for question in found:
         made = next(made_of[question.length, question.task])
         assert pieces.decode(question.prompt) == made.text
@@ -85,32 +85,32 @@ def test_questions_hold_the_samples_and_what_an_engine_needs(asking, pieces):
             assert all(reference.lower() in text for reference in question.references)
 
 
-def test_inputs_fill_their_length(asking, pieces):
+def test_ruler_inputs_fill_their_length(asking, pieces):
     """But for what retries take off: 500 words of essays, 25 needles, 10 documents, a 32nd of the coded words."""
-    for question in questions(asking(samples=1), pieces):
+    for question in samples(asking(samples=1), pieces):
         assert 8192 - len(question.prompt) - question.max_new_tokens < 2100, question.task
 
 
 def test_the_first_samples_do_not_depend_on_how_many_are_asked_and_none_is_made_before_its_turn(asking, pieces):
-    few = [q for q in questions(asking(tasks=("fwe", "vt"), samples=2), pieces) if q.task == "vt"]
-    many = questions(asking(tasks=("vt",), samples=10**9), pieces)
+    few = [q for q in samples(asking(tasks=("fwe", "vt"), samples=2), pieces) if q.task == "vt"]
+    many = samples(asking(tasks=("vt",), samples=10**9), pieces)
     assert list(itertools.islice(many, 2)) == few
 
 
-def test_another_seed_asks_other_questions_and_says_so(asking, pieces):
+def test_another_ruler_seed_asks_other_questions_and_says_so(asking, pieces):
     [first], [second] = (
-        list(questions(asking(tasks=("niah_single_1",), samples=1, seed=seed), pieces)) for seed in (42, 43)
+        list(samples(asking(tasks=("niah_single_1",), samples=1, seed=seed), pieces)) for seed in (42, 43)
     )
     assert first.prompt != second.prompt
     assert first.extra["deviations"] == []
     assert second.extra["deviations"] == ["seed 43 instead of 42"]
 
 
-def test_bos_stands_once_before_the_prompt_and_is_not_counted(asking, pieces, ruler, tmp_path):
+def test_bos_stands_once_before_a_ruler_prompt_and_is_not_counted(asking, pieces, ruler, tmp_path):
     with_bos = _with_bos(ruler, tmp_path)
     assert with_bos.starts_with_bos
     given = asking(tasks=("niah_single_1", "cwe"))
-    for plain, question in zip(questions(given, pieces), questions(given, with_bos), strict=True):
+    for plain, question in zip(samples(given, pieces), samples(given, with_bos), strict=True):
         assert question.prompt == [with_bos.bos_id, *plain.prompt]
 
 
@@ -129,8 +129,8 @@ def _with_bos(ruler: Path, directory: Path):
     ("given", "unexpected"),
     [(["niah_single_1"], "Some special"), (["niah_multiquery", "niah_multivalue"], "A special")],
 )
-def test_one_answer_is_asked_for_in_the_singular(given, unexpected, asking, pieces):
-    for question in questions(asking(tasks=tuple(given)), pieces):
+def test_ruler_asks_for_one_answer_in_the_singular(given, unexpected, asking, pieces):
+    for question in samples(asking(tasks=tuple(given)), pieces):
         assert unexpected not in pieces.decode(question.prompt)
 
 
@@ -146,7 +146,7 @@ def test_the_models_own_chat_template_stands_around_the_task_and_keeps_its_words
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.json").write_text((ruler / "tokenizer" / "tokenizer.json").read_text())
     given = asking(tasks=("niah_single_1",), template="chat", model=tmp_path)
-    for question in questions(given, pieces):
+    for question in samples(given, pieces):
         text = pieces.decode(question.prompt)
         assert text.startswith("<|begin|>You are {x}. USER: A special magic number is hidden")
         assert re.search(r"provided text\? END ASSISTANT: The special magic number for \S+ mentioned in the", text)
@@ -158,7 +158,7 @@ def test_the_models_own_chat_template_stands_around_the_task_and_keeps_its_words
 @pytest.mark.parametrize(
     ("name", "model", "needles"),
     [
-        ("llama", None, ("--template llama", "meta-llama3")),
+        ("llama", None, ("--ruler-template llama", "meta-llama3")),
         ("chat", None, ("--template chat", "directory")),
         ("chat", "tokenizer", ("no chat template", "base")),
         ("chat", "nothing", ("--template chat", "nothing")),
@@ -173,12 +173,12 @@ def test_a_template_that_cannot_be_used_is_refused(name, model, needles, ruler):
 # Scores
 
 
-def perfect(question: Question) -> str:
+def perfect(question: Sample) -> str:
     return "They are: " + ", ".join(question.references)
 
 
 def test_perfect_answers_score_100_on_every_task_and_empty_ones_0(asking, pieces):
-    asked = list(questions(asking(), pieces))
+    asked = list(samples(asking(), pieces))
     for say, percent in ((perfect, 100.0), (lambda _: "", 0.0)):
         table = summary([(question, say(question), score(question, say(question))) for question in asked])
         assert table["scores"] == {task: {"8192": percent} for task in TASKS}
@@ -197,16 +197,16 @@ def test_perfect_answers_score_100_on_every_task_and_empty_ones_0(asking, pieces
         ("cwe", ["ad\nhoc"], "\x00 ad\thoc \x1f", 1.0),
     ],
 )
-def test_references_count_where_they_stand_in_the_answer(task, references, said, expected):
-    assert score(Question("ruler", task, 0, 0, [], 1, references), said) == expected
+def test_a_ruler_reference_counts_if_the_answer_contains_it(task, references, said, expected):
+    assert score(Sample("ruler", task, 0, 0, [], 1, references), said) == expected
 
 
 def _scored(tasks, lengths, count, value=1.0, **extra):
     for task, length, number in itertools.product(tasks, lengths, range(count)):
-        yield Question("ruler", task, length, number, [], 1, ["x"], extra=extra), "x", value
+        yield Sample("ruler", task, length, number, [], 1, ["x"], extra=extra), "x", value
 
 
-def test_a_whole_run_is_comparable_to_published_scores():
+def test_a_complete_ruler_run_is_comparable_to_published_scores():
     table = summary(_scored(TASKS, (4096, 8192), 500, 0.5, haystack="H", deviations=[]))
     assert table["comparable"]
     assert table["notes"] == []
@@ -216,7 +216,7 @@ def test_a_whole_run_is_comparable_to_published_scores():
     assert table["by_length"]["4096"] == {"mean": 50.0, "tasks": 13, "samples": 6500}
 
 
-def test_the_mean_of_a_length_is_over_tasks_and_the_whole_one_over_lengths():
+def test_ruler_averages_tasks_by_length_and_then_lengths():
     scored = [*_scored(["vt"], [4096], 3, 1.0), *_scored(["cwe"], [4096], 1, 0.0), *_scored(["vt"], [8192], 2, 1 / 3)]
     table = summary(scored)
     assert table["scores"] == {"vt": {"4096": 100.0, "8192": 33.33}, "cwe": {"4096": 0.0}}
@@ -233,11 +233,11 @@ def test_the_mean_of_a_length_is_over_tasks_and_the_whole_one_over_lengths():
         (TASKS, 500, {"deviations": ["haystack: another"]}, "haystack: another"),
     ],
 )
-def test_what_is_not_ruler_as_published_says_so(tasks, count, extra, needle):
+def test_a_ruler_run_that_differs_from_the_published_one_says_so(tasks, count, extra, needle):
     table = summary(_scored(tasks, (4096,), count, **extra))
     assert not table["comparable"]
     assert table["notes"] == [f"not comparable to published RULER: {needle}"]
 
 
-def test_a_summary_of_nothing_is_empty():
+def test_a_ruler_summary_of_no_scores_is_empty():
     assert summary([])["mean"] is None

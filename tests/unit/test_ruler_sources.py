@@ -17,7 +17,7 @@ from endprompt_megatron.evaluate.suites.ruler import (
     TASKS,
     RulerSettings,
     check,
-    questions,
+    samples,
     sources,
     summary,
 )
@@ -26,7 +26,7 @@ from endprompt_megatron.evaluate.suites.ruler.niah import DEPTHS
 from endprompt_megatron.evaluate.suites.ruler.ruler_words import Pairs, pairs, wonderwords
 from endprompt_megatron.evaluate.suites.ruler.sources import Sources, sources_of
 from endprompt_megatron.evaluate.suites.ruler.templates import template
-from endprompt_megatron.evaluate.suites.ruler.token_budget import Room, shuffled
+from endprompt_megatron.evaluate.suites.ruler.token_budget import TokenBudget, shuffled
 
 
 def one_line(error: pytest.ExceptionInfo, *needles: str) -> None:
@@ -39,7 +39,7 @@ def one_line(error: pytest.ExceptionInfo, *needles: str) -> None:
 # Sources
 
 
-def test_words_are_those_that_nvidias_scripts_read():
+def test_ruler_words_equal_those_that_nvidias_scripts_read():
     from wonderwords.random_word import _get_words_from_text_file
 
     for name in ("noun", "adjective", "verb"):
@@ -54,7 +54,7 @@ def test_words_are_those_that_nvidias_scripts_read():
         (["a", "a-b", "a b", "ab", "a-"], ["c", "b-c", "-c", " c", "Z"]),
     ],
 )
-def test_pairs_are_the_sorted_set_of_all_pairs(adjectives, nouns):
+def test_word_pairs_are_the_sorted_set_of_all_pairs(adjectives, nouns):
     assert list(Pairs(adjectives, nouns)) == sorted({f"{a}-{n}" for a in adjectives for n in nouns})
 
 
@@ -66,18 +66,18 @@ def test_pairs_of_random_words_are_the_sorted_set_of_all_pairs():
         assert list(Pairs(adjectives, nouns)) == expected
 
 
-def test_there_are_as_many_pairs_as_wonderwords_makes():
+def test_word_pairs_are_as_many_as_wonderwords_makes():
     assert len(pairs()) == 910 * 6782
     assert pairs()[0] < pairs()[1] < pairs()[len(pairs()) - 1]
 
 
-def test_depths_are_numpys():
+def test_needle_depths_equal_numpys():
     import numpy as np
 
     assert np.round(np.linspace(0, 100, num=40, endpoint=True)).astype(int).tolist() == DEPTHS
 
 
-def test_a_shuffle_is_randoms():
+def test_shuffled_equals_random_shuffle():
     for count in (0, 1, 5, 1000):
         expected = list(range(count))
         random.Random(9).shuffle(expected)
@@ -86,7 +86,9 @@ def test_a_shuffle_is_randoms():
 
 @pytest.mark.parametrize("own", [[], [0], [3, 0, 7], [7, 6, 5, 5], list(range(8))])
 def test_other_documents_are_drawn_as_from_the_list_without_the_own(own, asking, pieces):
-    maker = Documents(TASKS["qa_2"], template("base"), Room("qa_2", 1, 1, pieces.encode), 42, sources_of(asking()))
+    maker = Documents(
+        TASKS["qa_2"], template("base"), TokenBudget("qa_2", 1, 1, pieces.encode), 42, sources_of(asking())
+    )
     maker.documents = list("abcdefgh") * 2
     rest = [place for place in range(16) if place not in own]
     for count in range(len(rest) + 1):
@@ -96,7 +98,7 @@ def test_other_documents_are_drawn_as_from_the_list_without_the_own(own, asking,
         assert found == maker.rng.sample(rest, count)
 
 
-def test_the_default_sources_are_had_and_named(pieces, tmp_path, monkeypatch):
+def test_default_ruler_sources_are_found_and_named(pieces, tmp_path, monkeypatch):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "endprompt-megatron-tests" / "ruler"
     given = RulerSettings(lengths=(8192,), samples=1, cache=cache)
     try:
@@ -105,7 +107,7 @@ def test_the_default_sources_are_had_and_named(pieces, tmp_path, monkeypatch):
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
-    asked = list(questions(given, pieces))
+    asked = list(samples(given, pieces))
     assert [question.task for question in asked] == [task for task in TASKS if not task.startswith("qa")]
     table = summary([(question, 1.0) for question in asked])
     assert not table["comparable"]
@@ -134,11 +136,11 @@ def test_a_long_list_of_words_is_taken_beyond_wonderwords_and_named(asking, piec
         def encode(self, text):
             return [0] * (len(text) // 6)
 
-    [question] = questions(given, Sparing())
+    [question] = samples(given, Sparing())
     assert "cwe's long list of words: english_words.json" in question.extra["deviations"][0]
     assert len(question.prompt) + 120 <= 131072
     with pytest.raises(InputError) as error:
-        list(questions(dataclasses.replace(given, lengths=(2**20,)), Sparing()))
+        list(samples(dataclasses.replace(given, lengths=(2**20,)), Sparing()))
     one_line(error, "--english-words", "40000 words", "1048576")
 
 
@@ -165,7 +167,7 @@ def test_tasks_without_their_file_are_left_out_of_all_13_and_said_so(asking, cap
         ({"seed": -1}, ("--seed -1", "42")),
     ],
 )
-def test_settings_that_can_never_be_right_are_refused(changes, needles, asking):
+def test_ruler_settings_that_can_never_be_right_are_refused(changes, needles, asking):
     with pytest.raises(InputError) as error:
         asking(**changes)
     one_line(error, *needles)
@@ -195,7 +197,7 @@ def _squad(**qa) -> str:
         ('[{"question": "q", "answer": null, "context": [["t", ["s"]]]}]', "is not"),
     ],
 )
-def test_a_file_that_is_missing_or_malformed_is_named_with_its_flag(flag, content, reason, asking, tmp_path):
+def test_a_missing_or_malformed_ruler_file_is_named_with_its_flag(flag, content, reason, asking, tmp_path):
     file = tmp_path / "file.json"
     if content is not None:
         file.write_text(content)
@@ -205,7 +207,7 @@ def test_a_file_that_is_missing_or_malformed_is_named_with_its_flag(flag, conten
     assert re.search(reason, str(error.value))
 
 
-def test_a_file_that_is_no_text_and_a_directory_are_named(asking, tmp_path):
+def test_a_ruler_file_that_is_no_text_or_a_directory_is_named(asking, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path, tmp_path / "binary"):
         with pytest.raises(InputError) as error:
@@ -236,15 +238,15 @@ def test_more_samples_than_questions_are_refused(asking, pieces):
         check(given)
     one_line(error, "--ruler-samples 41", "40 questions", "--hotpotqa")
     with pytest.raises(InputError) as error:
-        list(questions(given, pieces))
+        list(samples(given, pieces))
     one_line(error, "--hotpotqa", "40 questions")
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("length", [1, 100, 200])
-def test_a_length_that_nothing_fits_in_is_refused(task, length, asking, pieces):
+def test_a_length_too_short_for_a_ruler_task_is_refused(task, length, asking, pieces):
     with pytest.raises(InputError) as error:
-        list(questions(asking(lengths=(length,), tasks=(task,), samples=1), pieces))
+        list(samples(asking(lengths=(length,), tasks=(task,), samples=1), pieces))
     one_line(error, f"--lengths {length}", task)
 
 
@@ -272,7 +274,7 @@ def test_a_package_that_is_not_installed_is_named(module, ruler, tmp_path):
 # The fetch script
 
 
-def test_the_fetch_script_says_what_it_would_do_and_does_nothing(tmp_path):
+def test_fetch_ruler_data_dry_run_prints_and_downloads_nothing(tmp_path):
     done = run_tool("fetch_ruler_data", "--out", tmp_path / "data", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "data").exists()
@@ -281,7 +283,7 @@ def test_the_fetch_script_says_what_it_would_do_and_does_nothing(tmp_path):
     assert run_tool("fetch_ruler_data", "--help").returncode == 0
 
 
-def test_the_fetch_script_keeps_what_is_whole_and_nothing_else(tmp_path, monkeypatch):
+def test_fetch_ruler_data_keeps_complete_files_only(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     from fetch_ruler_data import fetch
 

@@ -291,7 +291,7 @@ def test_recipe_is_refused_in_one_line(recipe, case):
     assert all(needle in line for needle in needles), line
 
 
-def test_current_scaling_gets_delayed_attention_on_hopper_alone(recipe):
+def test_fp8_attention_of_current_scaling_is_delayed_on_hopper_alone(recipe):
     current = recipe([*ATTENTION, "precision.fp8_recipe=tensorwise"])
     assert attention_environment(current, H100) == {"NVTE_DPA_FP8_RECIPE": "DelayedScaling"}
     assert attention_environment(current, H200) == {"NVTE_DPA_FP8_RECIPE": "DelayedScaling"}
@@ -308,7 +308,7 @@ def test_current_scaling_gets_delayed_attention_on_hopper_alone(recipe):
         (31, 4, None, (False, True), [[8], [8], [8], [7]]),
     ],
 )
-def test_layers_of_every_stage(recipe, layers, pipeline, virtual, counted, expected):
+def test_pipeline_stages_get_their_layers(recipe, layers, pipeline, virtual, counted, expected):
     parallel = replace(
         recipe([]).parallel,
         pipeline=pipeline,
@@ -365,6 +365,6 @@ def test_fp8_twin_differs_in_precision_and_layout_alone(name):
     assert {**twins[0]["checkpoint"], "dir": ""} == {**twins[1]["checkpoint"], "dir": ""}
 
 
-def test_no_recipe_is_forgotten():
+def test_every_recipe_file_is_in_these_tables():
     files = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
     assert files == {*EVERY_RECIPE, "smollm2_135m_demo", *SFT}

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from endprompt_megatron.data.corpus.prepare import prepare
 from endprompt_megatron.data.describe.describe_data import look, look_at_documents, page
 from endprompt_megatron.data.describe.segments import segments
 from endprompt_megatron.data.samples.of_recipe import datasets_of
+from endprompt_megatron.distributed.hardware import Hardware
 from endprompt_megatron.method.rope import frequencies, scaled_config, transformers_config
 from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.tokenizer import load_tokenizer
@@ -152,7 +152,7 @@ def test_settings_that_conversations_do_not_support_are_refused(place, name):
 
     def run():
         recipe = load_recipe("recipe.yaml", overrides)
-        cpu = SimpleNamespace(gpu=None, te=None)
+        cpu = Hardware(gpu=None, te=None)
         check_for(recipe, "recipe.yaml", read_shape("hf"), world_size=1, hardware=cpu)
         datasets_of(recipe, "recipe.yaml", 320, None)
 

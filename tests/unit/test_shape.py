@@ -28,7 +28,10 @@ MODELS = {
     "LLaMA-3-8B": (config(4096, 14336, 32, 32, 8, 128256), 8_030_261_248),
     "LLaMA-3-70B": (config(8192, 28672, 80, 64, 8, 128256), 70_553_706_496),
     "LLaMA-3.2-1B": (config(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True), 1_235_814_400),
-    "Mistral-7B-v0.3": (config(4096, 14336, 32, 32, 8, 32768, model_type="mistral"), 7_248_023_552),
+    "Mistral-7B-v0.3": (
+        config(4096, 14336, 32, 32, 8, 32768, model_type="mistral", sliding_window=None),
+        7_248_023_552,
+    ),
     "LLaMA-3.2-3B": (config(3072, 8192, 28, 24, 8, 128256, tie_word_embeddings=True), 3_212_749_824),
     "Qwen2.5-0.5B": (
         config(896, 4864, 24, 14, 2, 151936, model_type="qwen2", tie_word_embeddings=True),
@@ -48,7 +51,7 @@ def test_parameters_are_counted_exactly(name):
     assert shape_of(values, name).parameters == parameters
 
 
-def test_defaults_are_those_of_transformers():
+def test_keys_left_out_of_llama_2s_config_mean_what_transformers_means():
     """LLaMA-2's config names neither KV heads nor head_dim nor a tie nor theta."""
     values = config(4096, 11008, 32, 32, None, 32000)
     shape = shape_of(values, "config.json")
@@ -70,7 +73,7 @@ def test_theta_is_read_in_both_forms(where):
     assert shape_of(config(64, 112, 4, 4, 2, 320, **where), "config.json").rope_theta == 500000.0
 
 
-def test_head_dim_of_its_own():
+def test_head_dim_may_differ_from_hidden_size_over_heads():
     values = config(64, 112, 4, 4, 2, 320, head_dim=32)
     assert shape_of(values, "config.json").head_dim == 32
     # q and o 64 x 128, k and v 64 x 64; gate, up, down 64 x 112; two norms
@@ -119,7 +122,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_config_is_refused(tmp_path, case):
+def test_an_unsupported_config_is_refused(tmp_path, case):
     changes, line = REFUSED[case]
     (tmp_path / "config.json").write_text(json.dumps(config(64, 112, 4, 4, 2, 320) | changes))
     with pytest.raises(InputError) as refused:

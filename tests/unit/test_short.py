@@ -72,7 +72,7 @@ def test_lm_eval_that_is_not_installed_is_named(model, monkeypatch):
 
 
 @needs_lm_eval
-def test_a_backend_that_is_not_installed_is_named(model, monkeypatch):
+def test_an_lm_eval_backend_that_is_not_installed_is_named(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     assert "needs vllm, which is not installed" in refused(model, ["hellaswag"], backend="vllm")
 
@@ -88,18 +88,18 @@ def test_a_backend_that_is_not_installed_is_named(model, monkeypatch):
         ({"backend": "sglang"}, "there is no backend 'sglang'; use one of hf, vllm"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(arguments, needle, model):
+def test_lm_eval_arguments_that_cannot_be_used_are_refused(arguments, needle, model):
     assert needle in refused(model, **arguments)
 
 
 @needs_lm_eval
-def test_code_of_the_model_runs_only_if_that_is_allowed(model, monkeypatch):
+def test_humaneval_runs_model_code_only_if_that_is_allowed(model, monkeypatch):
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     assert "set HF_ALLOW_CODE_EVAL=1 to allow it, or leave the task out" in refused(model, ["humaneval"])
 
 
 @needs_lm_eval
-def test_what_cannot_be_asked_here_is_known_before_a_model_is_loaded(tasks, monkeypatch):
+def test_lm_eval_tasks_that_cannot_be_asked_are_known_before_a_model_is_loaded(tasks, monkeypatch):
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     reasons = lm_eval.left_out(["own", "lost", "humaneval"], include=tasks)
     assert list(reasons) == ["humaneval", "lost"]
@@ -110,20 +110,20 @@ def test_what_cannot_be_asked_here_is_known_before_a_model_is_loaded(tasks, monk
 
 
 @needs_lm_eval
-def test_what_is_no_model_is_refused_before_lm_eval_starts(tmp_path):
+def test_a_directory_without_a_model_is_refused_before_lm_eval_starts(tmp_path):
     assert str(tmp_path) in refused(tmp_path, ["mmlu"])
 
 
 @needs_lm_eval
 @pytest.mark.parametrize("task", ["hellaswag", "lost"])
-def test_data_out_of_reach_is_named(task, model, tasks):
+def test_lm_eval_data_out_of_reach_is_named(task, model, tasks):
     message = refused(model, [task], include=tasks)
     assert message.startswith(f"short text: {task}: its data is not in the caches and cannot be reached (")
     assert message.endswith("copy its HF_HOME")
 
 
 @needs_lm_eval
-def test_an_unknown_task_is_named(model, tasks):
+def test_an_unknown_lm_eval_task_is_named(model, tasks):
     assert "has no task 'own_too'" in refused(model, ["own_too"], include=tasks)
 
 
@@ -142,7 +142,7 @@ def test_lm_eval_scores_as_transformers_likelihoods_do(shots, limit, model, task
 
 
 @needs_lm_eval
-def test_a_group_of_tasks_is_one_row(model, tasks):
+def test_a_group_of_lm_eval_tasks_is_one_row(model, tasks):
     row = lm_eval.run(model, ["pair"], 5, dtype="float32", include=tasks)["tasks"]["pair"]
     assert row["score"] == pytest.approx(100 * sum(likelier(model, 0)[:5]) / 5)
     assert (row["metric"], row["shots"], row["questions"]) == ("acc,none", 0, 10)

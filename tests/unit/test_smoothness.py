@@ -19,7 +19,7 @@ def score(frequencies, amplitudes, phases, at):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_random_score_changes_faster_than_the_bound(seed):
+def test_no_random_attention_score_changes_faster_than_the_bound(seed):
     # Frequencies with a common period: on a grid of a whole period the greatest value is found, not estimated.
     rng = np.random.default_rng(seed)
     period, count = 512, int(rng.integers(1, 9))
@@ -57,7 +57,7 @@ def test_scores_of_real_rope_stay_within_the_bound_by_autograd():
         assert found.slope_of(amplitudes) < found.slope * amplitudes.sum()
 
 
-def test_one_wave_reaches_the_bound():
+def test_one_wave_reaches_the_bound_of_equation_3():
     found = Smoothness(np.array([0.3, 0.01]))
     at = np.linspace(0, 100, 100001)
     _, first, second = score(found.frequencies, np.array([2.0, 0.0]), np.zeros(2), at)
@@ -68,7 +68,7 @@ def test_one_wave_reaches_the_bound():
     assert found.change(found.swing) == found.change(1e9) == 2
 
 
-def test_interpolation_divides_the_bounds():
+def test_interpolation_divides_the_bounds_of_equation_3():
     before, after = Smoothness(LLAMA3), Smoothness(LLAMA3 / 8)
     assert before.slope == 1
     assert after.slope == 1 / 8
@@ -85,6 +85,6 @@ def test_interpolation_divides_the_bounds():
 
 
 @pytest.mark.parametrize("frequencies", [[], [0.0], [-1.0], [math.nan], [[1.0]]])
-def test_what_is_no_frequency_is_refused(frequencies):
+def test_smoothness_of_what_is_no_frequency_is_refused(frequencies):
     with pytest.raises(ValueError, match="positive numbers"):
         Smoothness(np.array(frequencies))

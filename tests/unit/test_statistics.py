@@ -1,4 +1,4 @@
-"""Intervals and comparisons against scipy, and against closed forms."""
+"""Intervals and comparisons against published tables, closed forms and scipy."""
 
 import math
 
@@ -14,17 +14,36 @@ from endprompt_megatron.evaluate.intervals import (
     comparisons,
     interval,
     mcnemar,
+    t_interval,
     wilson,
 )
 
 GRADED = np.random.default_rng(7).beta(0.6, 0.9, 80)
 
 
-@pytest.mark.parametrize(("successes", "samples"), [(0, 1), (1, 1), (0, 500), (7, 10), (250, 500), (499, 500)])
-@pytest.mark.parametrize("level", [0.9, 0.95, 0.99])
-def test_wilson_equals_scipy(successes, samples, level):
-    expected = stats.binomtest(successes, samples).proportion_ci(level, method="wilson")
-    assert wilson(successes, samples, level) == pytest.approx((expected.low, expected.high), abs=1e-12)
+@pytest.mark.parametrize(
+    ("successes", "samples", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_intervals_are_those_of_newcombes_table(successes, samples, low, high):
+    """Newcombe, 1998, table I, method 3."""
+    assert wilson(successes, samples) == pytest.approx((low, high), abs=5e-5)
+    mirrored = wilson(samples - successes, samples)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_wilson_bounds_of_0_and_1_are_exact():
+    assert wilson(0, 7)[0] == 0.0
+    assert wilson(7, 7)[1] == 1.0
+
+
+def test_student_intervals_widen_by_the_tabulated_quantiles():
+    for count, quantile in ((2, 12.706), (3, 4.303), (5, 2.776), (31, 2.042)):
+        values = [number % 2 for number in range(count)]
+        low, high = t_interval(values)
+        assert (high - low) / 2 == pytest.approx(quantile * np.std(values, ddof=1) / math.sqrt(count), rel=1e-3)
+        assert (high + low) / 2 == pytest.approx(np.mean(values))
+    assert t_interval([0.3]) is None
 
 
 def test_bootstrap_equals_scipys_up_to_the_draws():
@@ -55,13 +74,15 @@ def test_an_interval_is_wilsons_where_answers_are_right_or_wrong_and_none_for_a_
     assert interval([np.array([1.0])]).method == "wilson"
 
 
-@pytest.mark.parametrize(("first", "second"), [(0, 0), (5, 0), (3, 9), (40, 60), (1, 1)])
-def test_mcnemar_equals_the_exact_binomial_test(first, second):
-    expected = stats.binomtest(first, first + second, 0.5).pvalue if first + second else 1.0
-    assert mcnemar(first, second) == pytest.approx(expected, rel=1e-9)
+@pytest.mark.parametrize(
+    ("first", "second", "p"),
+    [(0, 0, 1.0), (5, 0, 1 / 16), (0, 5, 1 / 16), (3, 9, 598 / 4096), (1, 1, 1.0), (7, 7, 1.0)],
+)
+def test_mcnemar_counts_the_tails_of_a_fair_coin(first, second, p):
+    assert mcnemar(first, second) == pytest.approx(p, rel=1e-12)
 
 
-def test_a_comparison_is_paired():
+def test_a_comparison_of_two_models_is_paired_by_question():
     """The same shift on every question is beyond the noise, although the two intervals overlap widely."""
     shifted = compare([GRADED], [GRADED + 0.02])
     assert shifted["difference"] == pytest.approx(0.02)
@@ -83,14 +104,14 @@ def test_right_or_wrong_answers_are_compared_by_mcnemar():
     assert compare([before], [after])["beyond_noise"]
 
 
-def test_one_question_is_never_beyond_the_noise():
+def test_a_comparison_on_one_question_is_never_beyond_the_noise():
     for value in (1.0, 0.7):
         found = compare([np.array([0.0])], [np.array([value])])
         assert not found["beyond_noise"]
         assert found["interval"] is None
 
 
-def test_without_pairs_the_difference_is_as_wide_as_that_of_two_samples():
+def test_an_unpaired_difference_is_as_wide_as_that_of_two_samples():
     first, second = np.repeat([0.0, 1.0], [60, 40]), np.repeat([0.0, 1.0], [40, 60])
     found = compare_unpaired([first], [second])
     assert found["difference"] == pytest.approx(0.2)

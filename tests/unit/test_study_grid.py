@@ -1,4 +1,4 @@
-"""A study.yaml as it is read: the cells, equal tokens, one line for what is wrong, and what --slurm would submit."""
+"""A study.yaml as it is read: the trials, equal tokens, one line for what is wrong, and what --slurm would submit."""
 
 import subprocess
 
@@ -26,31 +26,31 @@ def study(bare):
 
 
 def test_the_grid_is_every_combination_one_seed_after_the_other(study):
-    names = [cell.name for cell in study.cells]
-    rows = ["short-linear", "short-yarn", "full-linear", "end_prompt-linear", "end_prompt-yarn"]
-    assert names == ["base", "interpolated", *(f"{row}-seed{seed}" for seed in (1, 2, 3) for row in rows)]
-    assert study.rows == ["base", "interpolated", *rows]
-    assert [cell.name for cell in study.chosen(["full-linear", "base", "short-yarn-seed2"])] == [
+    names = [trial.name for trial in study.trials]
+    variants = ["short-linear", "short-yarn", "full-linear", "end_prompt-linear", "end_prompt-yarn"]
+    assert names == ["base", "interpolated", *(f"{variant}-seed{seed}" for seed in (1, 2, 3) for variant in variants)]
+    assert study.variants == ["base", "interpolated", *variants]
+    assert [trial.name for trial in study.chosen(["full-linear", "base", "short-yarn-seed2"])] == [
         *("base", "full-linear-seed1", "short-yarn-seed2", "full-linear-seed2", "full-linear-seed3")
     ]
 
 
 def test_a_cell_is_its_levels_over_the_shared_overrides_over_the_base(study):
-    cell = study.chosen(["end_prompt-yarn-seed2"])[0]
-    recipe = cell.recipe
+    trial = study.chosen(["end_prompt-yarn-seed2"])[0]
+    recipe = trial.recipe
     assert (recipe.context.method, recipe.context.rope.type, recipe.train.seed) == ("end_prompt", "yarn", 2)
     assert (recipe.train.tokens, recipe.train.steps, recipe.optim.warmup_steps) == (4096, 8, 1)
-    assert recipe.run_dir == study.directory(cell) / "run"
-    assert cell.levels == {"method": "end_prompt", "rope": "yarn", "seed": "seed2"}
-    base, interpolated = study.cells[:2]
+    assert recipe.run_dir == study.directory(trial) / "run"
+    assert trial.levels == {"method": "end_prompt", "rope": "yarn", "seed": "seed2"}
+    base, interpolated = study.trials[:2]
     assert base.recipe is None
     assert (interpolated.recipe.context.rope.type, interpolated.trained) == ("linear", False)
 
 
 def test_all_trained_cells_get_the_same_tokens_though_full_is_physically_longer(study):
-    tokens = {cell.tokens for cell in study.cells if cell.trained}
+    tokens = {trial.tokens for trial in study.trials if trial.trained}
     assert tokens == {4096}
-    physical = {cell.row: cell.recipe.context.physical for cell in study.cells if cell.trained}
+    physical = {trial.variant: trial.recipe.context.physical for trial in study.trials if trial.trained}
     assert (physical["full-linear"], physical["short-linear"]) == (256, 64)
 
 
@@ -58,10 +58,10 @@ def test_budgets_that_are_not_a_whole_number_of_batches_may_differ_by_less_than_
     text = STUDY.replace("train.tokens: 4096", "train.tokens: 4100").replace(
         "global_batch_size: 2", "global_batch_size: 3"
     )
-    tokens = {cell.tokens for cell in read_study(write_study(bare, text)).cells if cell.trained}
+    tokens = {trial.tokens for trial in read_study(write_study(bare, text)).trials if trial.trained}
     assert tokens == {4608}
     text = text.replace("global_batch_size: 3", "global_batch_size: 3, train.tokens: 5400")
-    with pytest.raises(InputError, match=r"do not get the same tokens: .* 4,608, .* 6,144, a global batch \(768\)"):
+    with pytest.raises(InputError, match=r"do not consume the same tokens: .* 4,608, .* 6,144, a global batch \(768\)"):
         read_study(write_study(bare, text))
 
 
@@ -74,18 +74,18 @@ def test_budgets_that_are_not_a_whole_number_of_batches_may_differ_by_less_than_
         ("axes:", "axis:", "unknown key axis"),
         ("seed: [1, 2, 3]", "seed: {}", "axes.seed has no level"),
         ("seed: [1, 2, 3]", "seed: [1, 1.5]", "train.seed"),
-        ("rope: {linear: {}, ", "rope: {li/near: {}, ", "axes.rope.li/near: a name has letters"),
+        ("rope: {linear: {}, ", "rope: {li/near: {}, ", "axes.rope.li/near: a name may contain only letters"),
         ("rope: yarn}]", "rope: ntk}]", "exclude[0]: axis rope has no level ntk"),
         ("{context.rope.type: yarn}", "{context.rope.typ: yarn}", "unknown key context.rope.typ"),
         ("{context.rope.type: yarn}", "{context.rope.type: none_such}", "context.rope.type=none_such should be one of"),
         ("{context.method: short}", "short", "axes.method.short=short should be recipe keys with values"),
-        ("interpolated:", "short-linear-seed1:", "untrained.short-linear-seed1: a name has letters"),
-        ("reference: short-linear", "reference: long", "reference=long is no row"),
+        ("interpolated:", "short-linear-seed1:", "untrained.short-linear-seed1: a name may contain only letters"),
+        ("reference: short-linear", "reference: long", "reference=long is not a variant"),
         ("suite: [perplexity]", "suite: [perplexities]", "--suite perplexities: unknown"),
-        ("scored: 16", "score: 16", "evaluation.score: no such option"),
-        ("lengths: [64, 128], ", "", "evaluation needs suite and lengths"),
+        ("scored: 16", "score: 16", "evaluation.score: tools/evaluate.py has no such option"),
+        ("lengths: [64, 128], ", "", "evaluation requires suite and lengths"),
         ("reference:", "keep: some\nreference:", "keep=some should be one of all, scores"),
-        ("reference:", "parallel: 0\nreference:", "parallel=0 should be a number, at least 1"),
+        ("reference:", "parallel: 0\nreference:", "parallel=0 should be a whole number, at least 1"),
         ("title:", "title: [", "not valid YAML"),
     ],
 )
@@ -104,9 +104,11 @@ def test_the_tool_lists_cells_and_refuses_what_it_does_not_know(bare):
     lines = listed.stdout.splitlines()
     assert [line.split()[0] for line in lines[2:]] == [f"full-linear-seed{seed}" for seed in (1, 2, 3)]
     assert "train, export, evaluate left" in lines[2]
-    assert_one_line_error(run_tool("study", path, "--list", "--only", "ful"), "--only ful: no such cell", "full-linear")
-    assert_one_line_error(run_tool("study", path, "--dry-run"), "--dry-run: is of --slurm")
-    assert_one_line_error(run_tool("study", path, "--report-only"), "no cell is done yet")
+    assert_one_line_error(
+        run_tool("study", path, "--list", "--only", "ful"), "--only ful: no such trial or variant", "full-linear"
+    )
+    assert_one_line_error(run_tool("study", path, "--dry-run"), "--dry-run: requires --slurm")
+    assert_one_line_error(run_tool("study", path, "--report-only"), "no trial is done yet")
     said = run_tool("study", path, "--slurm", "--dry-run", "--only", "full-linear")
     assert said.returncode == 0, said.stderr
     array, report = said.stdout.splitlines()
@@ -120,7 +122,7 @@ def test_a_cell_that_cannot_train_is_refused_before_anything_runs(place):
     (place / "recipe.yaml").write_text((place / "recipe.yaml").read_text().replace("hf: hf", f"hf: {place / 'hf'}"))
     path = write_study(place, **{"out: study": f"out: {place / 'study'}", "physical: 256": "physical: 128"})
     said = run_tool("study", path)
-    assert_one_line_error(said, "cell full-linear-seed1: context.method=full trains at full length")
+    assert_one_line_error(said, "trial full-linear-seed1: context.method=full trains at full length")
     assert not (place / "study").exists()
 
 
@@ -157,4 +159,4 @@ def test_the_examples_of_the_documentation_are_studies(bare):
             "model: {hf: hf}\ncontext: {target: 2048, physical: 256}\ncheckpoint: {dir: x}\noptim: {warmup_steps: 1}\n"
         )
         (bare / keys["base"]).write_text(base + "train: {tokens: 65536, global_batch_size: 32}\n")
-        assert read_study(write_study(bare, block)).cells
+        assert read_study(write_study(bare, block)).trials

@@ -63,7 +63,7 @@ def whole(grounds) -> Path:
     return grounds / "whole"
 
 
-def test_a_study_trains_exports_and_evaluates_each_cell_and_keeps_the_scores(whole):
+def test_a_study_trains_exports_and_evaluates_each_trial_and_keeps_the_scores(whole):
     cell = whole / "study" / "cells" / "short-seed1"
     state = json.loads((cell / "cell.json").read_text())
     assert list(state["stages"]) == ["train", "export", "evaluate"]
@@ -105,15 +105,18 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is_refused(whole):
     before = (cell / "cell.json").read_bytes()
     done = study(whole)
     assert done.returncode == 0, done.stderr
-    assert "2 of 2 cells are done already" in done.stdout
+    assert "2 of 2 trials are already done" in done.stdout
     assert (cell / "cell.json").read_bytes() == before
     write_study(whole, STUDY, **{"checkpoint.keep: 1": "checkpoint.keep: 1, optim.lr: 0.5"})
     try:
         assert_one_line_error(
-            study(whole), "cell interpolated was made with optim.lr=2e-05, which is 0.5 now", "--again"
+            study(whole), "trial interpolated was run with optim.lr=2e-05, which is now 0.5", "--again"
         )
         write_study(whole, STUDY, **{"scored: 16": "scored: 24"})
-        needles = "cell short-seed1 was evaluated with scored=16, which is 24 now", "keep: scores removed its model"
+        needles = (
+            "trial short-seed1 was evaluated with scored=16, which is now 24",
+            "keep: scores has removed its model",
+        )
         assert_one_line_error(study(whole), *needles)
         assert (cell / "cell.json").read_bytes() == before
     finally:
@@ -131,9 +134,9 @@ def test_a_signal_leads_to_exit_code_75_and_wrong_input_of_a_stage_to_one_line(g
         time.sleep(0.02)
     os.kill(runner.pid, signal.SIGTERM)
     _, said = runner.communicate()
-    assert (runner.returncode, said) == (75, "stopped early; the same command goes on\n")
+    assert (runner.returncode, said) == (75, "stopped early; the same command resumes\n")
     assert_one_line_error(
-        study(directory, "--only", "interpolated"), "cell interpolated evaluate: --text none: no such"
+        study(directory, "--only", "interpolated"), "trial interpolated evaluate: --text none: no such"
     )
 
 

@@ -157,13 +157,13 @@ def test_the_same_vocabulary_in_two_forms_has_one_fingerprint(llama_3, llama_3_f
     assert fingerprint_of(llama_3) == fingerprint_of(llama_3_from_json)
 
 
-def test_a_file_of_another_model_is_refused(tmp_path):
+def test_a_tiktoken_file_of_another_model_is_refused(tmp_path):
     take(LLAMA, tmp_path, LLAMA_4)
     with pytest.raises(InputError, match=r"ranks where LLaMA-3's tokenizer\.model has 128000"):
         load_tokenizer(tmp_path / LLAMA_4)
 
 
-def test_conversion_knows_the_highest_id_of_a_tiktoken_file(place, reference):
+def test_the_highest_id_of_a_tiktoken_file_must_be_in_the_vocabulary(place, reference):
     directory = (place / LLAMA_3).parent
     check_vocabulary(directory, 128256)
     with pytest.raises(InputError, match="token id 128255 is outside the model's vocabulary"):

@@ -6,9 +6,10 @@ from safetensors.torch import load_file, save_file
 from small import assert_one_line_error, run_tool, small_llama
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.convert import mapping, verify
+from endprompt_megatron.convert import verify
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
+from endprompt_megatron.model.families import LLAMA_ROWS
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +21,15 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_is_found_the_same(place, monkeypatch, workers):
+def test_equal_weights_are_verified(place, monkeypatch, workers):
     monkeypatch.setattr(verify, "_BLOCK", 2048)
     done = verify.verify(place / "hf", place / "megatron", to_hf=False, workers=workers)
     tensors = load_file(place / "hf/model.safetensors")
     assert (done.tensors, done.bytes) == (len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 
-@pytest.mark.parametrize("row", mapping.ROWS, ids=lambda row: row.megatron)
-def test_one_changed_element_is_named(place, tmp_path, row):
+@pytest.mark.parametrize("row", LLAMA_ROWS, ids=lambda row: row.megatron)
+def test_verify_names_the_tensor_with_one_changed_element(place, tmp_path, row):
     tensors = load_file(place / "hf/model.safetensors")
     name = list(row.hf)[-1].format(2)
     value = tensors[name].flatten()
@@ -41,7 +42,7 @@ def test_one_changed_element_is_named(place, tmp_path, row):
     assert str(error.value).count("CRC-32") == 1  # and no other tensor
 
 
-def test_heads_of_another_order_are_found(place, tmp_path):
+def test_verify_finds_heads_in_another_order(place, tmp_path):
     """What a wrong map would do: the same numbers in other places."""
     tensors = load_file(place / "hf/model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -52,7 +53,7 @@ def test_heads_of_another_order_are_found(place, tmp_path):
         verify.verify(tmp_path, place / "megatron", to_hf=False)
 
 
-def test_casts_are_compared_as_they_were_made(place, tmp_path):
+def test_verify_compares_casts_as_they_were_made(place, tmp_path):
     convert_hf_to_megatron(place / "hf", tmp_path / "narrow", "bfloat16")
     verify.verify(place / "hf", tmp_path / "narrow", to_hf=False)
     convert_megatron_to_hf(place / "megatron", tmp_path / "half", dtype="float16")
@@ -61,7 +62,7 @@ def test_casts_are_compared_as_they_were_made(place, tmp_path):
         verify.verify(tmp_path / "half", place / "megatron", to_hf=False)
 
 
-def test_the_tools_convert_then_verify_and_verify_what_is_there(place, tmp_path):
+def test_conversion_tools_verify_after_converting_and_what_is_there_already(place, tmp_path):
     run = run_tool("convert_hf_to_megatron", "--hf", place / "hf", "--out", tmp_path / "out", "--verify")
     assert run.returncode == 0, run.stderr
     assert [line.split()[0] for line in run.stdout.splitlines()] == ["wrote", "verified"]

@@ -13,6 +13,7 @@ from endprompt_megatron.data.corpus import words
 from endprompt_megatron.data.corpus.encoders import WholeTexts
 from endprompt_megatron.data.corpus.words import Words, cut_of
 from endprompt_megatron.tokenizer import load_tokenizer
+from endprompt_megatron.tokenizer.tokenizer import LLAMA3_PATTERN
 
 DTYPE = np.dtype(np.uint16)
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -24,7 +25,7 @@ SPLITTERS = {
     "smollm2": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
-    "llama3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words._LLAMA3), "isolated"), BYTES]),
+    "llama3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"), BYTES]),
     "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words._QWEN2), "isolated"), BYTES]),
 }
 # White space of every kind, what some call so, line ends, marks that combine, contractions, digits, special tokens.
@@ -110,7 +111,7 @@ def test_forgetting_known_words_changes_no_ids(tokenizer, monkeypatch):
         pre_tokenizers.ByteLevel(add_prefix_space=True),
         pre_tokenizers.Metaspace(),
         pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\s+"), "isolated"), BYTES]),
-        pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words._LLAMA3), "removed"), BYTES]),
+        pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "removed"), BYTES]),
         BYTES,
     ],
 )

@@ -33,7 +33,7 @@ def task(what: str, number: int):
 
 @pytest.mark.parametrize("fork", [False, True])
 @pytest.mark.parametrize("workers", [1, 2, 9])
-def test_results_are_in_order_whatever_was_done_first(workers, fork):
+def test_results_of_workers_are_in_order_whichever_ended_first(workers, fork):
     done = []
     results = for_each(functools.partial(start, "well"), [5, 1, 9, 9, 2, 3, 4, 8], workers, done.append, fork=fork)
     assert [number for number, _ in results] == list(range(8))
@@ -46,7 +46,7 @@ def test_results_are_in_order_whatever_was_done_first(workers, fork):
     ("what", "needle"), [("killed", "a worker was killed"), ("wrong", "task 3 is wrong"), ("unready", "not ready")]
 )
 @pytest.mark.parametrize("fork", [False, True])
-def test_an_error_ends_it_and_leaves_no_process(what, needle, fork):
+def test_a_failing_task_ends_all_workers(what, needle, fork):
     before = set(multiprocessing.active_children())
     with pytest.raises(InputError, match=needle):
         for_each(functools.partial(start, what), [1] * 40, 2, lambda _: None, fork=fork)
@@ -105,7 +105,7 @@ def test_a_worker_whose_parent_was_killed_while_it_started_does_not_stay():
     process.communicate()  # for ever, if a worker stayed: it holds the other end
 
 
-def test_numbers_that_cannot_be_are_refused():
+def test_impossible_numbers_of_workers_are_refused():
     assert number_of(3, None) == 3
     assert number_of(None, None) >= 1
     with pytest.raises(InputError, match="--workers 0: should be at least 1"):

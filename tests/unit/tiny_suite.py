@@ -1,10 +1,11 @@
-"""A suite of questions as RULER and LongBench are: a module by the contract, small enough to count by hand."""
+"""A benchmark as RULER and LongBench are, small enough to count by hand."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from endprompt_megatron.evaluate.question import Question
+from endprompt_megatron.evaluate.suites.benchmark import Benchmark, Sample
 
 WORDS = "red green blue black white brown pink grey".split()
 
@@ -16,11 +17,12 @@ class TinySettings:
     stop: tuple[str, ...] = ()
 
 
-def check(settings):
-    return {task: settings.samples * len(settings.lengths) for task in ("first", "second")}
+def prepare(settings, subject, name="ruler"):
+    benchmark = Benchmark(name, partial(samples, settings), score, summary, sources, by_length=True)
+    return benchmark.prepare(subject, 2 * settings.samples * len(settings.lengths), 36)
 
 
-def questions(settings, tokenizer):
+def samples(settings, tokenizer):
     for length in settings.lengths:
         for task in ("first", "second"):
             for number in range(settings.samples):
@@ -29,21 +31,21 @@ def questions(settings, tokenizer):
                 prompt = tokenizer.encode(" ".join([str(number), *words]))
                 prompt = (prompt * length)[: length - 8]
                 reference = f"{words[0]} {number}" if task == "first" else words[1]
-                yield Question("tiny", task, length, number, prompt, 8, [reference], settings.stop, {"words": words})
+                yield Sample("tiny", task, length, number, prompt, 8, [reference], settings.stop, {"words": words})
 
 
-def score(question, answer):
-    assert question.extra["words"]
-    return float(question.references[0] in answer)
+def score(sample, answer):
+    assert sample.extra["words"]
+    return float(sample.references[0] in answer)
 
 
 def summary(scored):
     by_task = {}
-    for question, answer, value in scored:
+    for sample, answer, value in scored:
         assert isinstance(answer, str)
-        by_task.setdefault(question.task, []).append(value)
+        by_task.setdefault(sample.task, []).append(value)
     return {"tasks": {task: {"score": 100 * np.mean(v), "questions": len(v)} for task, v in by_task.items()}}
 
 
-def sources(settings):
+def sources():
     return {"words": "eight colours"}

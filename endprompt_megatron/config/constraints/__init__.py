@@ -1,1 +1,1 @@
-"""What a recipe may not ask for, said before a GPU is touched."""
+"""What a recipe may not ask for, refused before a GPU is touched."""

@@ -1,4 +1,4 @@
-"""What `data.kind: chat`, training on conversations, goes together with."""
+"""What `data.kind: chat`, training on conversations, can be combined with."""
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe
@@ -10,7 +10,7 @@ def check_chat(recipe: Recipe, where: str) -> None:
     c, d = recipe.context, recipe.data
     if d.kind == "text":
         if d.long is not None:
-            raise InputError(f"{where}: data.long={d.long} belongs to data.kind=chat: leave it out")
+            raise InputError(f"{where}: data.long={d.long} applies only to data.kind=chat: leave it out")
         return
     asked = f"{where}: data.kind=chat"
     if d.packing != "documents":

@@ -1,4 +1,4 @@
-"""What each context.method asks of the other keys of context.*: lengths, prompts, chunks, anchors, recall."""
+"""What each context.method requires of the other keys of context.*: lengths, prompts, chunks, copies, recall."""
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recall, Recipe
@@ -6,7 +6,7 @@ from endprompt_megatron.method.positions import MAPS, copies
 
 
 def check_methods(recipe: Recipe, where: str) -> None:
-    """Raise InputError for keys that the method cannot do with; the line names what it can."""
+    """Raise InputError for keys that the method cannot work with; the line names what would be legal."""
     c = recipe.context
     position_map = MAPS[c.method]
     if position_map.whole_window and c.physical != c.target:
@@ -22,8 +22,8 @@ def check_methods(recipe: Recipe, where: str) -> None:
         raise InputError(f"{where}: context.chunks={c.chunks} should be at least 2 for {c.method}")
     if "curriculum_samples" in position_map.knobs and c.curriculum_samples is None:
         raise InputError(
-            f"{where}: context.curriculum_samples is missing: after how many samples has the prompt arrived at the end "
-            f"of the window?  The run has {recipe.train.steps * recipe.train.global_batch_size}"
+            f"{where}: context.curriculum_samples is missing: give the number of samples after which the prompt stands "
+            f"at the end of the window.  The run has {recipe.train.steps * recipe.train.global_batch_size}"
         )
     _check_recall(recipe, where)
 
@@ -33,7 +33,7 @@ def _check_recall(recipe: Recipe, where: str) -> None:
     if not r.tokens:
         if r != Recall():
             raise InputError(
-                f"{where}: context.recall.tokens is 0, so its other keys say nothing: give the length of the span, "
+                f"{where}: context.recall.tokens is 0, so its other keys have no effect: give the length of the span, "
                 "such as 53, or leave out context.recall"
             )
         return
@@ -42,11 +42,11 @@ def _check_recall(recipe: Recipe, where: str) -> None:
             f"{where}: context.recall.tokens={r.tokens} with context.method={c.method}, which has no terminal prompt: "
             "use end_prompt or end_prompt_near (the control)"
         )
-    most = (c.physical - 1) // (copies(c.method, **c.knobs) + 1)
-    if r.tokens > most:
+    max_tokens = (c.physical - 1) // (copies(c.method, **c.knobs) + 1)
+    if r.tokens > max_tokens:
         raise InputError(
             f"{where}: context.recall.tokens={r.tokens} leaves no context to recall it from in context.physical="
-            f"{c.physical}: use at most {most}, less for the cue"
+            f"{c.physical}: use at most {max_tokens}, less for the cue"
         )
     if not 0 < r.share <= 1:
         raise InputError(f"{where}: context.recall.share={r.share} should be above 0 and at most 1")

@@ -1,4 +1,4 @@
-"""What `longlora` goes together with: shifted sparse attention, and LoRA."""
+"""What `longlora` can be combined with: shifted sparse attention, and LoRA."""
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import LongLora, Recipe
@@ -10,7 +10,7 @@ def check_longlora(recipe: Recipe, where: str) -> None:
     if longlora.shifted:
         _check_shifted(recipe, where)
     elif longlora.groups != LongLora().groups:
-        raise InputError(f"{where}: longlora.groups={longlora.groups} belongs to longlora.shifted=true: leave it out")
+        raise InputError(f"{where}: longlora.groups={longlora.groups} needs longlora.shifted=true: leave it out")
     if longlora.rank:
         _check_rank(recipe, where)
         return

@@ -1,6 +1,6 @@
-"""What `data.packing: documents` goes together with: methods, RoPE, alignment, and what Transformer Engine packs.
+"""What `data.packing: documents` can be combined with: methods, RoPE, alignment, and what Transformer Engine packs.
 
-Transformer Engine's part is read from the sources of 2.9 to 2.18.
+What holds for Transformer Engine was read from the sources of 2.9 to 2.18.
 """
 
 from endprompt_megatron.common.errors import InputError
@@ -20,13 +20,13 @@ def check_packing(recipe: Recipe, where: str, hardware: Hardware) -> None:
     d, c, p = recipe.data, recipe.context, recipe.parallel
     if d.packing == "stream":
         if d.align is not None:
-            raise InputError(f"{where}: data.align={d.align} belongs to data.packing=documents: leave it out")
+            raise InputError(f"{where}: data.align={d.align} applies only to data.packing=documents: leave it out")
         return
     asked = f"{where}: data.packing=documents"
     if d.document_ends != "cross":
         raise InputError(f"{asked} with data.document_ends={d.document_ends}: no sample crosses an end; leave it out")
     if c.content_skip:
-        raise InputError(f"{asked} with context.content_skip=true: it is of the stream's samples; use packing=stream")
+        raise InputError(f"{asked} with context.content_skip=true: only a stream has it; use packing=stream")
     if c.recall.tokens:
         raise InputError(
             f"{asked} with context.recall.tokens={c.recall.tokens}: a short document has no span to recall; "
@@ -34,7 +34,7 @@ def check_packing(recipe: Recipe, where: str, hardware: Hardware) -> None:
         )
     if MAPS[c.method].whole_window:
         raise InputError(
-            f"{asked} with context.method={c.method}: a document is as long as it is, not as the target; use "
+            f"{asked} with context.method={c.method}: a document need not be as long as the target; use "
             f"method=short with physical={c.target}, or packing=stream"
         )
     if c.rope.type == "dynamic":
@@ -55,9 +55,9 @@ def check_packing(recipe: Recipe, where: str, hardware: Hardware) -> None:
         raise InputError(
             f"{asked} with precision.dtype=float32: Transformer Engine has packed attention in BF16 only; use bfloat16"
         )
-    least = _PACKED_COMM.get(p.context_comm, (0,))
-    if p.context > 1 and hardware.te < least:
-        found, needed = (".".join(map(str, version)) for version in (hardware.te, least))
+    minimum = _PACKED_COMM.get(p.context_comm, (0,))
+    if p.context > 1 and hardware.te < minimum:
+        found, needed = (".".join(map(str, version)) for version in (hardware.te, minimum))
         raise InputError(
             f"{asked} with parallel.context_comm={p.context_comm} needs Transformer Engine {needed}, this is {found}: "
             "use p2p"

@@ -1,4 +1,4 @@
-"""Which parallel layouts are legal for a model's shape: what Megatron-Core would refuse later, or deep inside."""
+"""Which parallel layouts are legal for a model's shape: what Megatron-Core would refuse later, deep inside."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def check_layout(recipe: Recipe, where: str, shape: ModelShape, world_size: int,
 
 
 def divisors(*numbers: int) -> str:
-    """What divides all the numbers, as a sentence has it: 1, 2 or 4."""
+    """What divides all the numbers, in words: 1, 2 or 4."""
     return _either([d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers)])
 
 
@@ -128,13 +128,13 @@ def _check_recompute(p: Parallel, where: str, shape: ModelShape) -> None:
         )
     if p.recompute_layers is not None and p.recompute not in ("block", "full"):
         raise InputError(
-            f"{where}: parallel.recompute_layers={p.recompute_layers} belongs to recompute=block or full, "
-            f"not {p.recompute}: leave it out"
+            f"{where}: parallel.recompute_layers={p.recompute_layers} applies only to recompute=block and "
+            f"full, not to {p.recompute}: leave it out"
         )
-    most = max(map(max, chunk_layers(shape.num_layers, p)))
-    if p.recompute_layers is not None and p.recompute_layers > most:
+    max_layers = max(map(max, chunk_layers(shape.num_layers, p)))
+    if p.recompute_layers is not None and p.recompute_layers > max_layers:
         raise InputError(
-            f"{where}: parallel.recompute_layers={p.recompute_layers} is more than the {most} layers of a stage"
+            f"{where}: parallel.recompute_layers={p.recompute_layers} is more than the {max_layers} layers of a stage"
         )
     if p.overlap_param_gather and p.overlap_grad_reduce is False:
         raise InputError(

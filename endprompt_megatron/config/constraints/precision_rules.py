@@ -1,7 +1,7 @@
-"""Which precisions are legal on which GPU, for which shape: the gates of Transformer Engine, said beforehand.
+"""Which precisions are legal on which GPU and for which shape: what Transformer Engine would refuse later.
 
-Transformer Engine finds most of these in its first forward pass, some of them by running something else in
-silence.  Read from the sources of 2.9 to 2.13.
+Transformer Engine finds most of these in its first forward pass, and for some it silently runs something else.  Read
+from the sources of 2.9 to 2.13.
 """
 
 from endprompt_megatron.common.errors import InputError
@@ -9,7 +9,7 @@ from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.hardware import Hardware
 from endprompt_megatron.model.shape import ModelShape
 
-OLDEST_ENGINE = (2, 9)
+OLDEST_TE = (2, 9)
 # What a tensor's dimensions should be multiples of: (all but the last together, the last).
 _MULTIPLES = {"delayed": (8, 16), "tensorwise": (8, 16), "blockwise": (128, 128), "mxfp8": (32, 32)}
 
@@ -22,11 +22,11 @@ def check_precision(recipe: Recipe, where: str, shape: ModelShape, hardware: Har
             f"{where}: precision.grad_reduce=bfloat16 with dtype=float32: gradients of float32 weights stay float32; "
             "use float32"
         )
-    engine = hardware.te
-    if hardware.gpu is not None and engine is not None and engine < OLDEST_ENGINE:
-        found = ".".join(map(str, engine))
+    te = hardware.te
+    if hardware.gpu is not None and te is not None and te < OLDEST_TE:
+        found = ".".join(map(str, te))
         raise InputError(f"{where}: Transformer Engine {found} is installed: 2.9 or later is needed, or none at all")
-    if recipe.optim.moments_dtype != "float32" and (engine is None or hardware.gpu is None):
+    if recipe.optim.moments_dtype != "float32" and (te is None or hardware.gpu is None):
         raise InputError(
             f"{where}: optim.moments_dtype={recipe.optim.moments_dtype} needs Transformer Engine's fused AdamW on a "
             "GPU: use float32 here"
@@ -78,10 +78,10 @@ def _check_edges(recipe: Recipe, where: str, shape: ModelShape) -> None:
             f"{where}: precision.bf16_edge_layers={p.bf16_edge_layers} with fp8_recipe=delayed: its scales are updated "
             "once for all layers, in FP8 or not; use tensorwise, or 0"
         )
-    most = shape.num_layers // recipe.parallel.pipeline
-    if p.bf16_edge_layers > most:
+    max_layers = shape.num_layers // recipe.parallel.pipeline
+    if p.bf16_edge_layers > max_layers:
         raise InputError(
-            f"{where}: precision.bf16_edge_layers={p.bf16_edge_layers} is more than the {most} layers of a stage"
+            f"{where}: precision.bf16_edge_layers={p.bf16_edge_layers} is more than the {max_layers} layers of a stage"
         )
 
 

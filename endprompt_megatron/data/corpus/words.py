@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.tokenizer import Tokenizer
+from endprompt_megatron.tokenizer.tokenizer import LLAMA3_PATTERN
 
 # White space by every definition, and characters that only some definitions include (texts with them are not cut).
 _SPACE, _MORE_SPACE = "\t-\r ", "\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -30,11 +31,7 @@ _AFTER_LINES = "[H]*[^S]+(?:[S]*[\r\n])?|[S]*[\r\n]|[S]+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits are split off before that, and then end the white space before them, as the end of a text does.
 _DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}+| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace("{1,3}", "")
+_QWEN2 = LLAMA3_PATTERN.replace("{1,3}", "")
 
 # What ByteLevel makes of the bytes that are ASCII.
 _AS_LETTERS = {byte: 0x100 + (byte if byte <= 32 else 33) for byte in (*range(33), 127)}
@@ -97,7 +94,7 @@ def _rules_of(splitter: dict | None) -> tuple[str, str] | None:
     if not before or before[0]["type"] != "Split" or before[0]["behavior"] != "Isolated" or before[0]["invert"]:
         return None
     parts = before[0]["pattern"].get("Regex")
-    return (_AFTER_LINES, parts) if parts in (_LLAMA3, _QWEN2) else None
+    return (_AFTER_LINES, parts) if parts in (LLAMA3_PATTERN, _QWEN2) else None
 
 
 class Words:

@@ -20,7 +20,7 @@ from endprompt_megatron.method.random_streams import generator
 WINDOW = 1 << 20  # pieces that are packed together: whatever the size of the corpus, a window takes a second
 SAMPLE = np.dtype([("document", np.int32), ("piece", np.int32), ("prompt", np.int32)])
 
-# Streams of positions.generator, beyond those of a sample; the index is the epoch.
+# Streams of random_streams.generator, beyond those of a sample; the index is the epoch.
 _PIECE_ORDER, _PROMPT_CHOICE, _ROW_ORDER = 16, 17, 18
 _FORMAT = 1  # of the cache; another number for another packing
 

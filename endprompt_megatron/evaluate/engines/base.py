@@ -1,6 +1,6 @@
-"""A model that answers: the protocol every measurement is written against, and how the engines behind it are opened.
+"""The protocol that every suite is written against, and what the engines behind it share.
 
-transformers_engine.py is the default; vllm_engine.py and megatron_engine.py need what their names say.
+transformers_engine.py is the default; vllm_engine.py needs vLLM, megatron_engine.py Megatron-Core.
 """
 
 import importlib.util
@@ -16,12 +16,12 @@ from endprompt_megatron.common.files import read_json
 
 DTYPES = ("bfloat16", "float16", "float32")
 ENGINES = ("transformers", "vllm", "megatron")
-Ended = Callable[[list[int]], bool]  # whether an answer is over, asked after each of its tokens
+Ended = Callable[[list[int]], bool]  # whether an answer is complete, asked after each of its tokens
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What `generate` is given, for many at once."""
+    """The arguments of `generate`, for engines that take many prompts at once."""
 
     ids: list[int]
     max_new_tokens: int
@@ -38,7 +38,7 @@ class Answer:
 
 
 class Engine(Protocol):
-    """What a measurement needs of a model.  Token ids and positions are int64 arrays."""
+    """What a suite needs of a model.  Token ids and positions are int64 arrays."""
 
     def token_losses(
         self, tokens: np.ndarray, position_ids: np.ndarray | None = None, *, last: int | None = None
@@ -53,7 +53,7 @@ class Engine(Protocol):
     def generate(self, prompt_ids: list[int], max_new_tokens: int, ended: Ended | None = None) -> list[int]:
         """Greedy continuation, without the prompt, ended by an end-of-text token (which is not returned).
 
-        An engine may go on after `ended`: whoever asks cuts the answer there.
+        An engine may go on after `ended`: the caller cuts the answer there.
         """
         ...
 
@@ -69,7 +69,7 @@ class Engine(Protocol):
 def generate_all(engine: Engine, prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, list[int]]]:
     """Every prompt with its continuation, as they are finished.
 
-    An engine that reads several prompts together has a `generate_all` of its own, which draws them as it has room.
+    An engine that reads several prompts together has its own `generate_all`, which takes more as it has room.
     """
     own = getattr(engine, "generate_all", None)
     if own is not None:
@@ -116,7 +116,7 @@ def checked_tokens(tokens: np.ndarray, vocab_size: int, where: Path | str) -> np
 
 
 def end_ids(directory: Path) -> set[int]:
-    """Tokens at which an answer ends, as transformers reads them from a Hugging Face directory."""
+    """Tokens that end an answer, as transformers reads them from a Hugging Face directory."""
     for name in ("generation_config.json", "config.json"):
         if (directory / name).is_file():
             ends = read_json(directory / name, "a config").get("eos_token_id")

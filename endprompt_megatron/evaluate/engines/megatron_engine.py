@@ -1,7 +1,7 @@
 """The Megatron model in place: tensor and pipeline parallel, from a training checkpoint, nothing exported.
 
 All ranks of a model call every method together, with the same arguments, and get the same answers.  Inputs go through
-the pipeline in pieces, each attending to the keys and values of those before it, which a layer's attention keeps; so
+the pipeline in chunks, each attending to the keys and values of those before it, which a layer's attention keeps; so
 no rank ever holds the logits, or the scores, of a whole long input.
 """
 
@@ -62,7 +62,7 @@ def _fits(shape: ModelShape, stages: int) -> bool:
 class MegatronEngine:
     """A checkpoint, or a Hugging Face directory, in Megatron-Core.  `start` comes first, on all ranks."""
 
-    def __init__(self, weights: Path, config: Path, *, dtype: str = "bfloat16", piece: int = 2048) -> None:
+    def __init__(self, weights: Path, config: Path, *, dtype: str = "bfloat16", chunk: int = 2048) -> None:
         """`config`: the Hugging Face config beside the weights.  Raises InputError for weights that cannot be used."""
         from endprompt_megatron.model.llama import build_chunks
 
@@ -94,8 +94,8 @@ class MegatronEngine:
         self.load_seconds = time.monotonic() - started
         self.end_ids = end_ids(config)
         self.rope = dict(transformers_config(exported).rope_parameters or {})
-        # Frequencies of dynamic RoPE grow with the input: keys of an earlier piece would carry stale ones.
-        self.piece = WHOLE if self.rope.get("rope_type") == "dynamic" else piece
+        # Frequencies of dynamic RoPE grow with the input: keys of an earlier chunk would carry stale ones.
+        self.chunk = WHOLE if self.rope.get("rope_type") == "dynamic" else chunk
 
     def token_losses(
         self, tokens: np.ndarray, position_ids: np.ndarray | None = None, *, last: int | None = None
@@ -139,7 +139,7 @@ class MegatronEngine:
         truth = self._checked(np.asarray([expected])) if expected else tokens[:, :0]
         scored, choice = self._read(tokens, None, truth[:, :1], room)
         if len(expected) > 1:
-            more, _ = self._piece(truth[:, :-1], self._places(1, length, len(expected) - 1), truth[:, 1:])
+            more, _ = self._read_chunk(truth[:, :-1], self._places(1, length, len(expected) - 1), truth[:, 1:])
             scored = tuple(np.concatenate(both, axis=1) for both in zip(scored, more, strict=True))
             for cache in self.caches:
                 cache.length = length
@@ -151,7 +151,7 @@ class MegatronEngine:
             if (ended is not None and ended(generated)) or place + 1 == max_new_tokens:
                 break
             token = torch.tensor([[choice]], device=tokens.device)
-            _, choice = self._piece(token, self._places(1, length + place, 1), token[:, :0])
+            _, choice = self._read_chunk(token, self._places(1, length + place, 1), token[:, :0])
         return Answer(generated, scored[0][0], scored[1][0])
 
     def _checked(self, tokens: np.ndarray) -> Tensor:
@@ -164,7 +164,7 @@ class MegatronEngine:
     def _read(
         self, tokens: Tensor, position_ids: Tensor | None, targets: Tensor, room: int
     ) -> tuple[tuple[np.ndarray, np.ndarray], int]:
-        """Read an input [b, s] from its beginning; see _piece.  `targets` [b, n] are those of its last n tokens.
+        """Read an input [b, s] from its beginning; see _read_chunk.  `targets` [b, n] are those of its last n tokens.
 
         `room`: tokens that the caches are to take, what is generated after them included.
         """
@@ -172,15 +172,15 @@ class MegatronEngine:
         for cache in self.caches:
             cache.begin(room)
         found, choice, first = [], -1, length - targets.shape[1]
-        for start in range(0, length, self.piece):
-            piece = tokens[:, start : start + self.piece]
-            end = start + piece.shape[1]
+        for start in range(0, length, self.chunk):
+            chunk = tokens[:, start : start + self.chunk]
+            end = start + chunk.shape[1]
             positions = self._places(rows, start, end - start) if position_ids is None else position_ids[:, start:end]
-            scored, choice = self._piece(piece, positions, targets[:, max(0, start - first) : max(0, end - first)])
+            scored, choice = self._read_chunk(chunk, positions, targets[:, max(0, start - first) : max(0, end - first)])
             found.append(scored)
         return tuple(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True)), choice
 
-    def _piece(
+    def _read_chunk(
         self, tokens: Tensor, position_ids: Tensor, targets: Tensor
     ) -> tuple[tuple[np.ndarray, np.ndarray], int]:
         """Read tokens [b, n] that follow those in the caches, through all stages.
@@ -190,7 +190,7 @@ class MegatronEngine:
         """
         rows, count = targets.shape
         if bool((position_ids == position_ids[:1]).all()):
-            position_ids = position_ids[:1]  # one row of phases, which fused RoPE takes
+            position_ids = position_ids[:1]  # one row of rotary angles, which fused RoPE takes
         found: list[Tensor] = []
 
         def forward(_: object, model: torch.nn.Module) -> tuple[Tensor, object]:

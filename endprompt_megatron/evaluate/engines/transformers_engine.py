@@ -27,7 +27,7 @@ class TransformersEngine:
     """A LLaMA-family Hugging Face directory in transformers, on one device.
 
     Inputs up to `whole` tokens are read in one forward: causal attention without a mask tensor is the quickest and
-    needs memory linear in the length.  Longer ones go in pieces of `piece` tokens through a KV cache.
+    needs memory linear in the length.  Longer ones are read in chunks of `chunk` tokens through a KV cache.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TransformersEngine:
         *,
         dtype: str = "bfloat16",
         whole: int = 32768,
-        piece: int = 4096,
+        chunk: int = 4096,
     ) -> None:
         """Load the model.  Raises InputError for a directory, weights or dtype that cannot be used."""
         import torch
@@ -47,7 +47,7 @@ class TransformersEngine:
         self.shape = read_shape(directory)
         self.device = torch.device(device)
         self.dtype = dtype
-        self.whole, self.piece = whole, piece
+        self.whole, self.chunk = whole, chunk
         started = time.monotonic()
         self.model = _load(self.directory, getattr(torch, dtype)).to(self.device).eval()
         self.load_seconds = time.monotonic() - started
@@ -55,7 +55,7 @@ class TransformersEngine:
         ends = self.model.generation_config.eos_token_id
         self.end_ids = set(ends if isinstance(ends, list) else [ends]) - {None}
         if self.rope.get("rope_type") == "dynamic":
-            # Its frequencies grow with the input: keys cached from an earlier piece would carry stale ones.
+            # Its frequencies grow with the input: keys cached from an earlier chunk would carry stale ones.
             self.whole = 2**62
 
     def token_losses(
@@ -137,12 +137,12 @@ class TransformersEngine:
 
         self._reset_rope()
         length = tokens.shape[1]
-        piece = length if length <= self.whole else self.piece
-        cache = DynamicCache(config=self.model.config) if cached or piece < length else None
+        size = length if length <= self.whole else self.chunk
+        cache = DynamicCache(config=self.model.config) if cached or size < length else None
         kept = []
-        for start in range(0, length, piece):
-            chunk = tokens[:, start : start + piece]
-            positions = None if position_ids is None else position_ids[:, start : start + piece]
+        for start in range(0, length, size):
+            chunk = tokens[:, start : start + size]
+            positions = None if position_ids is None else position_ids[:, start : start + size]
             hidden, cache = self._step(chunk, cache, start, positions)
             kept.append(hidden[:, max(0, length - keep - start) :])
         return (kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)), cache

@@ -1,7 +1,7 @@
 """vLLM, where it is installed: many prompts at once, on one or several GPUs of a host.
 
-Log probabilities come as those of a prompt (`prompt_logprobs`); positions cannot be given, so the virtual-distance
-probe is not for it.  Token ids go in and out: vLLM's tokenizer is never used.
+Log probabilities are those of a prompt (`prompt_logprobs`).  vLLM takes no position ids, so the virtual-distance probe
+is refused.  Token ids go in and out: vLLM's tokenizer is never used.
 """
 
 import os

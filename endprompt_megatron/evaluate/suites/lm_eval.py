@@ -20,6 +20,7 @@ from endprompt_megatron.model.shape import read_shape
 WORKER = "endprompt_megatron.evaluate.suites.lm_eval_worker"
 _ROOT = Path(__file__).resolve().parents[3]
 BACKENDS = ("hf", "vllm")
+BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,13 @@ def run(
     shots: dict[str, int] | None = None,
     backend: str = "hf",
     dtype: str = "bfloat16",
-    device: str | None = None,
-    batch_size: int | str = 8,
     chat: bool = False,
     include: Path | str | None = None,
-    options: dict | None = None,
 ) -> dict:
     """Scores in percent of a Hugging Face directory on lm-eval tasks, by default those of TASKS.
 
-    `limit`: only the first so many questions of each (sub)task; `shots` replaces numbers of examples by task; `device`
-    None: a GPU if there is one; `chat` puts questions into the model's chat template; `include`: a directory with
-    lm-eval task files of one's own; `options`: more arguments of lm-eval's model class, such as {"parallelize": True}.
+    `limit`: only the first so many questions of each (sub)task; `shots` replaces numbers of examples by task; `chat`
+    puts questions into the model's chat template; `include`: a directory with lm-eval task files of one's own.
 
     Returns {"tasks": {name: {"score", "stderr" (or None), "metric", "shots", "questions", "all": every metric as
     lm-eval gives it}}, "mean": {"score", "complete", "missing"} over TASKS, "limit", "lm_eval": version}.
@@ -70,11 +67,10 @@ def run(
         "tasks": {name: (shots or {}).get(name, TASKS[name].shots if name in TASKS else None) for name in names},
         "limit": limit,
         "backend": backend,
-        "model": {"pretrained": str(Path(model_dir).resolve()), "dtype": dtype, **(options or {})},
-        "device": device,
-        "batch_size": batch_size,
+        "model": {"pretrained": str(Path(model_dir).resolve()), "dtype": dtype},
+        "batch_size": BATCH_SIZE,
         "chat": chat,
-        "include": _whole(include),
+        "include": _absolute(include),
     }
     answer = _in_a_process(job)
     if "refused" in answer:
@@ -98,7 +94,7 @@ def left_out(tasks: Sequence[str], *, include: Path | str | None = None) -> dict
     _check_installed("hf")
     reasons = {name: _NO_CODE for name in tasks if not _may_run(name)}
     asked = [name for name in tasks if name not in reasons]
-    answer = _in_a_process({"check": True, "tasks": asked, "include": _whole(include)}) if asked else {}
+    answer = _in_a_process({"check": True, "tasks": asked, "include": _absolute(include)}) if asked else {}
     if "refused" in answer:
         raise InputError(f"short text: {answer['refused']}")
     return reasons | answer.get("unavailable", {})
@@ -111,7 +107,7 @@ def _may_run(name: str) -> bool:
     return not (name in TASKS and TASKS[name].runs_code) or os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
 
 
-def _whole(include: Path | str | None) -> str | None:
+def _absolute(include: Path | str | None) -> str | None:
     return None if include is None else str(Path(include).resolve())
 
 
@@ -145,14 +141,7 @@ def _in_a_process(job: dict) -> dict:
         asked, answered, log = (Path(scratch) / name for name in ("job.json", "answer.json", "log"))
         asked.write_text(json.dumps(job))
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "endprompt_megatron.evaluate.suites.lm_eval_worker",
-            str(asked),
-            str(answered),
-        ]
+        command = [sys.executable, "-P", "-m", WORKER, str(asked), str(answered)]
         with open(log, "wb") as file:
             done = subprocess.run(
                 command, stdout=file, stderr=subprocess.STDOUT, check=False, env={**os.environ, "PYTHONPATH": path}

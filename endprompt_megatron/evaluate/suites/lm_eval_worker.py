@@ -46,7 +46,7 @@ def _model(job: dict):
     more = {"batch_size": job["batch_size"]}
     if job["backend"] == "hf":
         # Without a device it takes a GPU for granted.
-        more["device"] = job["device"] or str(runtime.device())
+        more["device"] = str(runtime.device())
     return get_model(job["backend"]).create_from_arg_obj(job["model"], more)
 
 

@@ -10,22 +10,33 @@ Sliding: every token of the longest inputs by a model that sees `window` tokens 
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.plotting import Palette, dress, legend, length_axis, level_axis, short
+from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.evaluate.engines.base import Engine
+from endprompt_megatron.evaluate.held_out_text import windows
 from endprompt_megatron.evaluate.intervals import Series
-from endprompt_megatron.evaluate.requests import Answered, Entry, Item, answered, content_of
+from endprompt_megatron.evaluate.options import TEXT, Option
+from endprompt_megatron.evaluate.plots import of_suite, window_mark
+from endprompt_megatron.evaluate.requests import Request, Response, content_of
+from endprompt_megatron.evaluate.suite import LOSS, Drawing, Headline, Prepared, Scores, Subject, Suite
+from endprompt_megatron.evaluate.tables import bounds_text, scores_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BUCKETS = 24
 BLOCK = 64  # tokens of one sample of the statistics: neighbours are too much alike to count one by one
 BY_LENGTH, SLIDING = "by_length", "sliding"
 
 
-def items(inputs: np.ndarray, lengths: list[int], *, scored: int = 512) -> Iterator[Item]:
-    """An item a window and length.  `inputs` int64 [windows, lengths[-1]]; `lengths` ascending, above `scored`.
+def requests_by_length(inputs: np.ndarray, lengths: list[int], *, scored: int = 512) -> Iterator[Request]:
+    """A request for each window and length.  `inputs` int64 [windows, lengths[-1]]; `lengths` ascend, above `scored`.
 
     Raises InputError for lengths that are not.
     """
@@ -48,12 +59,12 @@ def items(inputs: np.ndarray, lengths: list[int], *, scored: int = 512) -> Itera
                     record["buckets"] = [_mean(losses[0, a:b]) for _, _, a, b in _buckets(tokens.shape[1])]
                 return record
 
-            entry = Entry("perplexity", BY_LENGTH, length, number, {"scored": scored})
-            yield Item(entry, content_of(tokens, scored, whole), length, ask)
+            content = content_of(tokens, scored, whole)
+            yield Request("perplexity", BY_LENGTH, length, number, content, length, notes={"scored": scored}, ask=ask)
 
 
-def sliding_items(inputs: np.ndarray, window: int, stride: int) -> Iterator[Item]:
-    """An item a position of the window.  A window as long as the input reads it whole."""
+def sliding_requests(inputs: np.ndarray, window: int, stride: int) -> Iterator[Request]:
+    """A request for each position of the window.  A window as long as the input reads it whole."""
     longest = inputs.shape[1]
     window = min(window, longest)
     ends = [*range(window, longest, stride), longest]
@@ -68,21 +79,21 @@ def sliding_items(inputs: np.ndarray, window: int, stride: int) -> Iterator[Item
                 return {"sum": float(losses.sum(dtype=np.float64)), "blocks": _blocks(losses[0])}
 
             notes = {"window": window, "stride": stride, "tokens": fresh, "input": number}
-            entry = Entry("perplexity", SLIDING, longest, number * len(ends) + place, notes)
-            yield Item(entry, content_of(tokens, fresh), window, ask)
+            name = ("perplexity", SLIDING, longest, number * len(ends) + place)
+            yield Request(*name, content_of(tokens, fresh), window, notes=notes, ask=ask)
 
 
-def result(pairs: list[Answered]) -> dict:
+def result(responses: list[Response]) -> dict:
     """Losses in nats: {"scored", "by_length": [{length, loss, stderr, perplexity, windows: [loss of each]}],
     "by_position": [{start, end, loss, stderr, perplexity}]}; the standard errors are over windows, null for one.
 
     Where windows slid, "sliding": {window, stride, tokens, loss, perplexity} too.
     """
     by_length: dict[int, list[dict]] = {}
-    for entry, record in pairs:
-        if entry.task == BY_LENGTH:
-            by_length.setdefault(entry.length, []).append(record)
-    found: dict = {"scored": next(entry.notes["scored"] for entry, _ in pairs if entry.task == BY_LENGTH)}
+    for response in responses:
+        if response.task == BY_LENGTH:
+            by_length.setdefault(response.length, []).append(response.record)
+    found: dict = {"scored": next(response.notes["scored"] for response in responses if response.task == BY_LENGTH)}
     found["by_length"] = []
     for length, records in by_length.items():
         losses = [record["loss"] for record in records]
@@ -94,7 +105,7 @@ def result(pairs: list[Answered]) -> dict:
         {"start": start, "end": end, **_summary([record["buckets"][place] for record in by_length[longest]])}
         for place, (start, end, _, _) in enumerate(_buckets(longest))
     ]
-    slid = [(entry.notes, record) for entry, record in pairs if entry.task == SLIDING]
+    slid = [(response.notes, response.record) for response in responses if response.task == SLIDING]
     if slid:
         tokens = sum(notes["tokens"] for notes, _ in slid)
         loss = sum(record["sum"] for _, record in slid) / tokens
@@ -108,26 +119,14 @@ def result(pairs: list[Answered]) -> dict:
     return found
 
 
-def series(pairs: list[Answered]) -> list[Series]:
+def series(responses: list[Response]) -> list[Series]:
     """Losses of blocks of about 64 tokens, by length and sliding."""
     blocks: dict[tuple[str, int], list[float]] = {}
-    for entry, record in pairs:
-        blocks.setdefault((entry.task, entry.length), []).extend(record["blocks"])
+    for response in responses:
+        blocks.setdefault((response.task, response.length), []).extend(response.record["blocks"])
     return [
         Series("perplexity", task, length, "loss", (np.asarray(values),)) for (task, length), values in blocks.items()
     ]
-
-
-def perplexity(
-    engine: Engine,
-    inputs: np.ndarray,
-    lengths: list[int],
-    *,
-    scored: int = 512,
-    tick: Callable[[str], None] = lambda _: None,
-) -> dict:
-    """`result` of `items`, with nothing stored."""
-    return result(answered(engine, items(inputs, lengths, scored=scored), tick))
 
 
 def _buckets(length: int) -> list[tuple[int, int, int, int]]:
@@ -155,3 +154,200 @@ def _summary(means: list[float]) -> dict:
 
 def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
+
+
+def _prepare(subject: Subject) -> Prepared:
+    s = subject.settings
+    if s.lengths[0] <= s.scored:
+        raise InputError(
+            f"--lengths {s.lengths[0]}: should be above the {s.scored} scored tokens; "
+            "use longer inputs or a smaller --scored"
+        )
+    inputs, window = windows(subject.tokens, s.lengths[-1], s.windows), subject.model.window
+    if s.stride is not None and s.stride > min(window, s.lengths[-1]) - 1:
+        raise InputError(
+            f"--stride {s.stride}: should be below the window of {window} and --lengths "
+            f"{s.lengths[-1]}; a half or a quarter of the window is usual"
+        )
+
+    def requests() -> Iterator[Request]:
+        yield from requests_by_length(inputs, s.lengths, scored=s.scored)
+        if s.stride is not None:
+            yield from sliding_requests(inputs, window, s.stride)
+
+    slid = [request.tokens for request in sliding_requests(inputs, window, s.stride)] if s.stride is not None else []
+    expected = len(s.lengths) * s.windows + len(slid), sum(s.lengths) * s.windows + sum(slid)
+    return Prepared(requests, result, series, expected)
+
+
+def perplexity_text(value: float) -> str:
+    """A collapsed model's thousands stay readable beside the others' tens."""
+    return f"{value:,.{1 if value < 1000 else 0}f}" if value < 1e6 else f"{value:.1e}"
+
+
+def _loss_text(entry: dict) -> str:
+    """Loss with its standard error where there is one."""
+    error = f" ±{entry['stderr']:.3f}" if entry.get("stderr") is not None else ""
+    return f"{entry['loss']:.3f}{error}"
+
+
+def _tables(results: dict, labels: list[str]) -> list[str]:
+    measured = {label: results["measurements"][label]["perplexity"] for label in labels}
+    header = ["length", *(f"{label} {what}" for label in labels for what in ("loss", "95%", "ppl"))]
+    rows = []
+    for entries in zip(*(measured[label]["by_length"] for label in labels), strict=True):
+        row = [str(entries[0]["length"])]
+        for label, entry in zip(labels, entries, strict=True):
+            score = scores_of(results, label).get(_key(entry["length"]))
+            row += [_loss_text(entry), bounds_text(score, 1, 3), perplexity_text(entry["perplexity"])]
+        rows.append(row)
+    title = f"Held-out text, last {measured[labels[0]]['scored']} tokens of real inputs"
+    parts = [f"{title}\n{text_table(header, rows)}"]
+    slid = {label: of_model.get("sliding") for label, of_model in measured.items()}
+    if all(slid.values()):
+        header = ["model", "window", "stride", "tokens", "loss", "ppl"]
+        rows = [
+            [
+                label,
+                *(str(entry[key]) for key in ("window", "stride", "tokens")),
+                _loss_text(entry),
+                perplexity_text(entry["perplexity"]),
+            ]
+            for label, entry in slid.items()
+        ]
+        parts.append(f"Held-out text, every token of the longest inputs, sliding window\n{text_table(header, rows)}")
+    return parts
+
+
+def _key(length: int) -> tuple[str, str, int, str]:
+    return "perplexity", BY_LENGTH, length, "loss"
+
+
+def _headlines(measured: dict, scores: Scores) -> list[Headline]:
+    found = []
+    for entry in measured["by_length"]:
+        score = scores.get(_key(entry["length"]))
+        bounds = (score and score["interval"]) or ()
+        found.append(
+            Headline(
+                f"Perplexity, {entry['length']:,} tokens",
+                _key(entry["length"]),
+                perplexity_text(entry["perplexity"]),
+                "–".join(perplexity_text(_perplexity(bound)) for bound in bounds),
+            )
+        )
+    slid = measured.get("sliding")
+    if slid:
+        label = f"Perplexity of every token of the longest inputs, sliding window of {slid['window']:,} tokens"
+        key = ("perplexity", "sliding", slid["window"], "loss")
+        found.append(Headline(label, key, perplexity_text(slid["perplexity"])))
+    return found
+
+
+def draw_by_length(axes: "Axes", results: dict, palette: Palette) -> None:
+    """Perplexity of the last tokens against the length of the input, with standard errors."""
+    values, lengths, scored = [], [], 0
+    for label, measured in of_suite(results, "perplexity"):
+        entries, scored = measured["by_length"], measured["scored"]
+        lengths = [entry["length"] for entry in entries]
+        middle = [entry["perplexity"] for entry in entries]
+        # The error is of the loss, so its bounds are not symmetric once exponentiated.
+        low = [p * (1 - math.exp(-(e["stderr"] or 0))) for p, e in zip(middle, entries, strict=True)]
+        high = [p * (math.exp(e["stderr"] or 0) - 1) for p, e in zip(middle, entries, strict=True)]
+        axes.errorbar(lengths, middle, [low, high], capsize=2, **palette.line(label))
+        values += middle
+    level_axis(axes, values)
+    length_axis(axes, lengths)
+    dress(axes, palette, "Perplexity by length", "tokens in the input", f"last {scored} tokens")
+    window_mark(axes, results, palette)
+    legend(axes, palette)
+
+
+def draw_by_position(axes: "Axes", results: dict, palette: Palette) -> None:
+    """Perplexity along the longest input, with bands of 95% where there are several inputs."""
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
+
+    values, end = [], 1
+    for label, measured in of_suite(results, "perplexity"):
+        buckets = measured["by_position"]
+        end = buckets[-1]["end"]
+        middle = [bucket["perplexity"] for bucket in buckets]
+        style = palette.line(label) | {"marker": None}
+        places = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
+        axes.plot(places, middle, **style)
+        if all(bucket["stderr"] is not None for bucket in buckets):
+            bounds = [
+                [math.exp(min(bucket["loss"] + sign * 1.96 * bucket["stderr"], 700)) for bucket in buckets]
+                for sign in (-1, 1)
+            ]
+            axes.fill_between(places, *bounds, color=style["color"], alpha=0.15, linewidth=0)
+        values += middle
+    level_axis(axes, values)
+    axes.set_xlim(0, end)
+    step = 2 ** max(0, (end // 5).bit_length())
+    axes.xaxis.set_major_locator(MultipleLocator(step))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    dress(axes, palette, "Perplexity by position", "position in the input", f"inputs of {end:,} tokens")
+    window_mark(axes, results, palette)
+    legend(axes, palette)
+
+
+def _explanation(measured: dict) -> str:
+    count = len(measured["by_length"][0]["windows"])
+    inputs = f"{count} held-out {'inputs' if count > 1 else 'input'}"
+    return (
+        f"Perplexity of the last {measured['scored']} tokens of {inputs} of each length; "
+        "all lengths score the same tokens. A model that uses its context gets better with the length; "
+        "one past its window collapses."
+    )
+
+
+def _spread(results: dict) -> str:
+    windows = [len(measured["by_length"][0]["windows"]) for _, measured in of_suite(results, "perplexity")]
+    if max(windows, default=1) < 2:
+        return "One input: no standard error."
+    return f"Bars are standard errors over {max(windows)} inputs, bands 95% of them."
+
+
+def _limits(measured: dict, settings: object) -> list[str]:
+    if len(measured["by_length"][0]["windows"]) >= 5:
+        return []
+    return [
+        "a few stretches of one held-out text say little about other texts, and differences of a few hundredths in the "
+        "loss may be chance"
+    ]
+
+
+SUITE = Suite(
+    name="perplexity",
+    title="Perplexity",
+    about="loss of held-out text by the length of the input and by position",
+    options=(
+        TEXT,
+        Option("windows", "inputs of each length", int, default=2, minimum=1),
+        Option("scored", "tokens scored at the end of each input", int, default=512, minimum=1),
+        Option(
+            "stride",
+            "also slide the model's window over the longest inputs, by so many tokens",
+            int,
+            minimum=1,
+            refused_without_suite=True,
+        ),
+    ),
+    prepare=_prepare,
+    reads_text=lambda settings: True,
+    real_lengths=lambda settings: {"--lengths": settings.lengths},
+    inputs_from=("lengths", "windows", "scored", "seed"),
+    metrics=(LOSS,),
+    quoted_tasks=(BY_LENGTH,),
+    task_names={BY_LENGTH: ""},
+    headlines=_headlines,
+    losses_by_position=lambda measured: measured["by_position"],
+    tables=_tables,
+    drawings=lambda results: [
+        Drawing("Perplexity by length", draw_by_length, _spread(results)),
+        Drawing("Perplexity by position", draw_by_position),
+    ],
+    explanation=_explanation,
+    limits=_limits,
+)

@@ -9,6 +9,8 @@ import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.html_page import (
+    NORMAL,
+    WIDE,
     Block,
     Figure,
     Group,
@@ -20,7 +22,6 @@ from endprompt_megatron.common.html_page import (
     missing,
     note,
 )
-from endprompt_megatron.common.inline_svg import NORMAL, WIDE
 from endprompt_megatron.method.smoothness import Smoothness
 from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.sections.cells import NONE
@@ -113,7 +114,7 @@ def smoothness(run: Run) -> tuple[Smoothness, Smoothness, float] | None:
 
 def distances(runs: Runs) -> Section:
     """Coverage and smoothness, one part a run."""
-    from endprompt_megatron.report.figures import PAGE, coverage, wavelengths
+    from endprompt_megatron.report.figures import coverage, wavelengths
 
     recipes = [run for run in runs.all if run.recipe]
     if not recipes:
@@ -130,7 +131,7 @@ def distances(runs: Runs) -> Section:
         said.append(Paragraph(f"{name}{_words(found)}"))
         drawn.append(
             Figure(
-                lambda axes, found=found: coverage(axes, found.counts, found.gaps, PAGE),
+                lambda axes, found=found: coverage(axes, found.counts, found.gaps),
                 "Relative distances in training" + (f", {run.name}" if several else ""),
                 run.name if several else "",
                 size=NORMAL if several else WIDE,
@@ -142,7 +143,7 @@ def distances(runs: Runs) -> Section:
     waves = [
         Figure(
             lambda axes, before=before, after=after, found=found: wavelengths(
-                axes, before.wavelengths, after.wavelengths, found.gap, PAGE
+                axes, before.wavelengths, after.wavelengths, found.gap
             ),
             f"Wavelengths, {run.name}",
             run.name if len(bounds) > 1 else "",

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from endprompt_megatron.common.html_page import (
+    WIDE,
     Block,
     Cell,
     Figure,
@@ -15,7 +16,7 @@ from endprompt_megatron.common.html_page import (
     missing,
     note,
 )
-from endprompt_megatron.common.inline_svg import WIDE
+from endprompt_megatron.common.plotting import page_palette
 from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.sections import cost
 
@@ -38,7 +39,7 @@ def training(runs: Runs) -> Section:
         return Section("training", "Training", [missing("There is no `metrics.jsonl` with logged steps.")])
     drawn = _of_one(logged[0]) if len(logged) == 1 else _of_several(runs)
     notes = [_notes(run, len(logged) > 1) for run in logged]
-    return Section("training", "Training", [*notes, *drawn, *data_seen(runs)])
+    return Section("training", "Training", [*notes, *drawn, *_virtual(runs), *data_seen(runs)])
 
 
 def _notes(run: Run, named: bool) -> Paragraph:
@@ -58,17 +59,17 @@ def _prompted(run: Run) -> bool:
 
 
 def _of_one(run: Run) -> list[Block]:
-    from endprompt_megatron.report.figures import PAGE, losses, small
+    from endprompt_megatron.report.figures import losses, small
 
     large = Figure(
-        lambda axes: losses(axes, run.steps, run.validations, PAGE),
+        lambda axes: losses(axes, run.steps, run.validations),
         "Loss over training",
         "Faint: each logged step. Strong: smoothed. " + (BY_HEART if _prompted(run) else ""),
         WIDE,
     )
     panels = [
         Figure(
-            lambda axes, key=key, name=name, unit=unit: small(axes, run.steps, key, name, unit, PAGE),
+            lambda axes, key=key, name=name, unit=unit: small(axes, run.steps, key, name, unit),
             name,
             size=(3.6, 2.3),
         )
@@ -86,7 +87,7 @@ def keys_of(runs: Runs) -> dict[str, Run]:
 
 
 def _of_several(runs: Runs) -> list[Block]:
-    from endprompt_megatron.report.figures import over_steps, page_palette, series
+    from endprompt_megatron.report.figures import over_steps, series
 
     keyed = keys_of(runs)
     palette = page_palette({key: run.name for key, run in keyed.items()})
@@ -113,6 +114,49 @@ def _of_several(runs: Runs) -> list[Block]:
     if any(_prompted(run) for run in runs.all):
         words.append(BY_HEART)
     return [Group(drawn), *note(words)]
+
+
+def _virtual(runs: Runs) -> list[Block]:
+    """The validation's probe of virtual distances; nothing where no run has it."""
+    from endprompt_megatron.report.figures import virtual_over_training
+
+    probed = [run for run in runs.all if any(line.get("virtual") for line in run.validations)]
+    drawn = []
+    for run in probed:
+        name = f", {run.name}" if len(runs.all) > 1 else ""
+        drawn.append(
+            Figure(
+                lambda axes, run=run: virtual_over_training(axes, run.validations),
+                f"Virtual distance over training{name}",
+                f"Each validation{name}: faint at the start, strong at the end.",
+            )
+        )
+    if len(probed) > 1:
+        drawn += _furthest_over_steps(runs)
+    if not drawn:
+        return []
+    words = "A passage within a short input whose last tokens carry far position ids is to be repeated word for word."
+    return [Heading("Virtual distance over training"), *note([words]), Group(drawn)]
+
+
+def _furthest_over_steps(runs: Runs) -> list[Figure]:
+    """The runs' losses over the steps at the furthest virtual distance that all of them probe; [] without any."""
+    from endprompt_megatron.report.figures import over_steps
+
+    keyed = {key: run for key, run in keys_of(runs).items() if any(line.get("virtual") for line in run.validations)}
+    probed = {key: [line for line in run.validations if line.get("virtual")] for key, run in keyed.items()}
+    common = set.intersection(*(set(line["virtual"]) for lines in probed.values() for line in lines))
+    if not common:
+        return []
+    furthest = max(common, key=int)
+    lines = {}
+    for key, of_run in probed.items():
+        found = [(line["step"], line["virtual"][furthest]["loss"]) for line in of_run]
+        found = [(step, loss) for step, loss in found if loss is not None]
+        lines[key] = ([step for step, _ in found], [loss for _, loss in found])
+    palette = page_palette({key: run.name for key, run in keyed.items()})
+    title = f"Recalling at {int(furthest):,}, while training"
+    return [Figure(lambda axes: over_steps(axes, lines, title, "loss, nats a token", palette, 0.0), title)]
 
 
 def data_seen(runs: Runs) -> list[Block]:

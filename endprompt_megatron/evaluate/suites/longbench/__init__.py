@@ -7,7 +7,7 @@ from endprompt_megatron.evaluate.suites.longbench.longbench_prompts import (
 from endprompt_megatron.evaluate.suites.longbench.longbench_suite import (
     LongBenchSettings,
     check,
-    questions,
+    samples,
     score,
     sources,
 )
@@ -18,7 +18,7 @@ __all__ = [
     "chat_wrapper",
     "check",
     "default_max_length",
-    "questions",
+    "samples",
     "score",
     "sources",
     "summary",

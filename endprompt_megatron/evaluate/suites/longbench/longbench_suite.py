@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate.question import Question
+from endprompt_megatron.evaluate.suites.benchmark import Sample
 from endprompt_megatron.evaluate.suites.longbench.longbench_data import Data
 from endprompt_megatron.evaluate.suites.longbench.longbench_metrics import METRICS
 from endprompt_megatron.evaluate.suites.longbench.longbench_prompts import (
@@ -43,17 +43,17 @@ def check(settings: LongBenchSettings) -> dict[str, int]:
     return counts
 
 
-def questions(settings: LongBenchSettings, tokenizer: Tokenizer) -> Iterator[Question]:
+def samples(settings: LongBenchSettings, tokenizer: Tokenizer) -> Iterator[Sample]:
     """Every question, task by task, made when it is asked for.
 
     `number` is the place in the task's file, `length` is `max_length`.  Raises InputError, before the first question
     for all that `check` finds.
     """
     check(settings)
-    return _questions(settings, tokenizer)
+    return _samples(settings, tokenizer)
 
 
-def _questions(settings: LongBenchSettings, tokenizer: Tokenizer) -> Iterator[Question]:
+def _samples(settings: LongBenchSettings, tokenizer: Tokenizer) -> Iterator[Sample]:
     tasks, data, templates = _open(settings)
     for task in tasks:
         template = templates[task.name]
@@ -63,7 +63,7 @@ def _questions(settings: LongBenchSettings, tokenizer: Tokenizer) -> Iterator[Qu
                 break
             chat = settings.chat if task.chat else None
             ids, cut = prompt_ids(tokenizer, template, record, settings.max_length, chat)
-            yield Question(
+            yield Sample(
                 suite=SUITE_E if settings.extended else SUITE,
                 task=task.name,
                 length=settings.max_length,
@@ -81,13 +81,13 @@ def _questions(settings: LongBenchSettings, tokenizer: Tokenizer) -> Iterator[Qu
             )
 
 
-def score(question: Question, answer: str) -> float:
+def score(sample: Sample, answer: str) -> float:
     """The best of the answer's scores against the references, 0..1, as the benchmark's eval.py has it."""
-    task = TASKS[question.task]
+    task = TASKS[sample.task]
     if task.first_line_only:
         answer = answer.lstrip("\n").split("\n")[0]
     metric = METRICS[task.metric]
-    return max(0.0, *(metric(answer, reference, question.extra["classes"]) for reference in question.references))
+    return max(0.0, *(metric(answer, reference, sample.extra["classes"]) for reference in sample.references))
 
 
 def sources(settings: LongBenchSettings) -> dict:

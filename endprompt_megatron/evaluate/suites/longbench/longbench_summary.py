@@ -7,7 +7,7 @@ LongBench score: what it lacks stands beside it.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from endprompt_megatron.evaluate.question import Question
+from endprompt_megatron.evaluate.suites.benchmark import Sample
 from endprompt_megatron.evaluate.suites.longbench.longbench_suite import SUITE_E
 from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import (
     EXTENDED_TASKS,
@@ -19,8 +19,8 @@ from endprompt_megatron.evaluate.suites.longbench.longbench_tasks import (
 BUCKETS = ("0-4k", "4-8k", "8k+")  # of LongBench-E, in words
 
 
-def summary(scored: Iterable[tuple[Question, ...]]) -> dict:
-    """Tables of scored questions, each a tuple of the question (its prompt is not looked at), ..., and its score 0..1.
+def summary(scored: Iterable[tuple[Sample, ...]]) -> dict:
+    """Tables of scored questions, each a tuple of the sample (its prompt is not looked at), ..., and its score 0..1.
 
     Returns {"prompts", "tasks": {name: {"score", "questions", "published_questions", "group"}}, "groups": {group:
     {"not_chinese": MEAN, "all": MEAN}}, "mean_16": MEAN, "mean_21": MEAN, "missing": [names]}; for LongBench-E
@@ -32,13 +32,13 @@ def summary(scored: Iterable[tuple[Question, ...]]) -> dict:
     buckets: dict[str, dict[str, list[float]]] = defaultdict(lambda: {bucket: [] for bucket in BUCKETS})
     own_prompts: set[str] = set()
     extended = False
-    for question, *_, value in scored:
-        scores[question.task].append(value)
-        if not question.extra["published_prompt"]:
-            own_prompts.add(question.task)
-        if question.suite == SUITE_E:
+    for sample, *_, value in scored:
+        scores[sample.task].append(value)
+        if not sample.extra["published_prompt"]:
+            own_prompts.add(sample.task)
+        if sample.suite == SUITE_E:
             extended = True
-            buckets[question.task][_bucket(question.extra["words"])].append(value)
+            buckets[sample.task][_bucket(sample.extra["words"])].append(value)
     every = EXTENDED_TASKS if extended else tuple(TASKS)
     tasks = {}
     for name in every:

@@ -6,7 +6,7 @@ the scores those of its metrics; benchmarks/ruler_generation.py compares them si
 
 from endprompt_megatron.evaluate.suites.ruler.ruler_scores import score, summary
 from endprompt_megatron.evaluate.suites.ruler.ruler_settings import RulerSettings
-from endprompt_megatron.evaluate.suites.ruler.ruler_suite import check, questions, sources
+from endprompt_megatron.evaluate.suites.ruler.ruler_suite import check, samples, sources
 from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import TASKS
 
-__all__ = ["TASKS", "RulerSettings", "check", "questions", "score", "sources", "summary"]
+__all__ = ["TASKS", "RulerSettings", "check", "samples", "score", "sources", "summary"]

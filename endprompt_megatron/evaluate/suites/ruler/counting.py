@@ -13,7 +13,7 @@ from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import Task
 from endprompt_megatron.evaluate.suites.ruler.ruler_words import single_words
 from endprompt_megatron.evaluate.suites.ruler.sources import Sources
 from endprompt_megatron.evaluate.suites.ruler.templates import Template
-from endprompt_megatron.evaluate.suites.ruler.token_budget import Room, Sample, shuffled
+from endprompt_megatron.evaluate.suites.ruler.token_budget import FittedPrompt, TokenBudget, shuffled
 
 COMMON = 10
 
@@ -21,22 +21,22 @@ COMMON = 10
 class CommonWords:
     """The task cwe at one length: COMMON words stand 30 times each among others that stand 3 times."""
 
-    def __init__(self, task: Task, template: Template, room: Room, seed: int, sources: Sources) -> None:
-        self.room, self.seed, self.rng, self.sources = room, seed, random.Random(seed), sources
+    def __init__(self, task: Task, template: Template, budget: TokenBudget, seed: int, sources: Sources) -> None:
+        self.budget, self.seed, self.rng, self.sources = budget, seed, random.Random(seed), sources
         self.template = template.of(task)
         self.words, self.long_list = shuffled(single_words(), seed), False
         # Different words of the example, and how often common and other words stand in it and in the list.
         self.example, self.repeats = (40, 10, 3), (30, 3)
-        if room.length < 4096:
+        if budget.length < 4096:
             self.example, self.repeats = (20, 3, 1), (6, 1)
 
-    def samples(self) -> Iterator[Sample]:
+    def prompts(self) -> Iterator[FittedPrompt]:
         """Without end."""
-        tokens = len(self.room.encode(self._draw(4096)[0])) / 4096
-        high = max(int(self.room.length // tokens) * 2, 20)
-        units = self.room.search(self._draw, 10, high)
+        tokens = len(self.budget.encode(self._draw(4096)[0])) / 4096
+        high = max(int(self.budget.length // tokens) * 2, 20)
+        units = self.budget.search(self._draw, 10, high)
         while True:
-            yield dataclasses.replace(self.room.sample(self._draw, units, 10), long_list=self.long_list)
+            yield dataclasses.replace(self.budget.fit(self._draw, units, 10), long_list=self.long_list)
 
     def _draw(self, units: int) -> tuple[str, list[str]]:
         context, common = self._list(*self.example)
@@ -52,7 +52,7 @@ class CommonWords:
             pool, self.long_list = self.sources.english_words, True
         if count > len(pool):
             raise InputError(
-                f"--english-words: {len(pool)} words are too few for cwe in {self.room.length} tokens, which may take "
+                f"--english-words: {len(pool)} words are too few for cwe in {self.budget.length} tokens, which may "
                 f"{count}; give a longer list"
             )
         drawn = self.rng.sample(pool, count)
@@ -66,24 +66,24 @@ class CodedWords:
 
     LETTERS, ZETA_2 = 6, np.pi**2 / 6
 
-    def __init__(self, task: Task, template: Template, room: Room, seed: int, sources: Sources) -> None:
-        self.room, self.seed, self.rng = room, seed, random.Random(seed)
+    def __init__(self, task: Task, template: Template, budget: TokenBudget, seed: int, sources: Sources) -> None:
+        self.budget, self.seed, self.rng = budget, seed, random.Random(seed)
         self.template = template.of(task)
-        self.limit = room.length - room.new_tokens
+        self.limit = budget.length - budget.new_tokens
         self.different = self.limit // 50
         self.step = self.limit // 32
 
-    def samples(self) -> Iterator[Sample]:
+    def prompts(self) -> Iterator[FittedPrompt]:
         """Without end.  Raises InputError for a length with fewer than four different words."""
         if self.different < 4:
-            raise self.room.too_short()
+            raise self.budget.too_short()
         text = self._drawn()
         first = self.limit // self.LETTERS
 
         # NVIDIA takes step after step until the text is too long.  More steps never give fewer of any word, so the
         # number of tokens only grows, and the first step that is too long can be found by halving.
         def tokens(steps: int) -> int:
-            return len(self.room.encode(text(first + steps * self.step)[0]))
+            return len(self.budget.encode(text(first + steps * self.step)[0]))
 
         high = 1
         while tokens(high) < self.limit:
@@ -92,15 +92,15 @@ class CodedWords:
         while True:
             yield self._sample(words)
 
-    def _sample(self, words: int) -> Sample:
+    def _sample(self, words: int) -> FittedPrompt:
         text = self._drawn()
         while True:
             prompt, references = text(words)
-            ids = self.room.encode(prompt)
+            ids = self.budget.encode(prompt)
             if len(ids) <= self.limit:
-                return Sample(prompt, ids, references)
+                return FittedPrompt(prompt, ids, references)
             if words <= 0:
-                raise self.room.too_short()
+                raise self.budget.too_short()
             words -= self.step
 
     def _drawn(self) -> Callable[[int], tuple[str, list[str]]]:

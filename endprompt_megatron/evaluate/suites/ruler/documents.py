@@ -9,7 +9,7 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import Task
 from endprompt_megatron.evaluate.suites.ruler.sources import Asked, Sources
 from endprompt_megatron.evaluate.suites.ruler.templates import Template
-from endprompt_megatron.evaluate.suites.ruler.token_budget import Room, Sample, shuffled
+from endprompt_megatron.evaluate.suites.ruler.token_budget import FittedPrompt, TokenBudget, shuffled
 
 STEP = 10
 
@@ -17,17 +17,17 @@ STEP = 10
 class Documents:
     """One qa task at one length."""
 
-    def __init__(self, task: Task, template: Template, room: Room, seed: int, sources: Sources) -> None:
-        self.room, self.seed, self.rng = room, seed, random.Random(seed)
+    def __init__(self, task: Task, template: Template, budget: TokenBudget, seed: int, sources: Sources) -> None:
+        self.budget, self.seed, self.rng = budget, seed, random.Random(seed)
         self.template = template.of(task)
         self.name = task.arguments["dataset"]
         self.asked, self.documents = sources.questions(self.name)
 
-    def samples(self) -> Iterator[Sample]:
+    def prompts(self) -> Iterator[FittedPrompt]:
         """Raises InputError where the data set has no more questions."""
-        units = self.room.search_from_estimate(lambda units: self._draw(self.asked[0], units), STEP)
+        units = self.budget.search_from_estimate(lambda units: self._draw(self.asked[0], units), STEP)
         for asked in self.asked:
-            yield self.room.sample(lambda units, asked=asked: self._draw(asked, units), units, STEP)
+            yield self.budget.fit(lambda units, asked=asked: self._draw(asked, units), units, STEP)
         raise InputError(
             f"--{self.name}: holds {len(self.asked)} questions with an answer; use a smaller --ruler-samples"
         )

@@ -9,7 +9,7 @@ from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import Task
 from endprompt_megatron.evaluate.suites.ruler.ruler_words import pairs
 from endprompt_megatron.evaluate.suites.ruler.sources import Sources
 from endprompt_megatron.evaluate.suites.ruler.templates import Template
-from endprompt_megatron.evaluate.suites.ruler.token_budget import Room, Sample, shuffled
+from endprompt_megatron.evaluate.suites.ruler.token_budget import FittedPrompt, TokenBudget, shuffled
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -19,9 +19,9 @@ DEPTHS = [round(100 * step / 39) for step in range(40)]  # percent of the essay'
 class Needles:
     """One niah task at one length."""
 
-    def __init__(self, task: Task, template: Template, room: Room, seed: int, sources: Sources) -> None:
+    def __init__(self, task: Task, template: Template, budget: TokenBudget, seed: int, sources: Sources) -> None:
         arguments = task.arguments
-        self.room, self.seed, self.rng, self.sources = room, seed, random.Random(seed), sources
+        self.budget, self.seed, self.rng, self.sources = budget, seed, random.Random(seed), sources
         self.haystack = arguments["haystack"]
         self.key, self.value = self._draws(arguments["key"]), self._draws(arguments["value"])
         self.keys, self.values = arguments.get("keys", 1), arguments.get("values", 1)
@@ -40,12 +40,12 @@ class Needles:
             "uuids": lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
         }[kind]
 
-    def samples(self) -> Iterator[Sample]:
+    def prompts(self) -> Iterator[FittedPrompt]:
         """Without end."""
-        step = 500 if self.haystack == "essay" else 25 if self.room.length >= 4096 else 5
-        units = self.room.search_from_estimate(self._draw, step)
+        step = 500 if self.haystack == "essay" else 25 if self.budget.length >= 4096 else 5
+        units = self.budget.search_from_estimate(self._draw, step)
         while True:
-            yield self.room.sample(self._draw, units, step)
+            yield self.budget.fit(self._draw, units, step)
 
     def _draw(self, units: int) -> tuple[str, list[str]]:
         keys, values, needles = [], [], []

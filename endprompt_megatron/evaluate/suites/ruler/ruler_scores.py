@@ -3,22 +3,23 @@
 import re
 from collections.abc import Iterable
 
-from endprompt_megatron.evaluate.question import Question
+from endprompt_megatron.evaluate.suites.benchmark import Sample
 from endprompt_megatron.evaluate.suites.ruler.ruler_settings import QA_FILES, SAMPLES
 from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import PART, TASKS
 
+NOT_COMPARABLE = "not comparable to published RULER: "  # how each note begins
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
-def score(question: Question, answer: str) -> float:
+def score(sample: Sample, answer: str) -> float:
     """0..1: the share of references that stand in the answer, in any case of letters; for QA, whether one does."""
     text = _CONTROL.sub("\n", answer.strip()).strip().lower()
-    hits = [1.0 if reference.lower() in text else 0.0 for reference in question.references]
-    return max(hits) if TASKS[question.task].match == PART else sum(hits) / len(hits)
+    hits = [1.0 if reference.lower() in text else 0.0 for reference in sample.references]
+    return max(hits) if TASKS[sample.task].match == PART else sum(hits) / len(hits)
 
 
-def summary(scored: Iterable[tuple[Question, ...]]) -> dict:
-    """The table of scored questions, each a tuple of the question (its prompt is not looked at), ..., its score 0..1.
+def summary(scored: Iterable[tuple[Sample, ...]]) -> dict:
+    """The table of scored questions, each a tuple of the sample (its prompt is not looked at), ..., its score 0..1.
 
     Returns {"scores": {task: {length: percent}}, "samples": {task: {length: count}}, "by_length": {length: {"mean",
     "tasks", "samples"}}, "mean": of the lengths' means, "questions": count, "haystack": name or None, "left_out":
@@ -28,10 +29,10 @@ def summary(scored: Iterable[tuple[Question, ...]]) -> dict:
     values: dict[tuple[str, int], list[float]] = {}
     deviations: dict[str, None] = {}  # in the order of their appearance
     haystack = None
-    for question, *_, value in scored:
-        values.setdefault((question.task, question.length), []).append(value)
-        deviations |= dict.fromkeys(question.extra.get("deviations", ()))
-        haystack = question.extra.get("haystack", haystack)
+    for sample, *_, value in scored:
+        values.setdefault((sample.task, sample.length), []).append(value)
+        deviations |= dict.fromkeys(sample.extra.get("deviations", ()))
+        haystack = sample.extra.get("haystack", haystack)
     lengths = sorted({length for _, length in values})
     tasks = [task for task in TASKS if any(task == name for name, _ in values)]
     scores = {key: round(sum(of_key) / len(of_key) * 100, 2) for key, of_key in values.items()}
@@ -54,7 +55,7 @@ def summary(scored: Iterable[tuple[Question, ...]]) -> dict:
         "haystack": haystack,
         "left_out": left_out,
         "comparable": not notes,
-        "notes": [f"not comparable to published RULER: {note}" for note in notes],
+        "notes": [NOT_COMPARABLE + note for note in notes],
     }
 
 

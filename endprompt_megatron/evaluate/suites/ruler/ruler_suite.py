@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate.question import Question
+from endprompt_megatron.evaluate.suites.benchmark import Sample
 from endprompt_megatron.evaluate.suites.ruler.counting import CodedWords, CommonWords
 from endprompt_megatron.evaluate.suites.ruler.documents import Documents
 from endprompt_megatron.evaluate.suites.ruler.niah import Needles
@@ -16,7 +16,7 @@ from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import ESSAY_TASKS, TA
 from endprompt_megatron.evaluate.suites.ruler.ruler_words import pairs
 from endprompt_megatron.evaluate.suites.ruler.sources import NVIDIAS, named, sources_of
 from endprompt_megatron.evaluate.suites.ruler.templates import Template, template
-from endprompt_megatron.evaluate.suites.ruler.token_budget import Room, Sample
+from endprompt_megatron.evaluate.suites.ruler.token_budget import FittedPrompt, TokenBudget
 from endprompt_megatron.evaluate.suites.ruler.variable_tracking import Tracing
 from endprompt_megatron.tokenizer import Tokenizer
 
@@ -29,10 +29,10 @@ def check(settings: RulerSettings) -> dict[str, int]:
 
     Says on stderr which tasks are left out.  Raises InputError for a missing or malformed file.
     """
+    template(settings.template, settings.model)
     sources_ = sources_of(settings)
     for task, reason in settings.left_out.items():
         print(f"RULER: {task} is left out: {reason}", file=sys.stderr)
-    template(settings.template, settings.model)
     pairs()
     if set(settings.asked) & set(ESSAY_TASKS):
         sources_.sentences(1)
@@ -58,7 +58,7 @@ def sources(settings: RulerSettings) -> dict[str, Any]:
     return {**made_of, "template": settings.template, "seed": settings.seed, "left_out": settings.left_out}
 
 
-def questions(settings: RulerSettings, tokenizer: Tokenizer) -> Iterator[Question]:
+def samples(settings: RulerSettings, tokenizer: Tokenizer) -> Iterator[Sample]:
     """Every question of every asked task and length, lazily; the first N of a task do not depend on `samples`.
 
     A prompt and its new tokens are at most `length`, BOS not counted, as NVIDIA does not.  Raises InputError.
@@ -67,29 +67,31 @@ def questions(settings: RulerSettings, tokenizer: Tokenizer) -> Iterator[Questio
     for length, task in itertools.product(settings.lengths, settings.asked):
         prefix = TASKS[task].answer_prefix
         extra = {"haystack": sources_of(settings).haystack_name} if task in ESSAY_TASKS else {}
-        for number, sample in enumerate(samples(settings, tokenizer, form, task, length)):
-            yield Question(
+        for number, fitted in enumerate(prompts(settings, tokenizer, form, task, length)):
+            yield Sample(
                 suite=SUITE,
                 task=task,
                 length=length,
                 number=number,
-                prompt=_with_bos(tokenizer, sample.ids),
+                prompt=_with_bos(tokenizer, fitted.ids),
                 max_new_tokens=TASKS[task].new_tokens,
-                references=sample.references,
+                references=fitted.references,
                 extra={
                     **extra,
-                    "deviations": _deviations(settings, task, sample),
-                    "answer_prefix": sample.text[sample.text.rfind(prefix[:10]) :],
+                    "deviations": _deviations(settings, task, fitted),
+                    "answer_prefix": fitted.text[fitted.text.rfind(prefix[:10]) :],
                 },
             )
 
 
-def samples(settings: RulerSettings, tokenizer: Tokenizer, form: Template, task: str, length: int) -> Iterator[Sample]:
+def prompts(
+    settings: RulerSettings, tokenizer: Tokenizer, form: Template, task: str, length: int
+) -> Iterator[FittedPrompt]:
     """The first `settings.samples` prompts of one task and length, each with its text."""
     encode = _encoder(tokenizer, form)
-    room = Room(task, length, TASKS[task].new_tokens, encode)
-    maker = _MAKERS[TASKS[task].kind](TASKS[task], form, room, settings.seed, sources_of(settings))
-    return itertools.islice(maker.samples(), settings.samples)
+    budget = TokenBudget(task, length, TASKS[task].new_tokens, encode)
+    maker = _MAKERS[TASKS[task].kind](TASKS[task], form, budget, settings.seed, sources_of(settings))
+    return itertools.islice(maker.prompts(), settings.samples)
 
 
 def _encoder(tokenizer: Tokenizer, form: Template) -> Callable[[str], list[int]]:
@@ -102,7 +104,7 @@ def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [tokenizer.bos_id, *ids] if tokenizer.starts_with_bos and ids[:1] != [tokenizer.bos_id] else ids
 
 
-def _deviations(settings: RulerSettings, task: str, sample: Sample) -> list[str]:
+def _deviations(settings: RulerSettings, task: str, fitted: FittedPrompt) -> list[str]:
     """How a question differs from those of published scores, as far as that can be told."""
     found = []
     if settings.seed != SEED:
@@ -111,6 +113,6 @@ def _deviations(settings: RulerSettings, task: str, sample: Sample) -> list[str]
         found.append(f"haystack: {sources_of(settings).haystack_name} instead of NVIDIA's PaulGrahamEssays.json")
     if task in ESSAY_TASKS and settings.punkt is not None:
         found.append("sentences by another Punkt model than NLTK's")
-    if sample.long_list and sources_of(settings).words_name != NVIDIAS:
+    if fitted.long_list and sources_of(settings).words_name != NVIDIAS:
         found.append(f"cwe's long list of words: {sources_of(settings).words_name} instead of {NVIDIAS}")
     return found

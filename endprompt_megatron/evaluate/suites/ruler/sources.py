@@ -4,8 +4,6 @@ Files are given by path, in the form that NVIDIA's scripts read.  Essays, senten
 pinned Python packages, which every question and summary names.
 """
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.common.errors import InputError, Unavailable
+from endprompt_megatron.common.file_lock import lock_file
 from endprompt_megatron.common.files import disk_errors
 from endprompt_megatron.common.packages import Package, download
 from endprompt_megatron.evaluate.suites.ruler.ruler_settings import RulerSettings
@@ -76,8 +75,7 @@ class Sources:
         with disk_errors(directory, "RULER's sources"):
             directory.mkdir(parents=True, exist_ok=True)
             with open(directory / ".lock", "w") as lock:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                lock_file(lock, wait=True)
                 try:
                     path = download(package, directory, say=lambda line: there or print(line, file=sys.stderr))
                 except InputError as error:

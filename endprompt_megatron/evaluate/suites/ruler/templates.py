@@ -73,7 +73,7 @@ def template(name: str, model: Path | str | None = None) -> Template:
         # NVIDIA rewords its chat templates with the task: "You is a helpful assistant" is what published scores saw.
         return Template(*NAMED[name], altered=True)
     if name != CHAT:
-        raise InputError(f"--template {name}: unknown; use {CHAT} (the model's own), or {', '.join(NAMED)}")
+        raise InputError(f"--ruler-template {name}: unknown; use {CHAT} (the model's own), or {', '.join(NAMED)}")
     if model is None:
         raise InputError(f"--template {name}: needs the model's directory, whose chat template it is")
     from transformers import AutoTokenizer

@@ -17,7 +17,7 @@ Draw = Callable[[int], tuple[str, list[str]]]  # units of haystack -> prompt, re
 
 
 @dataclass(frozen=True)
-class Sample:
+class FittedPrompt:
     """A prompt that fits: its text, the same as token ids (no BOS), and the answers.
 
     `long_list`: english_words.json had a part in it (cwe).
@@ -34,7 +34,7 @@ class Unlucky(Exception):
 
 
 @dataclass(frozen=True)
-class Room:
+class TokenBudget:
     """`length` tokens, `new_tokens` of which are the answer's."""
 
     task: str
@@ -58,7 +58,7 @@ class Room:
         tokens = len(self.encode(_lucky(draw, low)[0])) / low
         return self.search(draw, low, max(int(self.length / tokens * 3), 2 * low), beside)
 
-    def sample(self, draw: Draw, units: int, step: int) -> Sample:
+    def fit(self, draw: Draw, units: int, step: int) -> FittedPrompt:
         """A prompt of `units`, or by `step` fewer for each one that does not fit.  Raises InputError if none does."""
         for _ in range(TRIES + max(units // step, 0)):
             try:
@@ -68,7 +68,7 @@ class Room:
             else:
                 ids = self.encode(text)
                 if len(ids) + self.new_tokens <= self.length:
-                    return Sample(text, ids, references)
+                    return FittedPrompt(text, ids, references)
             if units > step:
                 units -= step
         raise self.too_short()

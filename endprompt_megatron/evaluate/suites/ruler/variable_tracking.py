@@ -11,7 +11,7 @@ from endprompt_megatron.evaluate.suites.ruler.niah import NOISE
 from endprompt_megatron.evaluate.suites.ruler.ruler_tasks import Task
 from endprompt_megatron.evaluate.suites.ruler.sources import Sources
 from endprompt_megatron.evaluate.suites.ruler.templates import BASE, Template, template
-from endprompt_megatron.evaluate.suites.ruler.token_budget import Room, Sample, Unlucky
+from endprompt_megatron.evaluate.suites.ruler.token_budget import FittedPrompt, TokenBudget, Unlucky
 
 VARIABLES = 5
 EXAMPLE_TOKENS, EXAMPLE_VALUE = 500, "12345"
@@ -20,15 +20,15 @@ EXAMPLE_TOKENS, EXAMPLE_VALUE = 500, "12345"
 class Tracing:
     """The task vt at one length."""
 
-    def __init__(self, task: Task, wanted: Template, room: Room, seed: int, sources: Sources) -> None:
-        self.room, self.rng, self.numbers = room, random.Random(seed), np.random.RandomState(seed)
+    def __init__(self, task: Task, wanted: Template, budget: TokenBudget, seed: int, sources: Sources) -> None:
+        self.budget, self.rng, self.numbers = budget, random.Random(seed), np.random.RandomState(seed)
         self.template, self.example_template = wanted.of(task), template(BASE).of(task)
         self.opening = task.question[:20]
 
-    def samples(self) -> Iterator[Sample]:
+    def prompts(self) -> Iterator[FittedPrompt]:
         """Without end."""
-        room = Room(self.room.task, EXAMPLE_TOKENS, 0, self.room.encode)
-        example = room.sample(self._draw_example, room.search_from_estimate(self._draw_example, 5), 5)
+        budget = TokenBudget(self.budget.task, EXAMPLE_TOKENS, 0, self.budget.encode)
+        example = budget.fit(self._draw_example, budget.search_from_estimate(self._draw_example, 5), 5)
         text = f"{example.text} {' '.join(example.references)}\n"
 
         def with_example(units: int) -> tuple[str, list[str]]:
@@ -36,10 +36,10 @@ class Tracing:
             at = asked.index(self.opening)
             return asked[:at] + self._renamed(text) + "\n" + asked[at:], references
 
-        step = 10 if self.room.length >= 4096 else 5
-        units = self.room.search_from_estimate(self._draw, step, beside=len(self.room.encode(text)))
+        step = 10 if self.budget.length >= 4096 else 5
+        units = self.budget.search_from_estimate(self._draw, step, beside=len(self.budget.encode(text)))
         while True:
-            yield self.room.sample(with_example, units, step)
+            yield self.budget.fit(with_example, units, step)
 
     def _draw(self, units: int) -> tuple[str, list[str]]:
         names = self._names(5)

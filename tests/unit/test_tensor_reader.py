@@ -27,7 +27,7 @@ def archive(tensor: torch.Tensor, before: bytes = b"other tensors") -> tuple[io.
 
 
 @st.composite
-def boxes(draw):
+def shards(draw):
     shape = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     box = [sorted(draw(st.tuples(st.integers(0, size - 1), st.integers(0, size - 1)))) for size in shape]
     return shape, [(low, high + 1) for low, high in box]
@@ -37,8 +37,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int64)
 
 
 @settings(max_examples=200, deadline=None)
-@given(boxes(), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(0, 5), st.sampled_from([1, 40, 1 << 20]))
-def test_any_box_of_any_dtype(case, stored, wanted, odd, block):
+@given(shards(), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(0, 5), st.sampled_from([1, 40, 1 << 20]))
+def test_any_slice_of_a_stored_tensor_of_any_dtype_is_read(case, stored, wanted, odd, block):
     shape, box = case
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(9).to(stored)
     file, begin, length = archive(tensor, b"x" * odd)
@@ -52,7 +52,7 @@ def test_any_box_of_any_dtype(case, stored, wanted, odd, block):
     assert torch.equal(target, expected)
 
 
-def test_a_number_and_a_view_of_a_larger_storage():
+def test_a_scalar_and_a_view_of_a_larger_storage_are_read():
     number = torch.tensor(3.5)
     file, begin, length = archive(number)
     target = torch.zeros(())
@@ -71,11 +71,11 @@ def test_a_number_and_a_view_of_a_larger_storage():
     [torch.arange(12.0).reshape(3, 4).t(), torch.nn.Parameter(torch.ones(3)), [torch.ones(3)], torch.ones(3) > 0],
     ids=["turned", "parameter", "list", "bool"],
 )
-def test_what_is_stored_in_another_way_is_left_to_torch(tensor):
+def test_a_tensor_stored_in_another_way_is_left_to_torch(tensor):
     assert tensor_reader.find(*archive(tensor)) is None
 
 
-def test_a_turned_tensor_is_read_all_the_same(tmp_path):
+def test_a_stored_transposed_tensor_is_read(tmp_path):
     """Megatron-Core may store what is not contiguous; ours never does."""
     from torch.distributed.checkpoint import FileSystemWriter, save
 
@@ -86,7 +86,7 @@ def test_a_turned_tensor_is_read_all_the_same(tmp_path):
     assert torch.equal(found, value[1:3, 1:3])
 
 
-def test_damage_is_an_error_and_not_wrong_numbers():
+def test_a_damaged_tensor_is_an_error_and_not_wrong_numbers():
     file, begin, length = archive(torch.ones(100))
     short = io.BytesIO(file.getvalue()[: begin + length - 300])
     with pytest.raises((ValueError, zipfile.BadZipFile)):
@@ -113,11 +113,11 @@ print(highest - before)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
-def test_a_part_of_half_a_gigabyte_is_never_held(tmp_path):
+def test_a_stored_shard_of_half_a_gigabyte_is_never_held(tmp_path):
     """As a rank without tensor parallelism stores an embedding, all in one."""
     shape = (1 << 15, 1 << 13)
     dtype = torch.bfloat16
-    stored = data_files.Stored("x", shape, (0, 0), shape, dtype, lambda: torch.ones(shape, dtype=dtype))
+    stored = data_files.Shard("x", shape, (0, 0), shape, dtype, lambda: torch.ones(shape, dtype=dtype))
     torch_dist.describe(tmp_path, [data_files.write_file(tmp_path, "__0_0.distcp", [stored], {})], {})
     script = MEMORY.format(root=str(ROOT), place=str(tmp_path))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
