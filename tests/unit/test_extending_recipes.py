@@ -25,9 +25,9 @@ from endprompt_megatron.model.published_shapes import published_config
 from endprompt_megatron.model.shape import shape_of
 from endprompt_megatron.plan.plan import make_plan
 from endprompt_megatron.plan.plan_page import page
-from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.models import Measured
-from endprompt_megatron.report.sections.distances import distance_coverage
+from endprompt_megatron.report.run_files import Run, Runs
+from endprompt_megatron.report.sections.distance_coverage import distance_coverage
 
 SHAPE = shape_of(published_config("Meta-Llama-3-8B"), "config")
 RECIPE = """

@@ -19,10 +19,10 @@ from endprompt_megatron.method.distances import distance_counts
 from endprompt_megatron.method.positions import position_ids
 from endprompt_megatron.model.published_shapes import shape_for
 from endprompt_megatron.plan.plan import make_plan
-from endprompt_megatron.report.load import read_run, read_runs
 from endprompt_megatron.report.models import measured_models
 from endprompt_megatron.report.page import write_report
-from endprompt_megatron.report.sections import cost, distances
+from endprompt_megatron.report.run_files import read_run, read_runs
+from endprompt_megatron.report.sections import cost, distance_coverage
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_coverage_takes_every_sources_prompts_by_their_weight(measured, tmp_path
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["data"]["train"] = {"a": 3.0, "b": {"weight": 1.0, "prompts": ["EP_2"]}}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    found = distances.distance_coverage(read_run(run))
+    found = distance_coverage.distance_coverage(read_run(run))
     assert len(found.prompts) == 2
     one, long = found.prompts
     assert one == 1  # EP_2 is a single token
@@ -232,7 +232,7 @@ def test_coverage_takes_every_sources_prompts_by_their_weight(measured, tmp_path
 
 
 def test_smoothness_is_of_the_recipes_own_frequencies(measured, one):
-    before, after, attention = distances.smoothness(read_run(measured / "run"))
+    before, after, attention = distance_coverage.smoothness(read_run(measured / "run"))
     expected = 10000.0 ** -(np.arange(8) / 8)
     np.testing.assert_allclose(before.frequencies, expected, rtol=1e-6)
     np.testing.assert_allclose(after.frequencies, expected / 8, rtol=1e-6)
