@@ -174,7 +174,12 @@ def test_text_from_files_is_escaped(run):
 def test_missing_pieces_are_said_not_failed_over(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(validation=False)))
     text = checked(write_report([run]).read_text())
-    for sentence in ("No evaluation yet", "Perplexity was not measured", "probe was not run", "No validation was run"):
+    for sentence in (
+        "No evaluation yet",
+        "Perplexity was not measured",
+        "Virtual distance was not measured",
+        "No validation was run",
+    ):
         assert sentence in text
     (run / "metrics.jsonl").unlink()
     assert "no metrics.jsonl" in checked(write_report([run]).read_text())
