@@ -186,7 +186,7 @@ def main() -> int:
         print("error: this benchmark needs an NVIDIA GPU", file=sys.stderr)
         return 2
     context = multiprocessing.get_context("spawn")
-    results = []
+    about, results = machine(), []
     for name in (name for name in [*OURS, *TRANSFORMERS] if args.only in name):
         ours_end, theirs = context.Pipe()
         process = context.Process(target=measure, args=(theirs, name, args.layers, args.rounds))
@@ -199,9 +199,9 @@ def main() -> int:
             results.append({"name": name, "error": f"its process ended with exit code {process.exitcode}"})
         process.join()
         print(row(results[-1], results[0]), flush=True)
-    if args.json:
-        found = dict(machine(), layers=args.layers, rounds=args.rounds, results=results)
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        if args.json:
+            found = dict(about, layers=args.layers, rounds=args.rounds, results=results)
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 
