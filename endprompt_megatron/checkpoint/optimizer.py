@@ -187,5 +187,6 @@ def _allocate(optimizer: ChainedOptimizer) -> None:
                 if not inner.state[parameter]:
                     inner.initialize_state(parameter, remainders and parameter.dtype == torch.bfloat16)
     for inner in torch_adamw(optimizer):
-        for state in inner.state.values():
-            state.setdefault("step", torch.zeros(()))
+        for parameter, state in inner.state.items():
+            # Where its fused kernel wants the count: beside the parameter.
+            state.setdefault("step", torch.zeros((), device=parameter.device))

@@ -79,11 +79,8 @@ def versions() -> tuple[dict[str, str | None], dict[str, str]]:
         "our code": code_digest(),
     }
     imports = {"Megatron-Core": "megatron.core"}
-    if has_cuda():
-        found["cuDNN"] = str(torch.backends.cudnn.version())
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        if engine is not None:  # built for another torch or CUDA, it is there and does not load
-            imports["Transformer Engine"] = "transformer_engine.pytorch"
+    if has_cuda() and engine is not None:  # built for another torch or CUDA, it is there and does not load
+        imports["Transformer Engine"] = "transformer_engine.pytorch"
     broken = {}
     for name, module in imports.items():
         try:
@@ -93,6 +90,11 @@ def versions() -> tuple[dict[str, str | None], dict[str, str]]:
         else:
             # A checkout on PYTHONPATH, as containers have it, has no metadata but says its version.
             found[name] = found[name] or getattr(imported, "__version__", None)
+    if has_cuda():
+        # After the imports: asked first, torch loads its own cuDNN, and Transformer Engine, which prefers the system's,
+        # meets a mixture of the two.
+        found["cuDNN"] = str(torch.backends.cudnn.version())
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found, broken
 
 
