@@ -7,8 +7,7 @@ maybe stop.  Everything that is about devices, files or formats is a call.
 import time
 from pathlib import Path
 
-from endprompt_megatron import checkpoint, runtime, te
-from endprompt_megatron.checkpoint import Progress
+from endprompt_megatron import runtime, te
 from endprompt_megatron.config import Recipe
 from endprompt_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
 from endprompt_megatron.files import read_json
@@ -37,6 +36,8 @@ def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
 
 
 def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> int:
+    # Here, since these import Megatron and so Transformer Engine, which reads its environment on import.
+    from endprompt_megatron import checkpoint
     from endprompt_megatron.data.feed import Feed
     from endprompt_megatron.model import build_model
     from endprompt_megatron.optimizer import build_optimizer, update, whole_parameters, wrap_models, zero_grad
@@ -64,7 +65,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
                 "directory of model.hf"
             )
         checkpoint.initialise(Path(recipe.model.init_from), shape, models, optimizer, where)
-        progress = Progress()
+        progress = checkpoint.Progress()
     if progress.step >= t.steps:
         runtime.announce(f"{checkpoints}: all {t.steps} steps are done already")
         return EXIT_DONE

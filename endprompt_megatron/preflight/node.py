@@ -93,9 +93,20 @@ def versions() -> tuple[dict[str, str | None], dict[str, str]]:
     if has_cuda():
         # After the imports: asked first, torch loads its own cuDNN, and Transformer Engine, which prefers the system's,
         # meets a mixture of the two.
-        found["cuDNN"] = str(torch.backends.cudnn.version())
+        found["cuDNN"] = _cudnn()
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found, broken
+
+
+def _cudnn() -> str:
+    """Of the cuDNN that is loaded: 91900 for 9.19.0."""
+    import torch
+
+    try:
+        return str(torch.backends.cudnn.version())
+    except RuntimeError:  # older than the one torch was built with: Transformer Engine found the system's
+        major, minor, patch = torch._C._cudnn.getRuntimeVersion()
+        return str(10000 * major + 100 * minor + patch)
 
 
 def _distribution(name: str) -> str | None:

@@ -49,9 +49,9 @@ def fifty_steps(recipe, samples) -> list[float]:
     """On a rank: the losses of 50 AdamW steps over the same samples."""
     from endprompt_megatron import te
     from endprompt_megatron.hardware import here
-    from endprompt_megatron.optimizer import update, zero_grad
 
     te.set_environment(recipe, "test", here())
+    from endprompt_megatron.optimizer import update, zero_grad
     from endprompt_megatron.step import run_batch
 
     _, models, optimizer, scheduler = build(recipe)
