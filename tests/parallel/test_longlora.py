@@ -66,9 +66,13 @@ class Lora(torch.nn.Module):
 
 
 def matrices(layer: int, which: str, rank: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of one adapter, both far from zero."""
+    """A and B of one adapter, both far from zero.
+
+    Were A as large in a wide model, attention would look at one token alone and gradients be lost in rounding.
+    """
     generator = torch.Generator().manual_seed(100 * layer + "qkvo".index(which))
-    return tuple(0.3 * torch.randn(size, generator=generator) for size in ((rank, inputs), (outputs, rank)))
+    down, up = (0.3 * torch.randn(size, generator=generator) for size in ((rank, inputs), (outputs, rank)))
+    return down * (64 / inputs), up
 
 
 def huggingface_lora(recipe):
