@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from endprompt_megatron.checkpoint import integrity as on_disk
-from endprompt_megatron.checkpoint.data_files import Shard
 from endprompt_megatron.checkpoint.layout import (
     copy_hf_files,
     iteration_dir,
@@ -27,6 +26,7 @@ from endprompt_megatron.checkpoint.layout import (
 )
 from endprompt_megatron.checkpoint.optimizer_state import stored_state, updates_of
 from endprompt_megatron.checkpoint.run_state import Progress, RunState
+from endprompt_megatron.checkpoint.shard_files import Shard
 from endprompt_megatron.checkpoint.weights import stored_objects, stored_weights, weights_of
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import disk_errors, write_json
