@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
-from endprompt_megatron.checkpoint.data_files import Shard
+from endprompt_megatron.checkpoint.shard_files import Shard
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.checkpoint.weights import Weight, shards_of_range
 from endprompt_megatron.common.errors import InputError

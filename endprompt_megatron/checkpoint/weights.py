@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
-from endprompt_megatron.checkpoint.data_files import Shard
+from endprompt_megatron.checkpoint.shard_files import Shard
 from endprompt_megatron.distributed.runtime import raise_on_all_ranks
 
 

@@ -154,18 +154,18 @@ def layer_spec(
         attention.core_attention = packed_attention(attention.core_attention)
         if longlora.rank:
             _take_norm_out(layer)
-        _give_what_differs(layer, shape, longlora)
+        _replace_layers(layer, shape, longlora)
         return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = SdpaAttention
-    _give_what_differs(layer, shape, longlora)
+    _replace_layers(layer, shape, longlora)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
-def _give_what_differs(layer: ModuleSpec, shape: ModelShape, longlora: LongLora) -> None:
+def _replace_layers(layer: ModuleSpec, shape: ModelShape, longlora: LongLora) -> None:
     """In the spec, replace the layers that have a bias in this model, or an adapter or groups in this recipe."""
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp
     # Megatron-Core 0.16 has a spec there, 0.19 a partial of the module.

@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from parallel.cases import (
 )
 from parallel.test_checkpoints import assert_same, everything, train_and_save
 from parallel.test_engine_megatron import ask_megatron
-from small import edit_json, run_tool
+from small import run_tool
 
+from endprompt_megatron.checkpoint.layout import read_manifest, write_manifest
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.convert.describe_checkpoint import inspect
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
@@ -324,12 +326,18 @@ def test_training_does_not_start_from_weights_with_adapters_beside_them(ranks, m
             ranks.run(1, started, recipe)
 
 
+def with_recipe(directory: Path, recipe: dict) -> None:
+    """Let the manifest of a checkpoint hold another recipe."""
+    kept = {key: value for key, value in read_manifest(directory).items() if key not in ("format", "crc32")}
+    write_manifest(directory, **{**kept, "recipe": recipe})
+
+
 def test_adapters_without_a_recipe_that_scales_them_are_refused(trained, tmp_path):
     copy = shutil.copytree(trained / "iter_0000003", tmp_path / "iter_0000003")
-    edit_json(copy / "endprompt.json", recipe={}, crc32=None)
+    with_recipe(copy, {})
     with pytest.raises(InputError, match="has no longlora"):
         convert_megatron_to_hf(copy, tmp_path / "hf")
-    edit_json(copy / "endprompt.json", recipe={"longlora": {"rank": 4, "alpha": 16.0}})
+    with_recipe(copy, {"longlora": {"rank": 4, "alpha": 16.0}})
     with pytest.raises(InputError, match=r"longlora\.rank=4"):
         convert_megatron_to_hf(copy, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
