@@ -47,9 +47,9 @@ def test_a_report_of_recall_alone_has_its_scores_in_the_results(recalled, tmp_pa
                 assert f"{cell['loss']:.3f}" in recall
     for length in reports.LENGTHS:
         assert f"Facts recalled, {length:,} tokens" in results
-        assert f"recall, {length:,} tokens, recalled" in results  # what differs from before, question by question
-        for distance in DISTANCES:
-            assert f"{length:,} tokens, {distance:,} away" in recall
+        assert f"Recall, {length:,} tokens, recalled" in results  # what differs from before, question by question
+    for distance in DISTANCES:
+        assert f"{distance:,} tokens away" in recall
     assert '<a href="#recall">' in page
 
 
