@@ -100,7 +100,7 @@ def _not_published(suite: Suite, models: Sequence[Model], published: Published) 
     """In what these scores differ from the published ones, in one paragraph."""
     differ: dict[str, None] = {}
     others = sorted({model.origin for model in models if not _is_model(model.origin, published.model)})
-    if others:
+    if others and published.model:
         differ[f"another model ({enumerate_words(others)})"] = None
     wanted, lengths = _published_lengths(published), _lengths(_keys(suite, models))
     if suite.by_length and lengths != wanted:
@@ -142,7 +142,7 @@ def _beside_published(suite: Suite, models: Sequence[Model], published: Publishe
     """Of a suite by length its mean, a row a model; of another every published task, a column a model."""
     metric = suite.metrics[0].name
     if suite.by_length:
-        mean = suite.means[0]
+        mean = _mean(suite)
         keys = [(mean, length) for length in sorted({*_lengths(_keys(suite, models)), *_published_lengths(published)})]
         rows = []
         for model in models:
@@ -188,10 +188,15 @@ def _lengths(keys: Sequence[Key]) -> list[int]:
     return sorted({length for _, _, length, _ in keys} - {0})
 
 
+def _mean(suite: Suite) -> str:
+    """The task that stands for the suite."""
+    return (suite.means or suite.quoted_tasks)[0]
+
+
 def _overall(suite: Suite, model: Model) -> Key:
     """The mean over all lengths; that of the only one where there is one."""
     lengths = _lengths(_keys(suite, [model]))
-    return (suite.name, suite.means[0], lengths[0] if len(lengths) == 1 else 0, suite.metrics[0].name)
+    return (suite.name, _mean(suite), lengths[0] if len(lengths) == 1 else 0, suite.metrics[0].name)
 
 
 def _samples(model: Model, suite: Suite) -> list[int]:
