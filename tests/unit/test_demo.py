@@ -18,6 +18,7 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.constraints.check import check
 from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.demo import assets as demo_assets
+from endprompt_megatron.demo import execution
 from endprompt_megatron.demo import stages as demo
 from endprompt_megatron.demo import summary as demo_summary
 
@@ -106,13 +107,13 @@ def test_text_comes_out_clean_and_the_held_out_book_is_not_in_the_training_text(
 def test_a_damaged_asset_is_noticed_and_made_again(tmp_path):
     target = tmp_path / "made"
     demo_assets.make_directory(target, lambda staging: (staging / "a.txt").write_text("whole"))
-    assert demo_assets.is_whole(target)
+    assert demo_assets.is_complete(target)
     (target / "a.txt").write_text("cut")
-    assert not demo_assets.is_whole(target)
+    assert not demo_assets.is_complete(target)
     demo_assets.make_directory(target, lambda staging: (staging / "a.txt").write_text("whole"))
-    assert demo_assets.is_whole(target)
+    assert demo_assets.is_complete(target)
     (target / "a.txt").unlink()
-    assert not demo_assets.is_whole(target)
+    assert not demo_assets.is_complete(target)
 
 
 # The driver
@@ -145,19 +146,19 @@ def log(directory: Path) -> list[str]:
 
 
 def test_what_is_done_is_not_done_again(three_steps, tmp_path, capfd):
-    assert demo.run(knobs(tmp_path)) == 0
-    assert demo.run(knobs(tmp_path)) == 0
+    assert execution.run(knobs(tmp_path)) == 0
+    assert execution.run(knobs(tmp_path)) == 0
     assert log(tmp_path) == ["one", "two", "three"]
     shown = capfd.readouterr().out
     assert "=== 2/3 do two" in shown
     assert f"$ python {tmp_path}/two.py" in shown
-    assert "done already" in shown
+    assert "already done" in shown
 
 
 def test_a_missing_output_is_made_again_with_all_that_follows(three_steps, tmp_path):
-    assert demo.run(knobs(tmp_path)) == 0
+    assert execution.run(knobs(tmp_path)) == 0
     (tmp_path / "two").unlink()
-    assert demo.run(knobs(tmp_path)) == 0
+    assert execution.run(knobs(tmp_path)) == 0
     assert log(tmp_path) == ["one", "two", "three", "two", "three"]
 
 
@@ -165,11 +166,11 @@ def test_a_failing_step_stops_the_demo_with_its_exit_code_and_starts_there_again
     script = tmp_path / "two.py"
     good = script.read_text()
     script.write_text("raise SystemExit(2)")
-    assert demo.run(knobs(tmp_path)) == 2
+    assert execution.run(knobs(tmp_path)) == 2
     assert log(tmp_path) == ["one"]
     assert "step 2 (two) ended with exit code 2" in capfd.readouterr().err
     script.write_text(good)
-    assert demo.run(knobs(tmp_path)) == 0
+    assert execution.run(knobs(tmp_path)) == 0
     assert log(tmp_path) == ["one", "two", "three"]
 
 
@@ -178,12 +179,12 @@ def test_interrupted_training_goes_on_but_another_command_starts_afresh(tmp_path
     body += "raise SystemExit(0 if n else 75)"
     plan = [python_step("train", tmp_path / "run", body, resumes=True)]
     monkeypatch.setattr(demo, "steps", lambda *_: plan)
-    assert demo.run(knobs(tmp_path)) == 75
-    assert "goes on" in capfd.readouterr().err
-    assert demo.run(knobs(tmp_path)) == 0
+    assert execution.run(knobs(tmp_path)) == 75
+    assert "resumes" in capfd.readouterr().err
+    assert execution.run(knobs(tmp_path)) == 0
     assert len(list((tmp_path / "run").iterdir())) == 2
     plan[0] = demo.Step("train", "t", [*plan[0].command, "other"], plan[0].outputs, resumes=True)
-    assert demo.run(knobs(tmp_path)) == 75
+    assert execution.run(knobs(tmp_path)) == 75
     assert len(list((tmp_path / "run").iterdir())) == 1
 
 
@@ -198,10 +199,10 @@ def test_control_c_lets_the_training_write_its_checkpoint(tmp_path):
         "time.sleep(60)\n"
     )
     driver = (
-        "import sys; from pathlib import Path; from endprompt_megatron.demo import stages as demo\n"
+        "import sys; from pathlib import Path; from endprompt_megatron.demo import execution, stages as demo\n"
         f"directory = Path({str(tmp_path)!r})\n"
         f"step = demo.Step('train', 't', ['python', {str(training)!r}], [directory / 'run'], resumes=True)\n"
-        "demo.steps = lambda *_: [step]\nsys.exit(demo.run(demo.Knobs(directory=directory)))\n"
+        "demo.steps = lambda *_: [step]\nsys.exit(execution.run(demo.Knobs(directory=directory)))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", driver],
@@ -287,7 +288,7 @@ def test_interpolating_links_the_weights_and_takes_the_other_config(tmp_path):
         (directory / "config.json").write_text(json.dumps({"max_position_embeddings": window}))
         (directory / "model.safetensors").write_text(str(window))
     out = tmp_path / "deep" / "out"
-    demo.interpolate(model, like, out)
+    execution.interpolate(model, like, out)
     assert json.loads((out / "config.json").read_text()) == {"max_position_embeddings": 16384}
     assert (out / "model.safetensors").read_text() == "8192"
     assert (out / "model.safetensors").is_symlink()
@@ -325,7 +326,7 @@ def test_the_summary_without_a_control_credits_nothing_to_the_prompt(tmp_path):
     assert "EndPrompt at 16,384: 4.70; better by 2.30" in said
     assert "already gives 5.30" in said
     assert "make demo-control" in said
-    assert "nothing above can be credited" in said
+    assert "no gain above is attributable" in said
     assert "1 of 1" in said
     assert "control (no prompt)" not in said
 
