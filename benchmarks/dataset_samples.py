@@ -75,24 +75,14 @@ def list_pipelines(dataset) -> dict[str, Callable[[int], dict]]:
 def open_dataset(prefix: Path, ends: str):
     """An epoch of samples."""
     from endprompt_megatron.data.indexed import read_idx
-    from endprompt_megatron.data.samples.dataset import build_datasets
+    from endprompt_megatron.data.samples.builder import SampleSpec
+    from endprompt_megatron.data.samples.dataset import DataSpec, WeightedDataset, build_datasets
     from endprompt_megatron.data.samples.windows import Windows
 
     count = Windows(read_idx(prefix), PHYSICAL - len(PROMPT), 1, ends=ends).count
-    dataset, _ = build_datasets(
-        train=[(str(prefix), 1.0)],
-        valid=None,
-        physical_len=PHYSICAL,
-        method="end_prompt",
-        target_len=TARGET,
-        prompts=[PROMPT],
-        prompt_loss_weight=WEIGHT,
-        seed=1,
-        train_samples=count,
-        vocab_size=VOCABULARY,
-        document_ends=ends,
-    )
-    return dataset
+    sample = SampleSpec("end_prompt", PHYSICAL, TARGET, [PROMPT], WEIGHT, seed=1)
+    data = DataSpec([WeightedDataset(str(prefix))], document_ends=ends)
+    return build_datasets(sample, data, count, vocab_size=VOCABULARY)[0]
 
 
 def build_index(documents: int, mean_length: int) -> None:

@@ -132,22 +132,12 @@ def resident(name: str) -> float:
 
 
 def dataset(prefix: Path, scratch: Path, row: int, prompt: list[int], method: str, packing: str, rows: int = 1):
-    from endprompt_megatron.data.samples.dataset import build_datasets
+    from endprompt_megatron.data.samples.builder import SampleSpec
+    from endprompt_megatron.data.samples.dataset import DataSpec, WeightedDataset, build_datasets
 
-    return build_datasets(
-        train=[(str(prefix), 1.0)],
-        valid=None,
-        physical_len=row,
-        method=method,
-        target_len=TARGET,
-        prompts=[prompt],
-        prompt_loss_weight=1.0,
-        seed=1,
-        train_samples=rows,
-        cache_dir=scratch / "index",
-        vocab_size=49152,
-        packing=packing,
-    )[0]
+    sample = SampleSpec(method, row, TARGET, [prompt], 1.0, seed=1)
+    data = DataSpec([WeightedDataset(str(prefix))], packing=packing)
+    return build_datasets(sample, data, rows, vocab_size=49152, cache_dir=scratch / "index")[0]
 
 
 def reading(prefix: Path, scratch: Path, prompt: list[int], rounds: int) -> list[dict]:

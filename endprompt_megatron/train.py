@@ -40,7 +40,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.checkpoint.resume import initialise, resume
     from endprompt_megatron.checkpoint.save import Saver, require_disk_space
     from endprompt_megatron.convert.direct import weights_to_start_from
-    from endprompt_megatron.data.samples.feed import Feed
+    from endprompt_megatron.data.samples.feed import open_feed
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.distributed.watchdog import Watch
     from endprompt_megatron.method.rope import scaled_config
@@ -61,7 +61,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     export_config = scaled_config(
         config, c.rope.type, c.rope.factor, c.original, c.target, where, default_theta=shape.rope_theta
     )
-    feed = Feed(recipe, where, shape)
+    feed = open_feed(recipe, where, shape.vocab_size)
     te.share_buffers(recipe, shape)
     models = build_model(shape, recipe, export_config, shared_positions=positions_are_shared(recipe))
     models = wrap_models(models, recipe)
@@ -88,7 +88,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         with whole_parameters(models):
             saver.save(progress)
         if runtime.is_rank_zero():
-            feed.write_seen(progress.consumed_samples)
+            feed.write_consumed(recipe.run_dir, progress.consumed_samples)
 
     def validate() -> None:
         with whole_parameters(models):

@@ -23,27 +23,39 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help=".txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; a directory of them, a glob, a saved `datasets`",
+        help=".txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; a directory of them, a glob, or a saved `datasets`",
     )
-    parser.add_argument("--manifest", metavar="FILE", help="more inputs: one a line, relative to FILE, or JSON lines")
+    parser.add_argument(
+        "--manifest", metavar="FILE", help="further inputs, one a line, relative to FILE; or JSON lines"
+    )
     parser.add_argument(
         "--tokenizer", required=True, metavar="DIR", help="Hugging Face directory, or SentencePiece tokenizer.model"
     )
     parser.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, PREFIX.json")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one a CPU (mpirun: one a rank)")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="of lines and rows; default: text")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes; default: one per CPU (mpirun: one per rank)",
+    )
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field or column with the text; default: text",
+    )
     parser.add_argument(
         "--split-blank-lines",
         type=int,
         default=0,
         metavar="N",
-        help="split a .txt into documents where N or more blank lines stand; default: one document a file",
+        help="split a .txt into documents at N or more blank lines; default: one document per file",
     )
-    parser.add_argument("--no-bos", action="store_true", help="no BOS before documents, whatever the family expects")
-    parser.add_argument("--no-eos", action="store_true", help="no EOS after documents")
+    parser.add_argument("--no-bos", action="store_true", help="write no BOS, even where the model family expects it")
+    parser.add_argument("--no-eos", action="store_true", help="write no EOS after documents")
     parser.add_argument("--min-tokens", type=int, default=0, metavar="N", help="leave out shorter documents")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="leave out longer documents")
-    parser.add_argument("--dedup", action="store_true", help="of documents with the same text keep the first")
+    parser.add_argument("--dedup", action="store_true", help="keep only the first of documents with the same text")
     parser.add_argument(
         "--held-out",
         type=float,
@@ -51,19 +63,21 @@ def main() -> None:
         metavar="SHARE",
         help="put this share of the documents into PREFIX-valid, chosen by a hash of their text",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --held-out; default: 0")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out what is no document, and count it")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of --held-out; default: 0")
+    parser.add_argument("--skip-bad", action="store_true", help="skip bad input and count it instead of stopping")
     parser.add_argument(
         "--chat",
         nargs="?",
         const=AUTO,
         choices=(AUTO, *FORMATS),
-        help="the inputs hold conversations; their format is recognised by its keys, or named. Also writes PREFIX.mask",
+        help="the inputs hold conversations, in this format or in one recognised by its keys; also writes PREFIX.mask",
     )
-    parser.add_argument("--chat-template", metavar="FILE", help="with --chat: Jinja, in place of the tokenizer's own")
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="with --chat: a Jinja template instead of the tokenizer's"
+    )
     args = parser.parse_args()
     if args.chat is None and args.chat_template is not None:
-        raise InputError(f"--chat-template {args.chat_template}: belongs to --chat")
+        raise InputError(f"--chat-template {args.chat_template} applies only with --chat, which is not given")
     given = {
         "--text-field": args.text_field != "text",
         "--split-blank-lines": args.split_blank_lines,
@@ -71,7 +85,7 @@ def main() -> None:
         "--no-eos": args.no_eos,
     }
     for option in (option for option, on in given.items() if on and args.chat is not None):
-        raise InputError(f"{option}: is of texts; with --chat the chat template decides what a conversation becomes")
+        raise InputError(f"{option} applies to texts; with --chat the chat template decides which tokens are written")
 
     from endprompt_megatron.data.corpus.filters import Filters
     from endprompt_megatron.data.corpus.manifest import summary

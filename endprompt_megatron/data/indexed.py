@@ -1,7 +1,10 @@
 """Megatron's indexed dataset on disk: PREFIX.bin holds the tokens, PREFIX.idx where each document begins.
 
-Written here, byte for byte as megatron.core's IndexedDatasetBuilder does (a test compares them), so that
-worker processes need neither torch nor Megatron; read here only as far as checks before a run need it.
+PREFIX.json is our manifest of it.  A dataset of conversations has a second one beside it, PREFIX.mask (.bin and .idx,
+uint8): 1 for each token of an answer, the token that ends it included, and 0 for every other.
+
+Files are written byte for byte as megatron.core's IndexedDatasetBuilder writes them (a test compares them), so that
+worker processes need neither torch nor Megatron; they are read as far as checks before a run need it.
 """
 
 import hashlib
@@ -20,9 +23,12 @@ _CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 
 _BLOCK = 1 << 20  # documents
 _TOKEN_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16")
 
+MASK = ".mask"  # what PREFIX of the mask ends with
+CHAT = "chat"  # "kind" in the manifest of a dataset of conversations; texts have none
+
 
 def path_of(prefix: Path | str, suffix: str) -> Path:
-    """PREFIX + suffix; a dot in the prefix's own name stays."""
+    """PREFIX + suffix; a dot in the prefix's own name is kept."""
     return Path(f"{prefix}{suffix}")
 
 
@@ -68,14 +74,14 @@ def read_idx(prefix: Path | str) -> Index:
     for path in (idx, bin_):
         if not path.is_file():
             raise InputError(f"{path}: no such file; tools/prepare_data.py --out {prefix} makes .bin and .idx")
-    # Mapped, not read: the index of a large corpus takes gigabytes, and every rank looks at it.
+    # Mapped, not read: the index of a large corpus takes gigabytes, and every rank opens it.
     content = np.memmap(idx, mode="r") if idx.stat().st_size else b""
     if len(content) < _HEADER.size or bytes(content[: len(_MAGIC)]) != _MAGIC:
         raise InputError(f"{idx}: not an index of Megatron's indexed dataset; make it again with tools/prepare_data.py")
     _, version, code, sequences, documents = _HEADER.unpack_from(content)
     name = {code: name for name, code in _CODES.items()}.get(code)
     if version != 1 or name not in _TOKEN_DTYPES:
-        raise InputError(f"{idx}: version {version} with dtype code {code} does not hold tokens")
+        raise InputError(f"{idx}: version {version} with dtype code {code} holds no tokens")
     if len(content) < _HEADER.size + 12 * sequences + 8 * documents:
         raise InputError(f"{idx}: cut short; make it again with tools/prepare_data.py")
     lengths = np.frombuffer(content, dtype=np.int32, count=sequences, offset=_HEADER.size)
@@ -90,3 +96,11 @@ def read_manifest(prefix: Path | str) -> dict | None:
     """PREFIX.json as tools/prepare_data.py wrote it; None for a dataset made by another tool."""
     path = path_of(prefix, ".json")
     return read_json(path, "a dataset manifest") if path.exists() else None
+
+
+def read_mask(prefix: Path | str, index: Index) -> np.ndarray:
+    """Which tokens of a dataset of conversations are answers, uint8 [tokens], memory-mapped.  Raises InputError."""
+    mask = read_idx(f"{prefix}{MASK}")
+    if mask.dtype != np.uint8 or not np.array_equal(mask.lengths, index.lengths):
+        raise InputError(f"{prefix}{MASK}.idx: does not belong to {path_of(prefix, '.idx').name}; make both again")
+    return np.memmap(path_of(prefix, f"{MASK}.bin"), dtype=np.uint8, mode="r")

@@ -39,7 +39,7 @@ def _disturb(kind, _rank, step):
     read = Feed.global_batch
 
     def disturbed(self, consumed_samples):
-        if consumed_samples // self.recipe.train.global_batch_size + 1 >= step:
+        if consumed_samples // self.global_batch_size + 1 >= step:
             time.sleep(0.2 if kind == "slow" else 1e6)
         return read(self, consumed_samples)
 

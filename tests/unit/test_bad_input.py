@@ -52,8 +52,10 @@ def prepared(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_bad_lines_are_named_and_skipped_and_counted(prepared, tokenizer, tmp_path, monkeypatch, kind, suffix):
-    monkeypatch.setattr(chunks, "_PIECE_BYTES", 200)
+def test_bad_lines_of_a_jsonl_are_named_or_skipped_and_counted(
+    prepared, tokenizer, tmp_path, monkeypatch, kind, suffix
+):
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 200)
     line, message = BAD[kind]
     lines = list(LINES)
     for at in (3, 4, 9, 14, 19, 24, 29):
@@ -91,7 +93,7 @@ def whole_lines_of(data: bytes, suffix: str) -> list[bytes]:
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.999])
-def test_of_a_truncated_file_the_whole_lines_before_the_cut_are_kept(prepared, tokenizer, tmp_path, suffix, share):
+def test_the_complete_lines_of_a_truncated_compressed_file_are_kept(prepared, tokenizer, tmp_path, suffix, share):
     import random
 
     words = [format(random.Random(n).getrandbits(80), "x") for n in range(30_000)]
@@ -124,8 +126,8 @@ def test_bad_texts_in_a_txt_are_named_by_line(prepared, tokenizer, tmp_path):
     assert [source["skipped"] for source in manifest["sources"]] == [1, 0]
 
 
-def test_of_a_split_txt_only_the_bad_document_is_skipped(prepared, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "_PIECE_BYTES", 7)
+def test_only_the_bad_document_of_a_split_txt_is_skipped(prepared, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 7)
     (tmp_path / "a.txt").write_bytes(b"one\n\n\ntwo\nca\xe9\n\n\nthree\n\n\n\xff\n")
     manifest = prepared([tmp_path / "a.txt"], "a.txt:5: not UTF-8 at byte 12", split_blank_lines=2)
     assert stored_documents(tmp_path / "out") == expected_documents(["one", "three"], tokenizer)
@@ -169,7 +171,7 @@ def test_a_broken_parquet_is_named_and_skipped(prepared, tokenizer, tmp_path, ki
 
 
 @pytest.mark.parametrize("name", ["b.jsonl", "b.txt", "b.parquet", "b.jsonl.gz", "b.jsonl.zst", "c.jsonl.gz"])
-def test_an_empty_file_is_named_and_skipped(prepared, tokenizer, tmp_path, name):
+def test_an_empty_input_file_is_named_or_skipped(prepared, tokenizer, tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(b"") if name.startswith("c") else b"")
     (tmp_path / "a.jsonl").write_bytes(LINES[0])
     manifest = prepared([tmp_path / name, tmp_path / "a.jsonl"], "empty file")
@@ -177,7 +179,7 @@ def test_an_empty_file_is_named_and_skipped(prepared, tokenizer, tmp_path, name)
     assert stored_documents(tmp_path / "out") == expected_documents(TEXTS[:1], tokenizer)
 
 
-def test_a_missing_file_or_column_is_wrong_input_and_not_skipped(tokenizer, tmp_path):
+def test_a_missing_file_or_column_is_never_skipped(tokenizer, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -189,7 +191,7 @@ def test_a_missing_file_or_column_is_wrong_input_and_not_skipped(tokenizer, tmp_
             prepare(inputs, str(tokenizer), str(tmp_path / "out"), workers=1, skip_bad=True)
 
 
-def test_the_tool_sums_up_what_it_skipped(tokenizer, tmp_path):
+def test_prepare_data_reports_what_it_skipped(tokenizer, tmp_path):
     bad = b"".join(line for line, _ in BAD.values())
     (tmp_path / "a.jsonl").write_bytes(LINES[0] + bad + BAD["not_json"][0] + LINES[1])
     arguments = ["--input", tmp_path / "a.jsonl", "--tokenizer", tokenizer, "--out", tmp_path / "out"]
@@ -202,7 +204,7 @@ def test_the_tool_sums_up_what_it_skipped(tokenizer, tmp_path):
         assert said in line
 
 
-def test_json_that_only_python_takes_is_a_document(tokenizer, tmp_path):
+def test_json_that_only_python_accepts_is_a_document(tokenizer, tmp_path):
     content = '\ufeff{"text": "one", "score": NaN}\r\n{"text": "two", "n": 123456789012345678901234567890}\n'
     (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
     prepare([str(tmp_path / "a.jsonl")], str(tokenizer), str(tmp_path / "out"), workers=1)

@@ -14,7 +14,7 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.corpus.chat_formats import conversation_of
 from endprompt_megatron.data.corpus.filters import Filters
 from endprompt_megatron.data.corpus.prepare import prepare
-from endprompt_megatron.data.corpus.rejects import Bad
+from endprompt_megatron.data.corpus.rejects import Reject
 
 FIVE = (".bin", ".idx", ".json", ".mask.bin", ".mask.idx")
 TALK = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "he"}]
@@ -47,7 +47,7 @@ def expected(turns: list[dict], template: str, tokenizer) -> tuple[list[int], li
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_ids_and_answers_are_those_of_the_conversation_written_by_hand(tokenizers, tmp_path, template):
+def test_ids_and_answers_of_a_conversation_equal_those_written_by_hand(tokenizers, tmp_path, template):
     from transformers import AutoTokenizer
 
     made = conversations(12)
@@ -91,7 +91,7 @@ def in_every_format(turns: list[dict]) -> dict[str, dict]:
     }
 
 
-def test_every_format_gives_the_same_conversation():
+def test_every_chat_format_gives_the_same_conversation():
     for turns in conversations(4):
         records = in_every_format(turns)
         assert json.loads(conversation_of(records["messages"], "auto")) == turns
@@ -139,15 +139,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_conversation_is_said(name):
+def test_records_that_are_no_conversation_are_rejected_with_a_reason(name):
     record, kind, needle = BAD[name]
     found = conversation_of(record, "auto")
-    assert isinstance(found, Bad), found
+    assert isinstance(found, Reject), found
     assert found.kind == kind
     assert needle in found.message
 
 
-def test_bad_lines_are_refused_with_their_place_or_skipped_and_counted(tokenizers, tmp_path):
+def test_bad_conversations_are_refused_with_their_place_or_skipped_and_counted(tokenizers, tmp_path):
     lines = [json.dumps({"messages": TALK}), "", "{", json.dumps(turns(("user", "a"))), json.dumps({"text": "b"})]
     lines += [json.dumps(turns(("user", "a <|im_end|> b"), ("assistant", "c"))), '{"messages": "\\ud800"}']
     path = tmp_path / "chats.jsonl"
@@ -161,7 +161,7 @@ def test_bad_lines_are_refused_with_their_place_or_skipped_and_counted(tokenizer
         ("empty_line", "not_json", "no_answer", "no_conversation", "special_token", "empty_conversation"), 1
     )
     assert skipped["no_answer"]["first"] == [f"{path}:4: the last turn is the user's; there is no answer to learn from"]
-    assert f"{path}:6: turn 1 holds '<|im_end|>'" in skipped["special_token"]["first"][0]
+    assert f"{path}:6: turn 1 contains '<|im_end|>'" in skipped["special_token"]["first"][0]
     assert len(stored_documents(tmp_path / "out")) == 2
 
 
@@ -198,7 +198,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_a_template_that_does_not_say_what_an_answer_is_is_refused_whatever_is_skipped(tokenizers, tmp_path, name):
+def test_a_template_without_recognisable_answers_is_refused_even_with_skip_bad(tokenizers, tmp_path, name):
     template, *needles = UNFIT[name]
     (tmp_path / "own.jinja").write_text(template)
     files = [write_chats(tmp_path / "chats.jsonl", conversations(3)[2:])]
@@ -209,7 +209,7 @@ def test_a_template_that_does_not_say_what_an_answer_is_is_refused_whatever_is_s
         assert needle in str(error.value)
 
 
-def test_a_tokenizer_without_a_template_is_refused_and_a_file_stands_in(tokenizers, tmp_path):
+def test_a_tokenizer_without_a_chat_template_needs_a_template_file(tokenizers, tmp_path):
     bare = chat_tokenizer(tmp_path / "bare", None)
     files = [write_chats(tmp_path / "chats.jsonl", conversations(3))]
     own = tmp_path / "own.jinja"
@@ -229,20 +229,20 @@ def test_a_tokenizer_without_a_template_is_refused_and_a_file_stands_in(tokenize
 @pytest.mark.parametrize(
     ("options", "needle"),
     [
-        (["--chat", "--no-eos"], "--no-eos: is of texts"),
-        (["--chat", "--text-field", "body"], "--text-field: is of texts"),
-        (["--chat-template", "x"], "--chat-template x: belongs to --chat"),
+        (["--chat", "--no-eos"], "--no-eos applies to texts"),
+        (["--chat", "--text-field", "body"], "--text-field applies to texts"),
+        (["--chat-template", "x"], "--chat-template x applies only with --chat"),
     ],
 )
-def test_options_that_do_not_go_with_conversations_are_refused(tmp_path, options, needle):
+def test_options_for_texts_are_refused_with_chat(tmp_path, options, needle):
     arguments = ["--input", "chats.jsonl", "--tokenizer", "none", "--out", tmp_path / "out"]
     assert_one_line_error(run_tool("prepare_data", *arguments, *options), needle)
 
 
-def test_texts_and_templates_that_are_not_there_are_refused(tokenizers, tmp_path):
+def test_chat_refuses_a_txt_and_a_missing_template_file(tokenizers, tmp_path):
     (tmp_path / "chats.txt").write_text("hello")
     tokenizer, out = str(tokenizers["chatml"]), str(tmp_path / "out")
-    with pytest.raises(InputError, match=r"chats.txt: a text has no turns"):
+    with pytest.raises(InputError, match=r"chats.txt: a .txt has no turns"):
         prepare([str(tmp_path / "chats.txt")], tokenizer, out, chat="auto")
     files = [write_chats(tmp_path / "chats.jsonl", [TALK])]
     with pytest.raises(InputError, match=r"--chat-template none.jinja: cannot be read"):
@@ -265,10 +265,10 @@ def write_kinds(directory: Path, made: list[list[dict]]) -> list[str]:
     return [str(file) for file in files]
 
 
-def test_the_bytes_do_not_depend_on_workers_kinds_of_file_or_a_stop(tokenizers, tmp_path, monkeypatch):
+def test_prepared_conversations_do_not_depend_on_workers_kinds_of_file_or_a_stop(tokenizers, tmp_path, monkeypatch):
     from endprompt_megatron.data.corpus import chunks, tokenise
 
-    monkeypatch.setattr(chunks, "_PIECE_BYTES", 300)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 300)
     made = conversations(30)
     made += made[:5]
     options = {"chat": "auto", "filters": Filters(dedup=True, held_out=0.2)}
@@ -284,16 +284,16 @@ def test_the_bytes_do_not_depend_on_workers_kinds_of_file_or_a_stop(tokenizers, 
     assert [len(ids) for ids in both] == [len(mask) for mask in masks]
 
     # Stopped after each of its steps in turn, and gone on with.
-    tokenise_piece, calls = tokenise.tokenise_piece, 0
+    tokenise_chunk, calls = tokenise.tokenise_chunk, 0
 
     def stops(*arguments):
         nonlocal calls
         calls += 1
         if calls % 4 == 0:
             raise KeyboardInterrupt
-        return tokenise_piece(*arguments)
+        return tokenise_chunk(*arguments)
 
-    monkeypatch.setattr(tokenise, "tokenise_piece", stops)
+    monkeypatch.setattr(tokenise, "tokenise_chunk", stops)
     stopped = 0
     while not Path(f"{tmp_path / 'again'}.json").exists():
         try:
@@ -305,27 +305,27 @@ def test_the_bytes_do_not_depend_on_workers_kinds_of_file_or_a_stop(tokenizers, 
         assert five_files(tmp_path / f"again{suffix}") == five_files(tmp_path / f"out1{suffix}")
 
 
-def test_a_join_that_was_stopped_between_tokens_and_mask_goes_on(tokenizers, tmp_path, monkeypatch):
-    from endprompt_megatron.data.corpus import join
+def test_joining_that_stopped_between_tokens_and_mask_continues(tokenizers, tmp_path, monkeypatch):
+    from endprompt_megatron.data.corpus import finish
 
     files, tokenizer = [write_chats(tmp_path / "chats.jsonl", conversations(10))], str(tokenizers["chatml"])
     prepare(files, tokenizer, str(tmp_path / "whole"), chat="auto", workers=1)
-    write_idx = join.write_idx
+    write_idx = finish.write_idx
 
     def stops(*_):
         raise KeyboardInterrupt
 
     for function in ("_ones", "write_idx"):
         with monkeypatch.context() as patch:
-            patch.setattr(join, function, stops)
+            patch.setattr(finish, function, stops)
             with pytest.raises(KeyboardInterrupt):
                 prepare(files, tokenizer, str(tmp_path / "out"), chat="auto", workers=1)
-    assert join.write_idx is write_idx
+    assert finish.write_idx is write_idx
     prepare(files, tokenizer, str(tmp_path / "out"), chat="auto", workers=1)
     assert five_files(tmp_path / "out") == five_files(tmp_path / "whole")
 
 
-def test_the_date_in_a_template_is_always_the_same(tokenizers, tmp_path):
+def test_the_date_in_a_chat_template_is_always_the_same(tokenizers, tmp_path):
     own = tmp_path / "own.jinja"
     own.write_text("{{ strftime_now('%d %b %Y') }}" + LLAMA3)
     files = [write_chats(tmp_path / "chats.jsonl", [TALK])]
@@ -347,7 +347,7 @@ def test_a_parquet_without_the_columns_of_a_conversation_is_refused(tokenizers, 
         prepare([str(path)], str(tokenizers["chatml"]), str(tmp_path / "out"), chat="auto", workers=1)
 
 
-def test_only_a_hugging_face_tokenizer_has_conversations(tmp_path):
+def test_chat_requires_a_hugging_face_tokenizer(tmp_path):
     from small import small_sentencepiece
 
     files = [write_chats(tmp_path / "chats.jsonl", [TALK])]

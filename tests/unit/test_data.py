@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from small import ROOT
+from unit.building import build
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.indexed import write_idx
 from endprompt_megatron.data.samples.batches import KEYS, MicroBatches
-from endprompt_megatron.data.samples.dataset import build_datasets
 from endprompt_megatron.method.positions import MAPS, copies, position_ids
 from endprompt_megatron.method.random_streams import PROMPT_STREAM
 from endprompt_megatron.model.context_parallel import zigzag_slice
@@ -59,7 +59,7 @@ def settings(prefix: Path, **changes) -> dict:
 
 
 def train_set(prefix: Path, **changes):
-    return build_datasets(**settings(prefix, **changes))[0]
+    return build(**settings(prefix, **changes))[0]
 
 
 def plain_windows(documents: list[list[int]], size: int, seed: int = 11) -> list[list[int]]:
@@ -108,7 +108,7 @@ def plain_sample(window, prompts, index, *, physical, target, method, weight, se
 
 @pytest.mark.parametrize("method", MAPS)
 @pytest.mark.parametrize("several", [False, True])
-def test_samples_equal_a_plain_reconstruction(tmp_path, method, several):
+def test_samples_of_the_stream_equal_a_plain_reconstruction(tmp_path, method, several):
     documents = write_dataset(tmp_path / "corpus")
     prompts = PROMPTS if several else PROMPTS[:1]
     if method == "end_prompt_pose":
@@ -140,7 +140,7 @@ def test_samples_equal_a_plain_reconstruction(tmp_path, method, several):
     assert dtypes == dict(zip(KEYS, (torch.int64, torch.int64, torch.int64, torch.float32, torch.bool), strict=True))
 
 
-def test_one_epoch_reads_every_token_once(prefix):
+def test_an_epoch_of_the_stream_reads_every_token_once(prefix):
     dataset = train_set(prefix, method="short", train_samples=sum(LENGTHS) // 24)
     seen = torch.cat([dataset[index]["tokens"] for index in range(len(dataset))]).tolist()
     assert len(seen) == len(set(seen)) == sum(LENGTHS) // 24 * 24
@@ -165,7 +165,7 @@ def test_prompts_are_drawn_uniformly_and_purely(prefix):
     assert counts.min() > 70
 
 
-def test_changing_a_sample_does_not_change_the_next_read(prefix):
+def test_changing_a_sample_does_not_change_how_it_is_read_again(prefix):
     dataset = train_set(prefix)
     before = {key: value.clone() for key, value in dataset[3].items()}
     for value in dataset[3].values():
@@ -173,7 +173,7 @@ def test_changing_a_sample_does_not_change_the_next_read(prefix):
     assert all(torch.equal(before[key], dataset[3][key]) for key in KEYS)
 
 
-def test_int32_tokens_and_the_models_vocabulary(tmp_path):
+def test_int32_tokens_are_read_and_checked_against_the_models_vocabulary(tmp_path):
     write_dataset(tmp_path / "big", first_token=70000, dtype=np.int32)
     dataset = train_set(tmp_path / "big", method="short", vocab_size=71000)
     assert int(dataset[0]["tokens"].min()) >= 70000
@@ -184,16 +184,16 @@ def test_int32_tokens_and_the_models_vocabulary(tmp_path):
 
 
 def test_split_holds_out_the_last_documents(prefix):
-    train, valid = build_datasets(**settings(prefix, valid="3,1", valid_samples=40, method="short"))
+    train, valid = build(**settings(prefix, valid="3,1", valid_samples=40, method="short"))
     held_out = sum(LENGTHS[: round(0.75 * len(LENGTHS))])
     assert max(int(train[index]["tokens"].max()) for index in range(len(train))) < held_out
     assert min(int(valid[index]["tokens"].min()) for index in range(len(valid))) >= held_out
 
 
-def test_separate_validation_and_blend_by_weights(tmp_path):
+def test_a_blend_keeps_its_weights_beside_a_validation_dataset(tmp_path):
     for name, first in (("one", 0), ("two", 2000), ("valid", 4000)):
         write_dataset(tmp_path / name, first_token=first)
-    train, valid = build_datasets(
+    train, valid = build(
         **settings(
             tmp_path / "one",
             train=[(str(tmp_path / "one"), 1.0), (str(tmp_path / "two"), 3.0)],
@@ -235,7 +235,7 @@ def test_blends_of_many_small_shares_are_built(tmp_path):
         ({"seed": -1}, ["train.seed=-1"]),
     ],
 )
-def test_impossible_settings_are_refused(prefix, changes, needles):
+def test_impossible_settings_of_samples_are_refused(prefix, changes, needles):
     with pytest.raises(InputError) as refused:
         train_set(prefix, **changes)
     for needle in needles:
@@ -279,7 +279,7 @@ def test_micro_batches_of_all_ranks_are_the_run_in_order(prefix):
         next(ends)
 
 
-def test_zigzag_slices_put_the_sequence_back_together(prefix):
+def test_zigzag_slices_of_all_ranks_make_up_the_sequence(prefix):
     sequence = torch.arange(24).view(1, 24)
     assert torch.equal(zigzag_slice(sequence, 0, 1, dim=1), sequence)
     assert zigzag_slice(sequence, 0, 2, dim=1).tolist() == [[*range(6), *range(18, 24)]]
@@ -299,10 +299,10 @@ RANK = """
 import hashlib, os, sys, warnings
 warnings.filterwarnings("ignore")
 import torch
-from endprompt_megatron.data.samples.dataset import build_datasets
+from unit.building import build
 store = f"file://{sys.argv[1]}/store"
 torch.distributed.init_process_group("gloo", init_method=store, rank=int(sys.argv[2]), world_size=2)
-train, valid = build_datasets(
+train, valid = build(
     train=[(sys.argv[1] + "/one", 1.0), (sys.argv[1] + "/two", 2.0)], valid=[(sys.argv[1] + "/one", 1.0)],
     physical_len=24, method="end_prompt_random", target_len=192, prompts=[[900, 901], [950]], prompt_loss_weight=1.0,
     seed=5, train_samples=40, valid_samples=4, cache_dir=sys.argv[1] + "/cache")
@@ -319,7 +319,7 @@ torch.distributed.destroy_process_group()
 def test_two_ranks_and_no_ranks_read_the_same_samples(tmp_path):
     for name, first in (("one", 0), ("two", 2000)):
         write_dataset(tmp_path / name, first_token=first)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RANK, str(tmp_path)]
     ranks = [
         subprocess.Popen(
@@ -333,7 +333,7 @@ def test_two_ranks_and_no_ranks_read_the_same_samples(tmp_path):
 
     import hashlib
 
-    train, valid = build_datasets(
+    train, valid = build(
         train=[(f"{tmp_path}/one", 1.0), (f"{tmp_path}/two", 2.0)],
         valid=[(f"{tmp_path}/one", 1.0)],
         physical_len=24,

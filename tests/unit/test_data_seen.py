@@ -5,7 +5,7 @@ import json
 from unit.starting import write_tokens
 
 
-def test_a_run_writes_what_it_has_read_and_goes_on_counting_after_a_resume(place, extend):
+def test_data_seen_counts_on_after_a_resume(place, extend):
     write_tokens(place / "other", 600, seed=3)
     blend = "data.train={train: 3, other: {weight: 1, prompts: [EP_2]}}"
     arguments = ["recipe.yaml", blend, "checkpoint.interval=2", "context.prompts=[EP_1,EP_3]"]
@@ -33,7 +33,7 @@ def test_a_run_writes_what_it_has_read_and_goes_on_counting_after_a_resume(place
     assert losses("run") == losses("whole")
 
 
-def test_other_document_ends_are_another_run(place, extend):
+def test_a_resume_with_other_document_ends_is_refused(place, extend):
     assert extend(place, "recipe.yaml", "train.steps=3").returncode == 0
     other = extend(place, "recipe.yaml", "train.steps=4", "data.document_ends=within")
     assert other.returncode == 2

@@ -33,14 +33,14 @@ def texts() -> list[str]:
 
 @pytest.fixture
 def files(tmp_path, texts, monkeypatch) -> list[str]:
-    monkeypatch.setattr(chunks, "_PIECE_BYTES", 3000)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 3000)
     parts = (texts[:200], texts[200:450], texts[450:])
     return [write_jsonl(tmp_path / f"{number}.jsonl", part) for number, part in enumerate(parts)]
 
 
-def test_only_the_first_of_equal_texts_stays_whatever_file_it_is_in(files, texts, tokenizer, tmp_path, monkeypatch):
+def test_dedup_keeps_only_the_first_of_equal_texts_over_all_files(files, texts, tokenizer, tmp_path, monkeypatch):
     # Groups of 50 digests at once: the result is that of all together.
-    monkeypatch.setattr(filters, "_TOGETHER", 50)
+    monkeypatch.setattr(filters, "_MAX_SORTED", 50)
     manifest = prepare(files, str(tokenizer), str(tmp_path / "out"), workers=1, filters=Filters(dedup=True))
     kept = [piece for piece in dict.fromkeys(texts) if piece]
     expected = expected_documents(kept, tokenizer)
@@ -63,7 +63,7 @@ def test_only_the_first_of_equal_texts_stays_whatever_file_it_is_in(files, texts
         )
 
 
-def test_lengths_count_what_is_stored(files, texts, tokenizer, tmp_path):
+def test_length_filters_count_the_stored_tokens(files, texts, tokenizer, tmp_path):
     limits = Filters(min_tokens=30, max_tokens=90)
     manifest = prepare(files, str(tokenizer), str(tmp_path / "out"), workers=1, filters=limits)
     everything = [ids for ids in expected_documents(texts, tokenizer) if len(ids) > 1]
@@ -116,8 +116,8 @@ def test_the_length_histogram_is_in_powers_of_two(files, texts, tokenizer, tmp_p
 
 
 @pytest.mark.parametrize("together", [1, 5, 1000])
-def test_digests_that_agree_in_half_are_no_copies(tmp_path, monkeypatch, together):
-    monkeypatch.setattr(filters, "_TOGETHER", together)
+def test_texts_whose_digests_agree_in_one_half_are_not_copies(tmp_path, monkeypatch, together):
+    monkeypatch.setattr(filters, "_MAX_SORTED", together)
     keys = np.array([[1, 2], [1, 3], [2, 2], [1, 2], [2**64 - 1, 0], [2**64 - 1, 0], [1, 3]], dtype="<u8")
     keys[:4].tofile(tmp_path / "a")
     keys[4:4].tofile(tmp_path / "none")
@@ -138,15 +138,15 @@ def test_digests_that_agree_in_half_are_no_copies(tmp_path, monkeypatch, togethe
         ({"held_out": -0.1}, "--held-out -0.1"),
     ],
 )
-def test_filters_that_cannot_be_meant_are_refused(options, needle):
+def test_contradictory_filters_are_refused(options, needle):
     with pytest.raises(InputError, match=needle):
         Filters(**options)
 
 
-def test_when_nothing_is_left_it_is_said_why(files, tokenizer, tmp_path):
+def test_filters_that_leave_nothing_are_named_in_the_error(files, tokenizer, tmp_path):
     arguments = ["--input", *files, "--tokenizer", tokenizer, "--out", tmp_path / "out", "--workers", 1]
     before = sorted(tmp_path.iterdir())
-    assert_one_line_error(run_tool("prepare_data", *arguments, "--min-tokens", 9999), "not a single token", "too_short")
+    assert_one_line_error(run_tool("prepare_data", *arguments, "--min-tokens", 9999), "no tokens in", "too_short")
     assert_one_line_error(
         run_tool("prepare_data", *arguments, "--held-out", "0.000001"), "none of", "--seed", "larger share"
     )

@@ -13,7 +13,7 @@ from endprompt_megatron.data.describe.describe_data import describe
 from endprompt_megatron.data.describe.document_lengths import at_least, lengths_of, percent, verdict
 from endprompt_megatron.data.describe.segments import Segment, segments, weight_runs
 from endprompt_megatron.data.indexed import token_dtype, write_idx
-from endprompt_megatron.data.samples.builder import SampleBuilder
+from endprompt_megatron.data.samples.builder import SampleBuilder, SampleSpec
 from endprompt_megatron.data.samples.of_recipe import datasets_of
 from endprompt_megatron.tokenizer import load_tokenizer
 
@@ -45,15 +45,15 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-def test_segments_of_one_sample():
-    builder = SampleBuilder("end_prompt", 24, 100, [[1, 2, 3]], 0.5, 0)
+def test_segments_of_a_row_with_one_sample():
+    builder = SampleBuilder(SampleSpec("end_prompt", 24, 100, [[1, 2, 3]], 0.5, 0))
     sample = builder.build(np.arange(21), 0)
     assert segments(sample) == [
         Segment(0, 21, "context", 0, ((0, 20),)),
         Segment(21, 24, "prompt", 0, ((97, 99),)),
     ]
     assert weight_runs(sample) == [(0, 20, 1.0), (20, 23, 0.5), (23, 24, 0.0)]
-    pose = SampleBuilder("pose", 24, 100, [], 1.0, 3).build(np.arange(24), 1)
+    pose = SampleBuilder(SampleSpec("pose", 24, 100, [], 1.0, 3)).build(np.arange(24), 1)
     [whole] = segments(pose)
     assert [p for first, last in whole.positions for p in range(first, last + 1)] == pose["position_ids"].tolist()
     assert (len(whole.positions), whole.kind) == (2, "context")
@@ -62,7 +62,8 @@ def test_segments_of_one_sample():
 @pytest.mark.parametrize("said_by", ["sample_ids", "cu_seqlens"])
 def test_segments_of_a_packed_row(said_by):
     lengths = (24, 10, 12)
-    parts = [SampleBuilder("end_prompt", n, 100, [[1, 2, 3]], 0.5, 0).build(np.arange(n), 0) for n in lengths]
+    specs = [SampleSpec("end_prompt", length, 100, [[1, 2, 3]], 0.5, 0) for length in lengths]
+    parts = [SampleBuilder(spec).build(np.arange(spec.physical_len), 0) for spec in specs]
     padding = {key: np.zeros(4, value.numpy().dtype) for key, value in parts[0].items()}
     row = {key: np.concatenate([part[key] for part in (*parts, padding)]) for key in padding}
     if said_by == "sample_ids":
@@ -83,7 +84,7 @@ def test_segments_of_a_packed_row(said_by):
     ]
 
 
-def test_a_sample_is_described_as_it_is_trained_on(place):
+def test_inspect_data_describes_a_sample_as_it_is_trained_on(place):
     recipe = load_recipe(place / "recipe.yaml")
     dataset, _ = datasets_of(recipe, "recipe", 320, None)
     tokenizer = load_tokenizer(place / "hf")
@@ -110,7 +111,7 @@ def test_a_sample_is_described_as_it_is_trained_on(place):
     assert crossing > 2
 
 
-def test_the_tool_shows_samples_sources_and_a_picture(place, tmp_path):
+def test_inspect_data_shows_samples_sources_and_a_picture(place, tmp_path):
     done = run_tool("inspect_data", place / "recipe.yaml", "--samples", 2, "--picture", tmp_path / "rows.png")
     assert done.returncode == 0, done.stderr
     for needle in (
@@ -141,7 +142,7 @@ def test_the_tool_shows_samples_sources_and_a_picture(place, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["end_prompt_random", "end_prompt_pose", "pose", "full", "short"])
-def test_every_method_can_be_drawn(place, tmp_path, method):
+def test_inspect_data_draws_every_method(place, tmp_path, method):
     from endprompt_megatron.data.describe.picture import draw
 
     overrides = [f"context.method={method}"]
@@ -153,11 +154,11 @@ def test_every_method_can_be_drawn(place, tmp_path, method):
     overrides += ["context.physical=512", f"data.train={place / 'prefix'}"] if method == "full" else []
     recipe = load_recipe(place / "recipe.yaml", overrides)
     dataset, _ = datasets_of(recipe, "recipe", 320, None)
-    draw(dataset, [0, 1], recipe, tmp_path / "rows.png")
+    draw(dataset, [0, 1], recipe.context, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 10_000
 
 
-def test_packed_rows_are_shown_sample_by_sample(place, tmp_path):
+def test_inspect_data_shows_packed_rows_sample_by_sample(place, tmp_path):
     keys = ["data.packing=documents", f"data.train={place / 'prefix'}", "context.physical=512"]
     done = run_tool("inspect_data", place / "recipe.yaml", *keys, "--samples", 2, "--picture", tmp_path / "rows.png")
     assert done.returncode == 0, done.stderr
@@ -177,7 +178,7 @@ def test_packed_rows_are_shown_sample_by_sample(place, tmp_path):
     assert most > 1
 
 
-def test_a_dataset_can_be_looked_at_by_itself(place):
+def test_inspect_data_shows_a_dataset_without_a_recipe(place):
     done = run_tool(
         "inspect_data", "--prefix", place / "other", "--tokenizer", place / "hf", "--start", 1, "--samples", 2
     )
@@ -193,7 +194,7 @@ def test_a_dataset_can_be_looked_at_by_itself(place):
     [
         ([], ["give a RECIPE.yaml, or --prefix"]),
         (["RECIPE", "--prefix", "x"], ["give a RECIPE.yaml, or --prefix"]),
-        (["--prefix", "x"], ["--prefix x: needs --tokenizer DIR"]),
+        (["--prefix", "x"], ["--prefix x needs --tokenizer DIR"]),
         (["--prefix", "nowhere", "--tokenizer", "HF"], ["nowhere.idx: no such file"]),
         (["--prefix", "OTHER", "--tokenizer", "HF", "--start", "3"], ["--start 3", "documents 0 to 2"]),
         (["RECIPE", "--start", "24"], ["--start 24", "samples 0 to 23"]),
@@ -209,14 +210,14 @@ def test_a_dataset_can_be_looked_at_by_itself(place):
         (["RECIPE", "data.train={OTHER: {weight: 1, prompts: [EP_9]}}"], ["prompts of", "=EP_9: unknown prompt"]),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(place, arguments, needles):
+def test_inspect_data_refuses_wrong_arguments_in_one_line(place, arguments, needles):
     names = {"RECIPE": "recipe.yaml", "HF": "hf", "OTHER": "other"}
     for name, file in names.items():
         arguments = [argument.replace(name, str(place / file)) for argument in arguments]
     assert_one_line_error(run_tool("inspect_data", *arguments), *needles)
 
 
-def test_statistics_count_every_document_and_token(tmp_path):
+def test_document_statistics_count_every_document_and_token(tmp_path):
     rng = np.random.default_rng(0)
     lengths = np.concatenate((rng.integers(0, 3000, 500), [0, 127, 128, 255, 256, 70000])).astype(np.int32)
     found = lengths_of(lengths)
@@ -230,7 +231,7 @@ def test_statistics_count_every_document_and_token(tmp_path):
     assert lengths_of(np.array([], dtype=np.int32)).documents == 0
 
 
-def test_the_verdict_depends_on_what_the_method_wants_of_documents():
+def test_the_verdict_on_document_lengths_depends_on_the_method():
     short, long = np.full(100, 900, dtype=np.int32), np.full(3, 70000, dtype=np.int32)
     for method in ("end_prompt", "end_prompt_random", "short"):
         assert verdict(method, 8192, 65536, "cross", [short], [1.0])[0]
@@ -246,7 +247,7 @@ def test_the_verdict_depends_on_what_the_method_wants_of_documents():
 
 def test_preflight_says_when_documents_are_short_for_the_method(place):
     from endprompt_megatron.model.shape import read_shape
-    from endprompt_megatron.preflight.data_files import datasets
+    from endprompt_megatron.preflight.datasets import datasets
     from endprompt_megatron.preflight.table import OK, WARN
 
     def found(*overrides: str) -> dict:
@@ -266,7 +267,7 @@ def test_preflight_says_when_documents_are_short_for_the_method(place):
     assert epochs == pytest.approx(24 / dataset.windows.count, abs=0.005)
 
 
-def test_empty_documents_belong_to_no_window(tmp_path):
+def test_empty_documents_are_in_no_window(tmp_path):
     write_dataset(tmp_path / "corpus", lengths=(0, 5, 0, 0, 30, 0))
     from endprompt_megatron.data.indexed import read_idx
     from endprompt_megatron.data.samples.windows import Windows
@@ -279,7 +280,7 @@ def test_empty_documents_belong_to_no_window(tmp_path):
             assert first <= start < stop <= first + length
 
 
-def test_recall_prompts_are_shown_with_what_they_recall(place, tmp_path):
+def test_inspect_data_shows_what_recall_prompts_recall(place, tmp_path):
     keys = ["context.recall={tokens: 30, key: 6, cue: 'Again:'}", f"data.train={place / 'prefix'}"]
     recipe = load_recipe(place / "recipe.yaml", keys)
     dataset, _ = datasets_of(recipe, "recipe", 320, None)

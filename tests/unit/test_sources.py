@@ -13,7 +13,7 @@ from unit.preparing import expected_documents, stored_documents, write_jsonl
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.corpus import chunks
-from endprompt_megatron.data.corpus.chunks import Reading, pieces_of
+from endprompt_megatron.data.corpus.chunks import Reading, chunks_of
 from endprompt_megatron.data.corpus.inputs import sources_of
 from endprompt_megatron.data.corpus.prepare import prepare
 from endprompt_megatron.data.corpus.readers import documents
@@ -45,8 +45,8 @@ def read(source: Path | str, step: int | None = None, split_blank_lines: int = 0
     reading = Reading(split_blank_lines)
     with pytest.MonkeyPatch.context() as patch:
         if step:
-            patch.setattr(chunks, "_PIECE_BYTES", step)
-        cut = pieces_of(sources_of([str(source)], None, "text"), reading)
+            patch.setattr(chunks, "_CHUNK_BYTES", step)
+        cut = chunks_of(sources_of([str(source)], None, "text"), reading)
     return [document for piece in cut for _, document in documents(piece, reading)]
 
 
@@ -58,7 +58,7 @@ def test_directories_and_globs_are_sorted_and_hidden_names_left_out(tree):
     assert names(tree, ["c[1].txt"]) == ["c[1].txt"]
 
 
-def test_a_manifest_names_files_from_where_it_stands(tree, monkeypatch):
+def test_paths_of_a_manifest_are_relative_to_it(tree, monkeypatch):
     manifest = tree / "b" / "list"
     manifest.write_text('two.jsonl\n\n{"path": "../a.jsonl", "text_field": "body"}\n  ../c*.txt  \n')
     monkeypatch.chdir("/")
@@ -74,25 +74,25 @@ def test_a_manifest_names_files_from_where_it_stands(tree, monkeypatch):
         ('a.jsonl\n{"path": 3}', 'list:2: expected {"path": "FILE"'),
         ('{"path": "a.jsonl", "field": "x"}', "unknown key 'field'"),
         ('{"path": "a.jsonl"', "list:1: not JSON"),
-        ("a.jsonl\nb/../a.jsonl", "is named twice"),
-        ("", "nothing is named"),
+        ("a.jsonl\nb/../a.jsonl", "is given twice"),
+        ("", "no input is given"),
     ],
 )
-def test_a_manifest_that_cannot_be_meant_is_refused_with_its_line(tree, content, needle):
+def test_a_wrong_manifest_is_refused_with_its_line(tree, content, needle):
     (tree / "list").write_text(content)
     with pytest.raises(InputError, match=needle.replace("{", "[{]")) as refused:
         sources_of([], str(tree / "list"), "text")
     assert "\n" not in str(refused.value)
 
 
-def test_names_that_stand_for_nothing_are_refused(tree):
+def test_inputs_that_match_nothing_are_refused(tree):
     refused = {"*.parquet": "no file matches", ".hidden/y.jsonl": "no such file", "README.md": "unknown kind"}
     (tree / "empty").mkdir()
     refused["empty"] = "no file in this directory"
     for name, needle in refused.items():
         with pytest.raises(InputError, match=needle):
             names(tree, [name])
-    with pytest.raises(InputError, match="named twice"):
+    with pytest.raises(InputError, match="given twice"):
         names(tree, ["a.jsonl", "."])
     with pytest.raises(InputError, match="cannot be read"):
         sources_of([], str(tree / "nowhere"), "text")
@@ -156,7 +156,7 @@ def test_a_saved_dataset_that_an_index_file_selects_from_is_refused(tmp_path):
         read(tmp_path / "plain")
 
 
-def test_a_saved_dataset_that_is_cut_short_or_empty_is_told(tmp_path):
+def test_a_saved_dataset_that_is_cut_short_or_empty_is_reported(tmp_path):
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_dict({"text": TEXTS * 60})
     dataset.save_to_disk(tmp_path / "cut")
@@ -170,11 +170,11 @@ def test_a_saved_dataset_that_is_cut_short_or_empty_is_told(tmp_path):
         assert bad.kind == "broken_file"
         assert f"after row {len(texts)} " in bad.message
     datasets.Dataset.from_dict({"text": [""]}).select([]).save_to_disk(tmp_path / "none")
-    with pytest.raises(InputError, match="without a row"):
+    with pytest.raises(InputError, match="without rows"):
         read(tmp_path / "none")
 
 
-def test_every_way_of_storing_them_gives_the_same_dataset(tmp_path, tokenizer):
+def test_every_kind_of_file_with_the_same_texts_gives_the_same_dataset(tmp_path, tokenizer):
     import pyarrow
     import pyarrow.parquet
 
@@ -202,7 +202,7 @@ def test_every_way_of_storing_them_gives_the_same_dataset(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 8, 13, 10**6])
 @pytest.mark.parametrize("blank_lines", [1, 2])
-def test_pieces_of_a_split_txt_give_each_document_once(tmp_path, step, blank_lines):
+def test_chunks_of_a_split_txt_give_each_document_once(tmp_path, step, blank_lines):
     import re
 
     content = "one\n\nstill one\n\n\ntwo\n \n\n\n  three é\n\r\n\r\n\nfour\n\n\n \t \n  \n\n\nfive five\n\n\n\n\n"

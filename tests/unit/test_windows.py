@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from unit.building import build
 from unit.test_data import LENGTHS, PROMPTS, settings, train_set, write_dataset
 
 from endprompt_megatron.common.errors import InputError
@@ -14,8 +15,7 @@ from endprompt_megatron.data.indexed import read_idx
 from endprompt_megatron.data.samples import windows as windows_module
 from endprompt_megatron.data.samples.batches import KEYS, MicroBatches
 from endprompt_megatron.data.samples.blend import sources_of, turns
-from endprompt_megatron.data.samples.consumed import seen
-from endprompt_megatron.data.samples.dataset import build_datasets
+from endprompt_megatron.data.samples.dataset import consumed
 from endprompt_megatron.data.samples.windows import Windows, epoch_seed
 from endprompt_megatron.method.positions import position_ids
 from endprompt_megatron.method.random_streams import draws, generator
@@ -34,7 +34,7 @@ def tokens_of(windows: Windows, stream: list[int], index: int) -> list[int]:
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_an_epoch_is_megatrons_with_its_seed(tmp_path, epoch):
+def test_windows_of_an_epoch_are_those_of_megatrons_dataset_with_its_seed(tmp_path, epoch):
     """GPTDataset, built by megatron-core for one epoch, gives the same windows in the same order."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -72,7 +72,7 @@ def test_an_epoch_is_megatrons_with_its_seed(tmp_path, epoch):
 @pytest.mark.parametrize("least", [0, 90])
 def test_within_every_window_lies_inside_one_document(tmp_path, least):
     documents = write_dataset(tmp_path / "corpus", lengths=MANY)
-    windows = Windows(read_idx(tmp_path / "corpus"), 37, 11, ends="within", least=least)
+    windows = Windows(read_idx(tmp_path / "corpus"), 37, 11, ends="within", min_len=least)
     kept = [document for document in documents if len(document) >= max(least, 37)]
     assert windows.documents == len(kept)
     assert windows.count == sum(len(document) // 37 for document in kept)
@@ -101,7 +101,7 @@ def test_within_every_window_lies_inside_one_document(tmp_path, least):
 
 def test_min_document_tokens_leaves_shorter_documents_out_of_the_stream(tmp_path):
     documents = write_dataset(tmp_path / "corpus", lengths=MANY)
-    windows = Windows(read_idx(tmp_path / "corpus"), 37, 11, least=200)
+    windows = Windows(read_idx(tmp_path / "corpus"), 37, 11, min_len=200)
     long = sorted(token for document in documents if len(document) >= 200 for token in document)
     read = sorted(token for place in range(windows.count) for token in tokens_of(windows, range(sum(MANY)), place))
     assert windows.count == len(long) // 37
@@ -140,9 +140,9 @@ CUTS = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_the_order_does_not_depend_on_how_many_samples_are_asked_for(tmp_path, cut):
-    few, _ = build_datasets(**blend_of_three(tmp_path, train_samples=90, **CUTS[cut]))
-    many, _ = build_datasets(**blend_of_three(tmp_path, train_samples=1000, **CUTS[cut]))
+def test_the_order_of_samples_does_not_depend_on_how_many_are_asked_for(tmp_path, cut):
+    few, _ = build(**blend_of_three(tmp_path, train_samples=90, **CUTS[cut]))
+    many, _ = build(**blend_of_three(tmp_path, train_samples=1000, **CUTS[cut]))
     assert (len(few), len(many)) == (90, 1000)
     for index in range(90):
         assert all(torch.equal(few[index][key], many[index][key]) for key in KEYS)
@@ -152,7 +152,7 @@ def test_the_order_does_not_depend_on_how_many_samples_are_asked_for(tmp_path, c
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_global_batches_are_the_same_on_any_number_of_ranks_and_after_a_resume(tmp_path, cut):
-    dataset, _ = build_datasets(**blend_of_three(tmp_path, train_samples=160, **CUTS[cut]))
+    dataset, _ = build(**blend_of_three(tmp_path, train_samples=160, **CUTS[cut]))
     assert max(source.size / source.windows.count for source in dataset.sources) > 3
 
     def run(ranks: int, first_step: int, steps: int) -> list[list[tuple]]:
@@ -175,7 +175,7 @@ def test_global_batches_are_the_same_on_any_number_of_ranks_and_after_a_resume(t
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0], [8.0, 2.0, 1.0], [3.0, 0.004, 1.0, 1.0, 9.5]])
-def test_turns_come_as_they_are_due_and_keep_the_shares(weights):
+def test_sources_of_a_blend_take_turns_by_their_shares(weights):
     shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
     due = sorted(((Fraction(2 * j + 1, 2) / share, k, j) for k, share in enumerate(shares) for j in range(400)))[:300]
     source, within = turns(weights, 300)
@@ -192,7 +192,7 @@ def test_turns_come_as_they_are_due_and_keep_the_shares(weights):
 
 
 def test_each_source_ends_with_its_own_prompts(tmp_path):
-    dataset, _ = build_datasets(**blend_of_three(tmp_path, train_samples=120))
+    dataset, _ = build(**blend_of_three(tmp_path, train_samples=120))
     for index in range(120):
         source, _ = dataset.locate(index)
         sample = dataset[index]
@@ -202,14 +202,14 @@ def test_each_source_ends_with_its_own_prompts(tmp_path):
         assert context == source.context(dataset.locate(index)[1])[: len(context)].tolist()
 
 
-@pytest.mark.parametrize("consumed", [0, 1, 90, 400])
+@pytest.mark.parametrize("count", [0, 1, 90, 400])
 @pytest.mark.parametrize("cut", CUTS)
-def test_what_was_seen_is_what_was_read(tmp_path, cut, consumed):
-    dataset, _ = build_datasets(**blend_of_three(tmp_path, train_samples=400, **CUTS[cut]))
-    found = seen(dataset, consumed)
-    assert found["consumed_samples"] == consumed
+def test_what_a_run_consumed_is_what_was_read(tmp_path, cut, count):
+    dataset, _ = build(**blend_of_three(tmp_path, train_samples=400, **CUTS[cut]))
+    found = consumed(dataset, count)
+    assert found["consumed_samples"] == count
     counted = {source.prefix: Counter() for source in dataset.sources}
-    for index in range(consumed):
+    for index in range(count):
         sample = dataset[index]
         prompt = int(sample["prompt_mask"].sum())
         counted[dataset.locate(index)[0].prefix].update(samples=1, prompt=prompt, context=24 - prompt)
@@ -218,12 +218,12 @@ def test_what_was_seen_is_what_was_read(tmp_path, cut, consumed):
         assert source["samples"] == counts["samples"]
         assert (source["context_tokens"], source["prompt_tokens"]) == (counts["context"], counts["prompt"])
         assert source["epochs"] == counts["samples"] / windows.count
-        assert source["share"] == (counts["samples"] / consumed if consumed else 0)
+        assert source["share"] == (counts["samples"] / count if count else 0)
 
 
-def test_what_was_seen_without_a_blend(prefix):
+def test_what_a_run_consumed_is_counted_without_a_blend(prefix):
     dataset = train_set(prefix, method="short", train_samples=100)
-    [source] = seen(dataset, 50)["sources"]
+    [source] = consumed(dataset, 50)["sources"]
     assert (source["samples"], source["context_tokens"], source["prompt_tokens"]) == (50, 50 * 24, 0)
     assert source["epochs"] == 50 / (sum(LENGTHS) // 24)
     assert source["left_out_tokens"] == sum(LENGTHS) % 24
@@ -262,7 +262,7 @@ def test_pose_takes_its_chunks_from_different_places_of_one_document(tmp_path):
     assert apart > 2 * len(long)
 
 
-def test_large_indices_are_cached_whole_and_follow_the_data(prefix, monkeypatch):
+def test_large_window_indices_are_cached_and_follow_the_data(prefix, monkeypatch):
     in_memory = train_set(prefix, train_samples=200)
     cache = prefix.parent / "cache"
     assert not cache.exists()  # nothing that is quickly made again is kept
@@ -287,7 +287,7 @@ def test_large_indices_are_cached_whole_and_follow_the_data(prefix, monkeypatch)
     assert [other.spans(index) for index in range(200)] == [expected.spans(index) for index in range(200)]
 
 
-def test_draws_are_uniform_and_apart_for_seeds_and_streams():
+def test_draws_are_uniform_and_independent_of_other_seeds_and_streams():
     indices = np.arange(30000)
     first = draws(1, indices, 1, 3)
     assert np.bincount(first).tolist() == pytest.approx([10000] * 3, rel=0.03)

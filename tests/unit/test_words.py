@@ -10,7 +10,8 @@ from small import small_tokenizer, text
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from endprompt_megatron.data.corpus import words
-from endprompt_megatron.data.corpus.words import WholeTexts, Words, cut_of
+from endprompt_megatron.data.corpus.encoders import WholeTexts
+from endprompt_megatron.data.corpus.words import Words, cut_of
 from endprompt_megatron.tokenizer import load_tokenizer
 from endprompt_megatron.tokenizer.tokenizer import LLAMA3_PATTERN
 
@@ -72,21 +73,21 @@ def both(tokenizer, texts):
 
 @settings(max_examples=1500, deadline=None)
 @given(texts=st.lists(TEXTS, max_size=4))
-def test_the_ids_are_those_of_whole_texts(tokenizer, texts):
+def test_word_wise_ids_are_those_of_complete_texts(tokenizer, texts):
     found, expected = both(tokenizer, texts)
     assert found == expected
 
 
 @settings(max_examples=300, deadline=None)
 @given(texts=st.lists(TEXTS, max_size=3), limit=st.integers(1, 20))
-def test_a_long_text_in_parts_gives_the_same_ids(tokenizer, texts, limit):
+def test_a_long_text_tokenised_in_stretches_gives_the_same_ids(tokenizer, texts, limit):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(words, "_LONG_TEXT", limit)
         found, expected = both(tokenizer, texts)
     assert found == expected
 
 
-def test_another_process_takes_names_of_special_tokens_for_text_too(tokenizer):
+def test_special_token_names_are_text_in_another_process_too(tokenizer):
     sent = pickle.loads(pickle.dumps(cut_of(tokenizer)))
     texts = ["the end <|eot_id|> is not <|end_of_text|>\n", "<|begin_of_text|>the 00", "x<|eot_id|>"]
     whole = WholeTexts(tokenizer, DTYPE).encode(texts)
@@ -95,9 +96,9 @@ def test_another_process_takes_names_of_special_tokens_for_text_too(tokenizer):
     assert not specials & set(np.frombuffer(b"".join(whole), DTYPE).tolist())
 
 
-def test_forgetting_words_changes_nothing(tokenizer, monkeypatch):
+def test_forgetting_known_words_changes_no_ids(tokenizer, monkeypatch):
     texts = [text(200, seed) for seed in range(20)]
-    monkeypatch.setattr(words, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(words, "_MAX_BYTES", 1000)
     encoder = Words(cut_of(tokenizer), DTYPE)
     for batch in (texts[:10], texts[10:], texts):
         assert encoder.encode(batch) == WholeTexts(tokenizer, DTYPE).encode(batch)
@@ -114,7 +115,7 @@ def test_forgetting_words_changes_nothing(tokenizer, monkeypatch):
         BYTES,
     ],
 )
-def test_a_tokenizer_of_another_kind_is_not_cut(tmp_path, splitter):
+def test_texts_of_an_unknown_kind_of_tokenizer_are_not_cut(tmp_path, splitter):
     assert cut_of(made(tmp_path, splitter)) is None
 
 

@@ -1,9 +1,9 @@
-"""Sources as pieces of work: what one worker reads at a time.
+"""Sources as chunks of work: what one worker reads at a time.
 
-A byte range of a .jsonl or of a .txt that is split, row groups of a .parquet, record batches of a saved dataset;
-a whole .jsonl.gz or .jsonl.zst (they cannot be entered in the middle; several files share the work) and a whole
-.txt that is one document.  Pieces depend on the files alone, never on the number of workers, and their order is
-the order of the documents.
+A chunk is a byte range of a .jsonl or of a .txt that is split, row groups of a .parquet, record batches of a saved
+dataset, or a complete file: a .jsonl.gz or .jsonl.zst, which cannot be read from the middle, and a .txt that is one
+document.  Chunks depend on the files alone, never on the number of workers, and their order is the order of the
+documents.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from endprompt_megatron.data.corpus import columns
 from endprompt_megatron.data.corpus.inputs import ARROW, Source
 
-_PIECE_BYTES = 8 << 20
-_MOST_PIECES = 4096
-_RATIOS = {".jsonl.gz": 4, ".jsonl.zst": 5}  # text shrinks about so much: keeps shares of work balanced
+_CHUNK_BYTES = 8 << 20
+_MAX_CHUNKS = 4096
+_RATIOS = {".jsonl.gz": 4, ".jsonl.zst": 5}  # text shrinks by about so much: this balances the ranks' shares
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Reading:
 
     split_blank_lines: int = 0  # a .txt is split where this many blank lines stand; 0: one document
     skip_bad: bool = False
-    chat: str | None = None  # documents are conversations in this format of chat.py; None: texts
+    chat: str | None = None  # documents are conversations in this format of chat_formats.py; None: texts
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """`start`..`stop` of a source: bytes, row groups or record batches; `work` in bytes of text, about."""
 
     source: Source
@@ -36,37 +36,37 @@ class Piece:
     work: int
 
 
-def pieces_of(sources: list[Source], reading: Reading) -> list[Piece]:
-    """Pieces of all sources, in order; a source that is empty or broken has one, for its reader to tell.
+def chunks_of(sources: list[Source], reading: Reading) -> list[Chunk]:
+    """Chunks of all sources, in order; a source that is empty or broken has one, so that its reader reports it.
 
     Raises InputError for a column that is missing or holds no text.
     """
-    step = max(_PIECE_BYTES, -(-sum(source.bytes for source in sources) // _MOST_PIECES))
-    return [piece for source in sources for piece in _pieces(source, reading, step) or [Piece(source, 0, 0, 0)]]
+    step = max(_CHUNK_BYTES, -(-sum(source.bytes for source in sources) // _MAX_CHUNKS))
+    return [chunk for source in sources for chunk in _chunks(source, reading, step) or [Chunk(source, 0, 0, 0)]]
 
 
-def _pieces(source: Source, reading: Reading, step: int) -> list[Piece]:
+def _chunks(source: Source, reading: Reading, step: int) -> list[Chunk]:
     size = source.bytes
     if source.kind == ".jsonl" or (source.kind == ".txt" and reading.split_blank_lines):
         starts = range(0, size, step)
-        return [Piece(source, start, min(start + step, size), min(step, size - start)) for start in starts]
+        return [Chunk(source, start, min(start + step, size), min(step, size - start)) for start in starts]
     if source.kind in (".parquet", ARROW):
-        return list(_together(source, columns.sizes_of(source, reading.chat), step))
-    return [Piece(source, 0, size, size * _RATIOS.get(source.kind, 1))]
+        return list(_grouped(source, columns.sizes_of(source, reading.chat), step))
+    return [Chunk(source, 0, size, size * _RATIOS.get(source.kind, 1))]
 
 
-def _together(source: Source, sizes: list[int], step: int) -> Iterator[Piece]:
-    """Row groups or record batches, as many in a piece as make up a step."""
+def _grouped(source: Source, sizes: list[int], step: int) -> Iterator[Chunk]:
+    """Row groups or record batches, as many in a chunk as add up to `step` bytes."""
     start = work = 0
     for number, size in enumerate(sizes, start=1):
         work += size
         if work >= step or number == len(sizes):
-            yield Piece(source, start, number, work)
+            yield Chunk(source, start, number, work)
             start, work = number, 0
 
 
 def shares(sizes: list[int], ranks: int) -> list[list[int]]:
-    """Numbers of the tasks of each rank, balanced by their sizes: the largest first, to whom has least."""
+    """Numbers of the tasks of each rank: from the largest on, each goes to the rank with the least work."""
     owned: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):

@@ -1,6 +1,6 @@
 """Documents in columns: row groups of a .parquet, record batches of a `datasets` saved to disk.
 
-Both through pyarrow, a few rows at a time; a saved dataset is mapped into memory, not read.
+pyarrow reads both, a few rows at a time; a saved dataset is mapped into memory.
 """
 
 import contextlib
@@ -10,17 +10,17 @@ from typing import Any
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.corpus.chat_formats import COLUMNS, conversation_of, format_of
 from endprompt_megatron.data.corpus.inputs import ARROW, Source
-from endprompt_megatron.data.corpus.rejects import Bad
+from endprompt_megatron.data.corpus.rejects import Reject
 
 _ROWS = 1024
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def sizes_of(source: Source, chat: str | None = None) -> list[int]:
-    """Bytes of each row group or record batch; a place where the file is broken counts as one more, of no bytes.
+    """Bytes of each row group or record batch; where the file is broken, one more of 0 bytes follows.
 
-    `chat`: the format of conversations (chat.py), None for texts.  Raises InputError if there is no such column, or
-    it holds no text.
+    `chat`: the format of conversations (chat_formats.py), None for texts.  Raises InputError if there is no such
+    column, or it holds no text.
     """
     import pyarrow
 
@@ -45,11 +45,11 @@ def sizes_of(source: Source, chat: str | None = None) -> list[int]:
     return sizes
 
 
-def rows(source: Source, start: int, stop: int, chat: str | None = None) -> Iterator[tuple[int, str | Bad]]:
+def rows(source: Source, start: int, stop: int, chat: str | None = None) -> Iterator[tuple[int, str | Reject]]:
     """(number, text) of each row of the row groups or record batches `start`..`stop`, numbered from 1 in the file."""
     kind = source.kind.lstrip(".")
     batches = _batches if source.kind == ARROW else _groups
-    # A row group stands by itself: one that is damaged does not take the others with it.
+    # Row groups are read one by one: a damaged one does not affect the others.
     alone = source.kind == ".parquet" and start < stop
     for begin, end in [(group, group + 1) for group in range(start, stop)] if alone else [(start, stop)]:
         try:
@@ -57,14 +57,14 @@ def rows(source: Source, start: int, stop: int, chat: str | None = None) -> Iter
                 read = _conversations(batch, chat) if chat else _texts(batch.column(0), source.text_field)
                 yield from enumerate(read, start=before + 1)
         except _Broken as broken:
-            yield 0, Bad("broken_file", f"broken {kind} file after row {broken.rows} ({broken.reason})")
+            yield 0, Reject("broken_file", f"broken {kind} file after row {broken.rows} ({broken.reason})")
         else:
             if start == stop:
-                yield 0, Bad("empty_file", f"{kind} file without a row")
+                yield 0, Reject("empty_file", f"{kind} file without a row")
 
 
 class _Broken(Exception):
-    """A file that cannot be read on after so many rows."""
+    """A file that cannot be read further after so many rows."""
 
     def __init__(self, rows: int, reason: object) -> None:
         self.rows, self.reason = rows, " ".join(str(reason).split())
@@ -100,25 +100,25 @@ def _batches(source: Source, start: int, stop: int, chat: str | None) -> Iterato
                     for first in range(0, len(batch), _ROWS):
                         yield number + first, batch.select(columns).slice(first, _ROWS)
                 number += len(batch)
-    except StopIteration:  # there is one batch less than sizes_of counted
+    except StopIteration:  # one batch fewer than sizes_of counted
         raise _Broken(number, "cut short") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise _Broken(number, error) from None
 
 
-def _texts(column: Any, field: str) -> Iterator[str | Bad]:
+def _texts(column: Any, field: str) -> Iterator[str | Reject]:
     try:
         texts = column.to_pylist()
     except UnicodeDecodeError:
         texts = [_text(value) for value in column]
     for text in texts:
-        yield Bad("not_text", f"{field!r} is null, not text") if text is None else text
+        yield Reject("not_text", f"{field!r} is null, not text") if text is None else text
 
 
-def _conversations(batch: Any, chat: str) -> Iterator[str | Bad]:
+def _conversations(batch: Any, chat: str) -> Iterator[str | Reject]:
     for number in range(len(batch)):
         row = {name: _text(column[number]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-        wrong = next((value for value in row.values() if isinstance(value, Bad)), None)
+        wrong = next((value for value in row.values() if isinstance(value, Reject)), None)
         yield wrong or conversation_of(row, chat)
 
 
@@ -126,7 +126,7 @@ def _text(value: Any) -> Any:
     try:
         return value.as_py()
     except UnicodeDecodeError as error:
-        return Bad("not_utf8", f"not UTF-8 at byte {error.start} of the text")
+        return Reject("not_utf8", f"not UTF-8 at byte {error.start} of the text")
 
 
 def _open(path: str) -> Any:
@@ -149,7 +149,8 @@ def _columns(schema: Any, source: Source, chat: str | None) -> list[str]:
     field, names = source.text_field, schema.names
     if chat:
         found = format_of(names, chat)
-        if isinstance(found, Bad) and found.kind != "ambiguous":  # where columns hold nulls, a row may say which it is
+        # Where columns hold nulls, a row may say which format it has.
+        if isinstance(found, Reject) and found.kind != "ambiguous":
             raise InputError(f"{source.path}: {found.message}")
         return [name for name in names if name in COLUMNS]
     if field not in names:

@@ -1,7 +1,7 @@
-"""Which documents are kept: by their length, once each, and apart from those held out.
+"""Which documents are kept: those of the right length, one of each text, apart from those held out.
 
-What a text is, is its 128-bit BLAKE2b.  Whether a document is held out is a function of that and the seed alone, so
-two copies of a text never stand on both sides; of copies, the first in the order of the input stays.
+The 128-bit BLAKE2b of a text identifies it.  Whether a document is held out depends on that digest and the seed alone,
+so copies of a text are either all held out or none of them; of copies, the first in the order of the input is kept.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 from endprompt_megatron.common.errors import InputError
 
 DIGEST_BYTES = 16
-_TOGETHER = 8 << 20  # digests that are sorted at once, about 50 bytes each
+_MAX_SORTED = 8 << 20  # digests that are sorted at once, about 50 bytes each
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Filters:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises InputError for what cannot be meant."""
+        """Raises InputError for values that contradict themselves or each other."""
         if self.min_tokens < 0:
             raise InputError(f"--min-tokens {self.min_tokens}: should be at least 0")
         if self.max_tokens is not None and self.max_tokens < max(self.min_tokens, 1):
@@ -37,7 +37,7 @@ class Filters:
 
     @property
     def digests(self) -> bool:
-        """Whether anything depends on what a text is."""
+        """Whether the digest of each text is needed."""
         return self.dedup or self.held_out > 0
 
     def is_held_out(self, digest: bytes) -> bool:
@@ -47,19 +47,19 @@ class Filters:
 
 
 def digest_of(text: str) -> bytes:
-    """What tells one text from another."""
+    """The digest that identifies a text."""
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def first_of_each(files: list[Path]) -> np.ndarray:
     """Whether each document is the first with its digest.  Shape (documents,), bool; `files` hold digests, in order.
 
-    All digests are gone through a few times rather than held: at most 8 million at once.
+    Of many digests, at most 8 million are in memory at once: the files are read several times instead.
     """
     counts = [file.stat().st_size // DIGEST_BYTES for file in files]
     first = np.ones(sum(counts), dtype=bool)
     groups = 1
-    while len(first) > groups * _TOGETHER:
+    while len(first) > groups * _MAX_SORTED:
         groups *= 2
     for group in range(groups):
         keys, numbers, begin = [], [], 0
@@ -76,7 +76,7 @@ def first_of_each(files: list[Path]) -> np.ndarray:
 
 
 def _mark_copies(keys: np.ndarray, numbers: np.ndarray, first: np.ndarray) -> None:
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal ones the earlier stays before the later
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal digests stay in the order of the input
     keys = keys[order]
     copies = (keys[1:] == keys[:-1]).all(axis=1)
     first[numbers[order[1:][copies]]] = False
@@ -86,7 +86,7 @@ def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     """Documents and tokens by length in powers of two: from 1 to 1 token, 2 to 3, 4 to 7 and so on."""
     if not len(lengths):
         return []
-    # frexp of a whole number is exact: its exponent is how many bits it has.
+    # frexp of an integer is exact: its exponent is the number of bits.
     bits = np.frexp(lengths.astype(np.float64))[1] - 1
     documents = np.bincount(bits)
     tokens = np.bincount(bits, weights=lengths)

@@ -1,7 +1,7 @@
 """What a corpus is made of: files, directories, globs, a manifest and saved `datasets` become a list of sources.
 
-A source is one file with documents in it.  Their order is that of the arguments; within a glob or a directory it is
-that of the names.  chunks.py cuts sources into work, readers.py takes the documents out.
+A source is one file with documents in it.  Sources are in the order of the arguments; those of a glob or a directory
+are sorted by name.  chunks.py cuts sources into work, readers.py takes the documents out.
 """
 
 import glob
@@ -30,13 +30,13 @@ class Source:
     changed: int  # time of last change, ns
 
     def refuse_changed(self) -> None:
-        """Raise InputError if the file is no longer what it was."""
+        """Raise InputError if the file has changed since it was listed."""
         try:
             state = os.stat(self.path)
         except OSError as error:
-            raise InputError(f"{self.path}: went away while it was read ({error.strerror})") from None
+            raise InputError(f"{self.path}: disappeared while it was read ({error.strerror})") from None
         if (state.st_size, state.st_mtime_ns) != (self.bytes, self.changed):
-            raise InputError(f"{self.path}: changed while it was read; start again when nobody writes it")
+            raise InputError(f"{self.path}: changed while it was read; start again when no process writes to it")
 
 
 def sources_of(inputs: list[str], manifest: str | None, text_field: str) -> list[Source]:
@@ -53,13 +53,13 @@ def sources_of(inputs: list[str], manifest: str | None, text_field: str) -> list
         for where, name, field in _entries(Path(manifest)):
             found += _of(name, where, field or text_field)
     if not found:
-        raise InputError("--input: nothing is named; give files, directories, or a --manifest")
-    seen: set[str] = set()
+        raise InputError("--input: no input is given; give files, directories, or a --manifest")
+    known: set[str] = set()
     for source in found:
         real = os.path.realpath(source.path)
-        if real in seen:
-            raise InputError(f"--input {source.path}: is named twice; a blend's weight is what repeats text")
-        seen.add(real)
+        if real in known:
+            raise InputError(f"--input {source.path} is given twice; to repeat text, raise its weight in data.train")
+        known.add(real)
     return found
 
 
@@ -68,11 +68,11 @@ def refuse_texts(sources: list[Source]) -> None:
     for source in sources:
         if source.kind == ".txt":
             kinds = ", ".join(suffix for suffix in SUFFIXES if suffix != ".txt")
-            raise InputError(f"--input {source.path}: a text has no turns; --chat reads {kinds} and saved `datasets`")
+            raise InputError(f"--input {source.path}: a .txt has no turns; --chat reads {kinds} and saved `datasets`")
 
 
 def _entries(manifest: Path) -> Iterator[tuple[str, str, str | None]]:
-    """(where it stands, path, text field) of each entry: a path a line, or {"path": ..., "text_field": ...}."""
+    """(file and line, path, text field) of each entry: a path a line, or {"path": ..., "text_field": ...}."""
     try:
         lines = manifest.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -139,7 +139,7 @@ def _saved_dataset(directory: Path, where: str, field: str) -> Iterator[Source]:
     if not isinstance(files, list) or not all(isinstance(file, dict) and "filename" in file for file in files):
         raise InputError(f"{directory}/state.json: names no data files; save the dataset again with save_to_disk")
     if not files:
-        raise InputError(f"{where} {directory}: a saved dataset without a row; leave it out")
+        raise InputError(f"{where} {directory}: a saved dataset without rows; leave it out")
     if state.get("_indices_files"):
         raise InputError(
             f"{where} {directory}: its rows are selected by an index file; call flatten_indices() before save_to_disk"
@@ -159,5 +159,5 @@ def _source(path: str, kind: str, where: str, field: str) -> Source:
 
 
 def kind_of(name: str) -> str:
-    """The suffix that says what kind of file it is, "" for none of ours."""
+    """The suffix of SUFFIXES that the name ends with, "" without one."""
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")

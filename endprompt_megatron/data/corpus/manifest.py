@@ -4,21 +4,29 @@ from pathlib import Path
 
 import numpy as np
 
-from endprompt_megatron.data.corpus.chunks import Piece
+from endprompt_megatron.data.corpus.chunks import Chunk
 from endprompt_megatron.data.corpus.filters import histogram
+from endprompt_megatron.data.corpus.finish import Joined
 from endprompt_megatron.data.corpus.inputs import Source
-from endprompt_megatron.data.corpus.join import Joined
 from endprompt_megatron.data.corpus.readers import place
-from endprompt_megatron.data.corpus.rejects import FIRST
-from endprompt_megatron.data.corpus.tokenise import TRAIN, VALID, Job, Part
+from endprompt_megatron.data.corpus.rejects import MAX_PLACES
+from endprompt_megatron.data.corpus.tokenise import TRAIN, VALID, Job, Tokenised
 
 
 def manifests(
-    job: Job, pieces: list[Piece], parts: list[Part], joined: dict[str, Joined], about: dict, sums: dict[str, str]
+    job: Job,
+    chunks: list[Chunk],
+    tokenised: list[Tokenised],
+    joined: dict[str, Joined],
+    about: dict,
+    checksums: dict[str, str],
 ) -> dict[str, dict]:
-    """The manifest of each output.  `about` is what the tokenizer and the options add, `sums` has SHA-256 by path."""
-    left_out = {key: sum(part.left_out[key] for part in parts) for key in ("empty", "too_short", "too_long")}
-    skipped = _skipped(pieces, parts)
+    """The manifest of each output.
+
+    `about` is what the tokenizer and the options add, `checksums` are SHA-256 by the sources' paths.
+    """
+    left_out = {key: sum(each.left_out[key] for each in tokenised) for key in ("empty", "too_short", "too_long")}
+    skipped = _skipped(chunks, tokenised)
     found = {}
     for output, dataset in joined.items():
         found[output] = {
@@ -35,7 +43,7 @@ def manifests(
             "skipped": skipped,
             **({} if dataset.answers is None else {"answer_tokens": dataset.answers}),
             "lengths": histogram(dataset.lengths),
-            "sources": _sources(pieces, parts, dataset, sums),
+            "sources": _sources(chunks, tokenised, dataset, checksums),
         }
     if VALID in found:
         held_out = {key: found[VALID][key] for key in ("documents", "tokens")}
@@ -44,34 +52,34 @@ def manifests(
     return found
 
 
-def _skipped(pieces: list[Piece], parts: list[Part]) -> dict[str, dict]:
+def _skipped(chunks: list[Chunk], tokenised: list[Tokenised]) -> dict[str, dict]:
     """By kind: how many, and the first few with their places."""
     kinds: dict[str, dict] = {}
-    for piece, part in zip(pieces, parts, strict=True):
-        for kind, (count, first) in part.bad.items():
+    for chunk, each in zip(chunks, tokenised, strict=True):
+        for kind, (count, first) in each.bad.items():
             known = kinds.setdefault(kind, {"count": 0, "first": []})
             known["count"] += count
-            room = FIRST - len(known["first"])
-            known["first"] += [f"{place(piece, number)}: {message}" for number, message in first[:room]]
+            free = MAX_PLACES - len(known["first"])
+            known["first"] += [f"{place(chunk, number)}: {message}" for number, message in first[:free]]
     return dict(sorted(kinds.items()))
 
 
-def _sources(pieces: list[Piece], parts: list[Part], dataset: Joined, sums: dict[str, str]) -> list[dict]:
+def _sources(chunks: list[Chunk], tokenised: list[Tokenised], dataset: Joined, checksums: dict[str, str]) -> list[dict]:
     found: dict[Source, dict] = {}
-    for number, (piece, part) in enumerate(zip(pieces, parts, strict=True)):
-        source = piece.source
+    for number, (chunk, each) in enumerate(zip(chunks, tokenised, strict=True)):
+        source = chunk.source
         if source not in found:
-            found[source] = {"path": source.path, "bytes": source.bytes, "sha256": sums[source.path]}
+            found[source] = {"path": source.path, "bytes": source.bytes, "sha256": checksums[source.path]}
             found[source] |= {"documents": 0, "tokens": 0, "skipped": 0}
         mine = dataset.lengths[dataset.bounds[number] : dataset.bounds[number + 1]]
         found[source]["documents"] += len(mine)
         found[source]["tokens"] += int(mine.sum(dtype=np.int64))
-        found[source]["skipped"] += sum(count for count, _ in part.bad.values())
+        found[source]["skipped"] += sum(count for count, _ in each.bad.values())
     return list(found.values())
 
 
 def summary(out: Path | str, manifest: dict) -> str:
-    """The closing line of a run: what is there, and what is not in it."""
+    """The closing line of a run: what the dataset holds, and what was left out."""
     what = "conversations" if "answer_tokens" in manifest else "documents"
     line = f"{out}: {manifest['documents']} {what}, {manifest['tokens']} tokens"
     if "answer_tokens" in manifest:
@@ -85,5 +93,5 @@ def summary(out: Path | str, manifest: dict) -> str:
     if manifest["skipped"]:
         kinds = [f"{kind['count']} {name}" for name, kind in manifest["skipped"].items()]
         first = next(iter(manifest["skipped"].values()))["first"][0]
-        line += f"; skipped as bad: {', '.join(kinds)} (first: {first})"
+        line += f"; rejected and skipped: {', '.join(kinds)} (first: {first})"
     return line

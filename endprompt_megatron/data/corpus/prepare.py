@@ -1,14 +1,14 @@
 """A corpus becomes Megatron's indexed dataset: PREFIX.bin, PREFIX.idx and a manifest PREFIX.json.
 
-Every piece of the input (chunks.py) is tokenised into part files (tokenise.py) by one process: of a pool, or, under
-mpirun, of the rank that owns it (the directory of PREFIX must then be shared by all).  The parts are joined in the
-order of the input (join.py), so the result does not depend on how many workers there were.  All of it happens in
-`.PREFIX.partial`, which outlives a kill: the same call goes on from there (finish.py has the last step).
+Every chunk of the input (chunks.py) is tokenised into files of its own (tokenise.py) by one process: of a pool, or,
+under mpirun, of the rank that owns it (the directory of PREFIX must then be shared by all).  The files are joined in
+the order of the input and get their names (finish.py), so the result does not depend on how many workers there were.
+All of it happens in `.PREFIX.partial`, which outlives a kill: the same call goes on from there.
 
 Special tokens: BOS before each document where the model family begins texts with it (the tokenizer adds it
 when asked for special tokens: LLaMA-2, LLaMA-3, Mistral do, SmolLM2 does not), EOS after each document
 where the tokenizer has one, so that a stream of documents shows where one ends.  Both can be turned off.
-A conversation has what the chat template writes and nothing else, and the mask of answers.py beside its tokens.
+A conversation has what the chat template writes and nothing else, and a mask of its answers beside its tokens.
 """
 
 import contextlib
@@ -25,38 +25,39 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import disk_errors, locked_staging
 from endprompt_megatron.common.progress import Progress
 from endprompt_megatron.common.workers import for_each, mpi, number_of, ranks_agree
-from endprompt_megatron.data.answers import KIND, ConversationEncoder
-from endprompt_megatron.data.corpus.chunks import Piece, Reading, pieces_of, shares
+from endprompt_megatron.data.corpus.chunks import Chunk, Reading, chunks_of, shares
+from endprompt_megatron.data.corpus.encoders import Conversations, Encoder, WholeTexts
 from endprompt_megatron.data.corpus.filters import Filters
 from endprompt_megatron.data.corpus.finish import (
     CHAT_SUFFIXES,
     SUFFIXES,
-    finish_moving,
-    move,
+    already_joined,
+    finish_renaming,
+    join,
+    publish,
     refuse_taken,
 )
 from endprompt_megatron.data.corpus.inputs import Source, refuse_texts, sources_of
-from endprompt_megatron.data.corpus.join import already_joined, join
 from endprompt_megatron.data.corpus.manifest import manifests
-from endprompt_megatron.data.corpus.tokenise import TRAIN, VALID, Encoder, Job, Part, tokenise_once
-from endprompt_megatron.data.corpus.words import Cut, WholeTexts, Words, cut_of
-from endprompt_megatron.data.indexed import token_dtype
+from endprompt_megatron.data.corpus.tokenise import TRAIN, VALID, Job, Tokenised, tokenise_once
+from endprompt_megatron.data.corpus.words import Cut, Words, cut_of
+from endprompt_megatron.data.indexed import CHAT, token_dtype
 from endprompt_megatron.tokenizer import Tokenizer, load_tokenizer
 from endprompt_megatron.tokenizer.chat_template import ChatTemplate, digest_of_template
 from endprompt_megatron.tokenizer.fingerprint import fingerprint_of
 
-_SUM_SPEED = 32  # how many bytes are summed while one is tokenised, about
+_CHECKSUM_SPEED = 32  # bytes that a checksum is taken of in the time that one byte is tokenised, about
 _BLOCK = 4 << 20
 _FAILED = ".failed"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done: `pieces` to tokenise and, after them in number, `sources` to take the checksum of.
+    """The tasks of a run: `chunks` to tokenise and, numbered after them, `sources` to take the checksum of.
 
-    `joined` says by output and stream how many pieces an earlier start has put into the dataset.  `cut` is None for a
-    tokenizer that takes whole texts; every process then loads its own from the directory `tokenizer`.  `template` is
-    that of conversations.
+    `joined` says by output and stream how many chunks an earlier start has put into the dataset.  `cut` is None for a
+    tokenizer that takes complete texts; every process then loads its own from the directory `tokenizer`.  `template` is
+    the chat template of conversations.
     """
 
     job: Job
@@ -64,12 +65,12 @@ class Plan:
     cut: Cut | None
     template: ChatTemplate | None
     sources: list[Source]
-    pieces: list[Piece]
+    chunks: list[Chunk]
     joined: dict[str, int]
 
     def sizes(self) -> list[int]:
-        """Work of each task in bytes of text, about."""
-        return [piece.work for piece in self.pieces] + [source.bytes // _SUM_SPEED for source in self.sources]
+        """Work of each task, roughly in bytes of text."""
+        return [chunk.work for chunk in self.chunks] + [source.bytes // _CHECKSUM_SPEED for source in self.sources]
 
 
 def prepare(
@@ -92,11 +93,10 @@ def prepare(
 
     `workers` processes, by default one a CPU; under mpirun or srun every rank is one, all must call, and None comes
     back on those past the first.  `bos` and `eos` put the special tokens of the module docstring.  With
-    `filters.held_out` there is OUT-valid too.  `chat`: the inputs hold conversations, in one of chat.FORMATS or AUTO;
-    then there are OUT.mask.bin and .idx, and `chat_template` names a file in place of the tokenizer's template.
+    `filters.held_out` there is OUT-valid too.  `chat`: the inputs hold conversations, in one of chat_formats.FORMATS or
+    AUTO; then there are OUT.mask.bin and .idx, and `chat_template` names a file in place of the tokenizer's template.
     Killed or interrupted and called again with the same arguments and inputs, it goes on.  Raises InputError for
-    everything that the inputs, the tokenizer or the place of the output can be wrong with; then nothing is left
-    behind.
+    whatever is wrong with the inputs, the tokenizer or the place of the output; then nothing is left behind.
     """
     comm = mpi()
     workers = number_of(workers, comm)
@@ -124,10 +124,10 @@ def prepare(
                     "options": {"text_field": text_field, **asdict(reading), **asdict(filters)},
                 }
                 if template is not None:
-                    about |= {"kind": KIND, "chat_template_sha256": digest_of_template(template.source)}
-                whole = {"format": 1, "sources": [asdict(source) for source in sources], **about}
-                staging = stack.enter_context(locked_staging(Path(out), whole))
-                finished = finish_moving(staging, out, outputs, suffixes)
+                    about |= {"kind": CHAT, "chat_template_sha256": digest_of_template(template.source)}
+                job_key = {"format": 1, "sources": [asdict(source) for source in sources], **about}
+                staging = stack.enter_context(locked_staging(Path(out), job_key))
+                finished = finish_renaming(staging, out, outputs, suffixes)
                 if finished is None:
                     dtype = token_dtype(loaded.vocab_size)
                     job = Job(staging, reading, filters, dtype, about["bos"], about["eos"])
@@ -149,11 +149,11 @@ def _plan(job: Job, tokenizer: str, loaded: Tokenizer, template: ChatTemplate | 
         output + stream: len(already_joined(job, output, stream)) for output in job.outputs for stream in job.streams
     }
     cut = None if template else cut_of(loaded)
-    return Plan(job, tokenizer, cut, template, sources, pieces_of(sources, job.reading), joined)
+    return Plan(job, tokenizer, cut, template, sources, chunks_of(sources, job.reading), joined)
 
 
-def _work(plan: Plan, comm: Any | None, workers: int, loaded: Tokenizer | None, out: str) -> dict[int, Part | str]:
-    """Do all tasks; their results by number, on the first rank those of all.  All ranks call."""
+def _work(plan: Plan, comm: Any | None, workers: int, loaded: Tokenizer | None, out: str) -> dict[int, Tokenised | str]:
+    """Do all tasks; returns results by number, on the first rank those of all ranks.  All ranks call."""
     rank, ranks = (comm.rank, comm.size) if comm else (0, 1)
     sizes = plan.sizes()
     mine = shares(sizes, ranks)[rank]
@@ -166,37 +166,37 @@ def _work(plan: Plan, comm: Any | None, workers: int, loaded: Tokenizer | None, 
             except Exception as error:
                 if comm is None or isinstance(error, InputError | OSError):
                     raise
-                # Not every exception survives the way to the first rank.
+                # Not every exception can be sent to the first rank.
                 raise RuntimeError(traceback.format_exc()) from None
     results = dict(zip(mine, done, strict=True))
     if comm:
-        results = {number: result for part in comm.gather(results) or [] for number, result in part.items()}
+        results = {number: result for own in comm.gather(results) or [] for number, result in own.items()}
     return results
 
 
-def _ready(plan: Plan, mine: list[int], tokenizer: Tokenizer | None) -> Callable[[int], Part | str | None]:
-    """What does a task, made once in every process."""
+def _ready(plan: Plan, mine: list[int], tokenizer: Tokenizer | None) -> Callable[[int], Tokenised | str | None]:
+    """The function that does a task, made once in every process."""
     encoder: Encoder
     if plan.cut is not None:
         encoder = Words(plan.cut, plan.job.dtype)
     else:
         tokenizer = tokenizer or load_tokenizer(plan.tokenizer)
         if plan.template is not None:
-            encoder = ConversationEncoder(plan.template, tokenizer.for_chat(), plan.job.dtype)
+            encoder = Conversations(plan.template, tokenizer.for_chat(), plan.job.dtype)
         else:
             encoder = WholeTexts(tokenizer, plan.job.dtype)
     return functools.partial(_task, plan, mine, encoder)
 
 
-def _task(plan: Plan, mine: list[int], encoder: Encoder, index: int) -> Part | str | None:
-    """The part of a piece, or a source's SHA-256; None when another process has met an error."""
+def _task(plan: Plan, mine: list[int], encoder: Encoder, index: int) -> Tokenised | str | None:
+    """What a chunk gave, or a source's SHA-256; None when another process has failed."""
     number, failed = mine[index], plan.job.staging / _FAILED
     if failed.exists():
         return None
     try:
-        if number < len(plan.pieces):
-            return tokenise_once(plan.job, number, plan.pieces[number], encoder, plan.joined)
-        return _sha256_once(plan, number - len(plan.pieces))
+        if number < len(plan.chunks):
+            return tokenise_once(plan.job, number, plan.chunks[number], encoder, plan.joined)
+        return _sha256_once(plan, number - len(plan.chunks))
     except Exception:
         with contextlib.suppress(OSError):
             failed.touch()
@@ -217,29 +217,29 @@ def _sha256_once(plan: Plan, number: int) -> str:
     return digest.hexdigest()
 
 
-def _finish(plan: Plan, results: dict[int, Part | str], about: dict, out: str) -> dict:
-    """Join the parts, write the manifests and let everything appear."""
-    job, count = plan.job, len(plan.pieces)
+def _finish(plan: Plan, results: dict[int, Tokenised | str], about: dict, out: str) -> dict:
+    """Join the chunks' files, write the manifests and give everything its name."""
+    job, count = plan.job, len(plan.chunks)
     for source in plan.sources:
         source.refuse_changed()
-    parts = [results[number] for number in range(count)]
-    joined = {output: join(job, parts, output) for output in job.outputs}
-    sums = {source.path: results[count + number] for number, source in enumerate(plan.sources)}
-    written = manifests(job, plan.pieces, parts, joined, about, sums)
+    tokenised = [results[number] for number in range(count)]
+    joined = {output: join(job, tokenised, output) for output in job.outputs}
+    checksums = {source.path: results[count + number] for number, source in enumerate(plan.sources)}
+    written = manifests(job, plan.chunks, tokenised, joined, about, checksums)
     if not written[TRAIN]["documents"]:
         reasons = {
             **written[TRAIN]["left_out"],
             **{kind: bad["count"] for kind, bad in written[TRAIN]["skipped"].items()},
         }
-        said = ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number)
+        listed = ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number)
         raise InputError(
-            f"--input {' '.join(source.path for source in plan.sources[:8])}: not a single token in "
-            f"{len(plan.sources)} file(s){f' ({said})' if said else ''}; nothing to train on"
+            f"--input {' '.join(source.path for source in plan.sources[:8])}: no tokens in "
+            f"{len(plan.sources)} file(s){f' ({listed})' if listed else ''}; there is nothing to train on"
         )
     if VALID in written and not written[VALID]["documents"]:
         raise InputError(
-            f"--held-out {job.filters.held_out}: none of {written[TRAIN]['documents']} documents fell into it; give "
+            f"--held-out {job.filters.held_out}: none of {written[TRAIN]['documents']} documents were drawn; give "
             "a larger share, or another --seed"
         )
-    move(job.staging, out, written, CHAT_SUFFIXES if job.reading.chat else SUFFIXES)
+    publish(job.staging, out, written, CHAT_SUFFIXES if job.reading.chat else SUFFIXES)
     return written[TRAIN]

@@ -1,8 +1,8 @@
-"""One piece of the input becomes part files: tokens, lengths and, where asked for, digests of its documents.
+"""One chunk of the input becomes files: tokens, lengths and, where asked for, digests of its documents.
 
-Part files of piece 12 are 00012.bin, .lengths (int32) and .digests (16 bytes each), of conversations .mask.bin too;
-those of held-out documents are called 00012-valid.  They are whole when the record of the piece is there, written
-after them: it has their sizes and CRC-32.  A start that finds it so takes the piece as done.
+Files of chunk 12 are 00012.bin, .lengths (int32) and .digests (16 bytes each), of conversations .mask.bin too; those of
+held-out documents are called 00012-valid.  They are complete when the record of the chunk is there, which is written
+after them and has their sizes and CRC-32.  A later start takes a chunk as done if its files agree with its record.
 """
 
 import contextlib
@@ -15,25 +15,21 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import crc32
-from endprompt_megatron.data.answers import MASK, Encoded
-from endprompt_megatron.data.corpus.chunks import Piece, Reading
+from endprompt_megatron.data.corpus.chunks import Chunk, Reading
+from endprompt_megatron.data.corpus.encoders import Encoded, Encoder
 from endprompt_megatron.data.corpus.filters import Filters, digest_of
 from endprompt_megatron.data.corpus.readers import documents, place
-from endprompt_megatron.data.corpus.rejects import Bad, Skipped
+from endprompt_megatron.data.corpus.rejects import Reject, Skipped
+from endprompt_megatron.data.indexed import MASK
 
 TRAIN, VALID = "", "-valid"
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20
-
-
-class Encoder(Protocol):
-    def encode(self, texts: list[str]) -> list[bytes] | list[Encoded | Bad]: ...
 
 
 @dataclass(frozen=True)
@@ -54,17 +50,20 @@ class Job:
 
     @property
     def streams(self) -> dict[str, np.dtype]:
-        """What is stored of every token: suffix of the file, dtype."""
+        """What is stored of each token: suffix of the file, dtype."""
         return {".bin": self.dtype, **({f"{MASK}.bin": np.dtype(np.uint8)} if self.reading.chat else {})}
 
-    def part(self, number: int, output: str, suffix: str) -> Path:
-        """A part file of a piece."""
+    def chunk_file(self, number: int, output: str, suffix: str) -> Path:
+        """A file of chunk `number`."""
         return self.staging / f"{number:05d}{output}{suffix}"
 
 
 @dataclass
-class Part:
-    """What a piece gave besides its part files: `files` has their names, bytes and CRC-32, `max_ids` by output."""
+class Tokenised:
+    """What a chunk gave besides its files: `files` has their names, bytes and CRC-32, `max_ids` is by output.
+
+    `bad`: rejects by kind, as rejects.Skipped counts them.
+    """
 
     files: list[dict]
     max_ids: dict[str, int]
@@ -72,45 +71,45 @@ class Part:
     bad: dict[str, list]
 
 
-def tokenise_once(job: Job, number: int, piece: Piece, encoder: Encoder, joined: dict[str, int]) -> Part:
-    """The part of a piece: from its record if its files still are what that says, or of tokenising it now.
+def tokenise_once(job: Job, number: int, chunk: Chunk, encoder: Encoder, joined: dict[str, int]) -> Tokenised:
+    """What a chunk gave: read from its record if the files still agree with it, otherwise the chunk is tokenised.
 
-    Of the pieces before `joined` (by output and stream) the tokens are in the dataset already, and need no file.
+    The tokens of chunks before `joined` (by output and stream) are in the dataset already and need no file.
     """
     record = job.staging / f".piece_{number:05d}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        part = Part(**json.loads(record.read_text(encoding="utf-8")))
+        tokenised = Tokenised(**json.loads(record.read_text(encoding="utf-8")))
         gone = {
-            job.part(number, output, stream).name
+            job.chunk_file(number, output, stream).name
             for output in job.outputs
             for stream in job.streams
             if number < joined[output + stream]
         }
-        if all(file["file"] in gone or _is_whole(job.staging, file) for file in part.files):
-            return part
-    part = tokenise_piece(job, number, piece, encoder)
+        if all(file["file"] in gone or _is_complete(job.staging, file) for file in tokenised.files):
+            return tokenised
+    tokenised = tokenise_chunk(job, number, chunk, encoder)
     temporary = _temporary(record)
-    temporary.write_text(json.dumps(dataclasses.asdict(part)), encoding="utf-8")
+    temporary.write_text(json.dumps(dataclasses.asdict(tokenised)), encoding="utf-8")
     temporary.rename(record)
-    return part
+    return tokenised
 
 
-def _is_whole(staging: Path, file: dict) -> bool:
+def _is_complete(staging: Path, file: dict) -> bool:
     path = staging / file["file"]
     return path.stat().st_size == file["bytes"] and crc32(path) == file["crc32"]
 
 
-def tokenise_piece(job: Job, number: int, piece: Piece, encoder: Encoder) -> Part:
-    """Tokenise one piece into its part files.  Raises InputError with the place of what is bad, unless skipped."""
+def tokenise_chunk(job: Job, number: int, chunk: Chunk, encoder: Encoder) -> Tokenised:
+    """Tokenise one chunk into its files.  Raises InputError with the place of a reject, unless rejects are skipped."""
     left_out = {"empty": 0, "too_short": 0, "too_long": 0}
     skipped, filters = Skipped(), job.filters
     bos, eos = (b"" if token is None else np.array(token, job.dtype).tobytes() for token in (job.bos, job.eos))
     with contextlib.ExitStack() as stack:
         outputs = {name: stack.enter_context(_Output(job, number, name)) for name in job.outputs}
-        for batch in _batches(_good(job, piece, skipped)):
+        for batch in _batches(_accepted(job, chunk, skipped)):
             for (at, text), found in zip(batch, encoder.encode([text for _, text in batch]), strict=True):
-                if isinstance(found, Bad):
-                    _pass_over(job, piece, at, found, skipped)
+                if isinstance(found, Reject):
+                    _skip(job, chunk, at, found, skipped)
                     continue
                 ids, mask = found if isinstance(found, Encoded) else (found, b"")
                 tokens = (len(bos) + len(ids) + len(eos)) // job.dtype.itemsize
@@ -130,21 +129,21 @@ def tokenise_piece(job: Job, number: int, piece: Piece, encoder: Encoder) -> Par
                 output.flush()
         files = [file for output in outputs.values() for file in output.finish()]
     max_ids = {name: output.max_id for name, output in outputs.items()}
-    return Part(files, max_ids, left_out, skipped.kinds)
+    return Tokenised(files, max_ids, left_out, skipped.kinds)
 
 
-def _good(job: Job, piece: Piece, skipped: Skipped) -> Iterator[tuple[int, str]]:
-    for number, text in documents(piece, job.reading):
-        if isinstance(text, Bad):
-            _pass_over(job, piece, number, text, skipped)
+def _accepted(job: Job, chunk: Chunk, skipped: Skipped) -> Iterator[tuple[int, str]]:
+    for number, text in documents(chunk, job.reading):
+        if isinstance(text, Reject):
+            _skip(job, chunk, number, text, skipped)
         else:
             yield number, text
 
 
-def _pass_over(job: Job, piece: Piece, number: int, bad: Bad, skipped: Skipped) -> None:
-    if not (job.reading.skip_bad and bad.skippable):
-        raise InputError(f"{place(piece, number)}: {bad.message}")
-    skipped.add(number, bad)
+def _skip(job: Job, chunk: Chunk, number: int, reject: Reject, skipped: Skipped) -> None:
+    if not (job.reading.skip_bad and reject.skippable):
+        raise InputError(f"{place(chunk, number)}: {reject.message}")
+    skipped.add(number, reject)
 
 
 def _batches(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
@@ -160,14 +159,14 @@ def _batches(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
 
 
 class _Output:
-    """The part files of a piece for one dataset; they get their names when they are whole."""
+    """The files of a chunk for one dataset; they get their names when they are complete."""
 
     def __init__(self, job: Job, number: int, name: str) -> None:
         self._digested = job.filters.dedup
-        self._paths = {suffix: job.part(number, name, suffix) for suffix in (".lengths", ".digests")}
+        self._paths = {suffix: job.chunk_file(number, name, suffix) for suffix in (".lengths", ".digests")}
         self._lengths, self._digests = array("i"), bytearray()
         self._streams = {
-            suffix: _Stream(job.part(number, name, suffix), dtype) for suffix, dtype in job.streams.items()
+            suffix: _Stream(job.chunk_file(number, name, suffix), dtype) for suffix, dtype in job.streams.items()
         }
 
     @property
@@ -183,9 +182,9 @@ class _Output:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def add(self, parts: dict[str, tuple[bytes, ...]], tokens: int, digest: bytes) -> None:
+    def add(self, stored: dict[str, tuple[bytes, ...]], tokens: int, digest: bytes) -> None:
         for suffix, stream in self._streams.items():
-            stream.waiting += parts[suffix]
+            stream.waiting += stored[suffix]
         self._lengths.append(tokens)
         if self._digested:
             self._digests += digest
@@ -209,7 +208,7 @@ class _Output:
 
 
 class _Stream:
-    """A part file with a number of `dtype` for each token, and the highest of them."""
+    """A file of a chunk with a number of `dtype` for each token, and the highest of them."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self._path, self._dtype = path, dtype
@@ -244,5 +243,5 @@ def _write(file, data: bytes) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """A name of this process's own: a rank that outlives a killed run may still be writing the same piece."""
+    """A name of this process's own: a rank that outlives a killed run may still be writing the same chunk."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")

@@ -1,9 +1,9 @@
-"""Texts to ids, a word at a time: what a word becomes is looked up, and only a word not met before is tokenised.
+"""Texts to ids, a word at a time: the ids of a word are looked up, and only a word not met before is tokenised.
 
 The tokenizers of LLaMA-3, Qwen2 and GPT-2's kind (SmolLM2) first split a text by a regular expression and then
 tokenise each part by itself.  Where that expression splits whatever comes before and after, a text may be cut
-before it is tokenised: the ids are the same, and almost every piece is one that was met before.  A tokenizer is
-taken for one of that kind by its own description (`cut_of`), never by name; any other tokenises whole texts.
+before it is tokenised: the ids are the same, and almost every piece was met before.  A tokenizer is recognised by
+its own description (`cut_of`), never by name; any other tokenises complete texts.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import numpy as np
 from endprompt_megatron.tokenizer import Tokenizer
 from endprompt_megatron.tokenizer.tokenizer import LLAMA3_PATTERN
 
-# White space by every definition, and what some call so and others do not (texts with it are not cut).
+# White space by every definition, and characters that only some definitions include (texts with them are not cut).
 _SPACE, _MORE_SPACE = "\t-\r ", "\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _DOUBTFUL = re.compile("[\x1c-\x1f\x85\u180e\u200b\u2060\ufeff]")
 
@@ -29,14 +29,14 @@ _BEFORE_SPACE = "[S]*[^S]+|[S]+"
 _AFTER_LINES = "[H]*[^S]+(?:[S]*[\r\n])?|[S]*[\r\n]|[S]+"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Digits are split off before that, and then end the white space before them as the end of a text does.
+# Digits are split off before that, and then end the white space before them, as the end of a text does.
 _DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}+| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 _QWEN2 = LLAMA3_PATTERN.replace("{1,3}", "")
 
 # What ByteLevel makes of the bytes that are ASCII.
 _AS_LETTERS = {byte: 0x100 + (byte if byte <= 32 else 33) for byte in (*range(33), 127)}
 
-_MOST_BYTES = 96 << 20  # what the words of one process may take, about
+_MAX_BYTES = 96 << 20  # memory of the words of one process, about
 _WORD_OVERHEAD = 200  # bytes of a word in the dictionary besides its characters and ids
 _LONG_TEXT = 1 << 20  # characters; longer texts are cut and tokenised in parts of about so many
 
@@ -56,7 +56,7 @@ class Cut:
 
 
 def cut_of(tokenizer: Tokenizer) -> Cut | None:
-    """How the tokenizer's texts may be cut without another id coming out; None for not at all."""
+    """How the tokenizer's texts may be cut without another id coming out; None if they may not be cut."""
     backend = getattr(tokenizer, "backend", None)
     if backend is None:
         return None
@@ -97,19 +97,8 @@ def _rules_of(splitter: dict | None) -> tuple[str, str] | None:
     return (_AFTER_LINES, parts) if parts in (LLAMA3_PATTERN, _QWEN2) else None
 
 
-class WholeTexts:
-    """Ids of texts by a tokenizer, as bytes of `dtype`."""
-
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
-        self._tokenizer, self._dtype = tokenizer, dtype
-
-    def encode(self, texts: list[str]) -> list[bytes]:
-        """Ids of each text, which must be valid Unicode."""
-        return [np.array(ids, dtype=self._dtype).tobytes() for ids in self._tokenizer.encode_batch(texts)]
-
-
 class Words:
-    """The same bytes as WholeTexts, by a Cut; it remembers up to about 100 MB of words."""
+    """The same bytes as encoders.WholeTexts, by a Cut; it remembers up to about 100 MB of words."""
 
     def __init__(self, cut: Cut, dtype: np.dtype) -> None:
         self._backend, self._dtype = cut.backend, dtype
@@ -132,7 +121,7 @@ class Words:
         return self._encode(texts)
 
     def _encode(self, texts: list[str]) -> list[bytes]:
-        if self._bytes > _MOST_BYTES:
+        if self._bytes > _MAX_BYTES:
             self._known.clear()
             self._bytes = 0
         cuts = [self._parts(text) if self._is_plain(text) else self._pieces(text) for text in texts]
@@ -140,7 +129,7 @@ class Words:
         return [b"".join(map(self._known.__getitem__, cut)) for cut in cuts]
 
     def _is_plain(self, text: str) -> bool:
-        """Whether the tokenizer's own parts can be told."""
+        """Whether the tokenizer's own parts are known."""
         return text.isascii() and not _DOUBTFUL.search(text) and not self._added(text)
 
     def _pieces(self, text: str) -> list[str]:

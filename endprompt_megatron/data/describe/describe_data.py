@@ -1,6 +1,6 @@
-"""What a run will train on, to look at before it costs anything: samples in words, and statistics of the sources.
+"""What a run will train on, to look at before it costs anything: samples as text, and statistics of the sources.
 
-`look` gathers everything as plain values (--json prints them), `page` puts them into words; picture.py draws rows.
+`look` gathers everything as plain values (--json prints them), `page` writes them for people; picture.py draws rows.
 """
 
 from dataclasses import asdict
@@ -9,36 +9,37 @@ from typing import Any
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.data.answers import KIND, answers_of
+from endprompt_megatron.config.recipe import Context, Data
 from endprompt_megatron.data.describe.document_lengths import at_least, lengths_of, percent, verdict
 from endprompt_megatron.data.describe.segments import segments, weight_runs
-from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
-from endprompt_megatron.data.samples.consumed import seen
-from endprompt_megatron.data.samples.dataset import Dataset, Source, sources_in
+from endprompt_megatron.data.indexed import CHAT, Index, path_of, read_idx, read_manifest, read_mask
+from endprompt_megatron.data.samples.dataset import Dataset, Source, consumed, sources_in
 from endprompt_megatron.tokenizer import Tokenizer
 
 _SHOWN = 24  # tokens at either end of a segment
 
 
-def look(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer, start: int, count: int) -> dict[str, Any]:
+def look(
+    context: Context, data: Data, dataset: Dataset, tokenizer: Tokenizer, start: int, count: int
+) -> dict[str, Any]:
     """{"samples": [...], "sources": [...], "verdict", "long_enough"} of a training dataset.
 
-    Raises InputError for samples that the run does not take.
+    `context` and `data` are the sections of the recipe that it was built of.  Raises InputError for samples that the
+    run does not take.
     """
     if not 0 <= start < len(dataset):
         raise InputError(f"--start {start}: the run takes samples 0 to {len(dataset) - 1}")
-    c = recipe.context
-    taken = seen(dataset, len(dataset))["sources"]
+    c = context
+    taken = consumed(dataset, len(dataset))["sources"]
     sources, lengths = [], []
     for source, counts in zip(sources_in(dataset), taken, strict=True):
-        held = read_idx(source.prefix).lengths
-        lengths.append(held[held >= recipe.data.min_document_tokens])
+        of_all = read_idx(source.prefix).lengths
+        lengths.append(of_all[of_all >= data.min_document_tokens])
         marks = {"context.physical": c.physical, "context.target": c.target}
         answers = (read_manifest(source.prefix) or {}).get("answer_tokens")
-        sources.append({**counts, **of_documents(held, marks), "answer_tokens": answers})
+        sources.append({**counts, **of_documents(of_all, marks), "answer_tokens": answers})
     enough, words = verdict(
-        c.method, c.physical, c.target, recipe.data.document_ends, lengths, [counts["share"] for counts in taken]
+        c.method, c.physical, c.target, data.document_ends, lengths, [counts["share"] for counts in taken]
     )
     samples = [describe(dataset, index, tokenizer) for index in range(start, min(start + count, len(dataset)))]
     return {"samples": samples, "sources": sources, "long_enough": enough, "verdict": words}
@@ -46,7 +47,7 @@ def look(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer, start: int, cou
 
 def of_documents(lengths: np.ndarray, marks: dict[str, int]) -> dict[str, Any]:
     """{"lengths": statistics.Lengths as a dict, "at_least": {name: {tokens, documents, share}}} for each mark."""
-    reached = {name: (least, *at_least(lengths, least)) for name, least in marks.items()}
+    reached = {name: (tokens, *at_least(lengths, tokens)) for name, tokens in marks.items()}
     keys = ("tokens", "documents", "share")
     return {
         "lengths": lengths_of(lengths).as_dict(),
@@ -78,20 +79,20 @@ def describe(dataset: Dataset, index: int, tokenizer: Tokenizer) -> dict[str, An
 
 
 def documents_in(source: Source, number: int) -> list[dict[str, int]]:
-    """The pieces of documents that the context of a sample, or of a row of samples, consists of.
+    """The excerpts of documents that the context of a sample, or of a row of samples, consists of.
 
     start, stop: where in the row; document: its number in the dataset; first, last: of its tokens; length: all of them.
     """
     return [
         {
-            "start": at,
-            "stop": at + count,
-            "document": document,
-            "first": first,
-            "last": first + count - 1,
-            "length": length,
+            "start": each.at,
+            "stop": each.at + each.tokens,
+            "document": each.document,
+            "first": each.first,
+            "last": each.first + each.tokens - 1,
+            "length": each.document_len,
         }
-        for document, length, first, count, at in source.pieces(number)
+        for each in source.excerpts(number)
     ]
 
 
@@ -101,8 +102,8 @@ def look_at_documents(prefix: str, tokenizer: Tokenizer, start: int, count: int)
     if not 0 <= start < len(index.lengths):
         raise InputError(f"--start {start}: {prefix} has documents 0 to {len(index.lengths) - 1}")
     numbers = range(start, min(start + count, len(index.lengths)))
-    chat = (read_manifest(prefix) or {}).get("kind") == KIND
-    answers = answers_of(prefix, index) if chat else None
+    chat = (read_manifest(prefix) or {}).get("kind") == CHAT
+    answers = read_mask(prefix, index) if chat else None
     documents = []
     for n in numbers:
         begin, size = int(index.pointers[n]) // index.dtype.itemsize, int(index.lengths[n])
@@ -127,13 +128,13 @@ def _ends(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-# In words
+# For people
 
 
-def page(looked: dict[str, Any], recipe: Recipe) -> str:
-    """What `look` found, for a person."""
+def page(looked: dict[str, Any], document_ends: str) -> str:
+    """What `look` found, for a person.  `document_ends` is the recipe's."""
     parts = [sample_in_words(sample) for sample in looked["samples"]]
-    parts += [source_in_words(source, recipe) for source in looked["sources"]]
+    parts += [source_in_words(source, document_ends) for source in looked["sources"]]
     return "\n\n".join([*parts, looked["verdict"]])
 
 
@@ -149,10 +150,10 @@ def documents_page(looked: dict[str, Any], prefix: str) -> str:
 def sample_in_words(sample: dict[str, Any]) -> str:
     """A paragraph on one sample."""
     documents = sample["documents"]
-    count = len({piece["document"] for piece in documents})
+    count = len({excerpt["document"] for excerpt in documents})
     lines = [
         f"sample {sample['sample']:,}: number {sample['number']:,} of {sample['source']}, epoch {sample['epoch']}",
-        f"  from {count} document{'s' * (count > 1)}: {_pieces(documents)}",
+        f"  from {count} document{'s' * (count > 1)}: {_excerpts(documents)}",
     ]
     several = len({segment["sample"] for segment in sample["segments"]} - {-1}) > 1
     for segment in sample["segments"]:
@@ -170,25 +171,23 @@ def sample_in_words(sample: dict[str, Any]) -> str:
     return "\n".join([*lines, f"  loss weight of the next token: {', '.join(runs)}"])
 
 
-def _pieces(documents: list[dict[str, int]], most: int = 6) -> str:
+def _excerpts(documents: list[dict[str, int]], shown: int = 6) -> str:
     """Documents of a sample with the tokens that it takes of each, and where in the row one ends."""
-    said = []
-    for piece in documents[:most]:
-        count = piece["last"] - piece["first"] + 1
-        part = "whole" if count == piece["length"] else f"tokens {_range(piece['first'], piece['last'])}"
-        said.append(
-            f"#{piece['document']} ({part} of {piece['length']:,}) at {_range(piece['start'], piece['stop'] - 1)}"
-        )
-    return ", ".join(said) + (f" and {len(documents) - most} more" if len(documents) > most else "")
+    listed = []
+    for each in documents[:shown]:
+        first, last, length = each["first"], each["last"], each["length"]
+        tokens = "all" if last - first + 1 == length else f"tokens {_range(first, last)}"
+        listed.append(f"#{each['document']} ({tokens} of {length:,}) at {_range(each['start'], each['stop'] - 1)}")
+    return ", ".join(listed) + (f" and {len(documents) - shown} more" if len(documents) > shown else "")
 
 
 def _range(first: int, last: int) -> str:
     return f"{first:,}" if first == last else f"{first:,}..{last:,}"
 
 
-def source_in_words(source: dict[str, Any], recipe: Recipe) -> str:
+def source_in_words(source: dict[str, Any], document_ends: str) -> str:
     """What the run takes of a source, and how long its documents are."""
-    unit, how = "samples", f"data.document_ends={recipe.data.document_ends}"
+    unit, how = "samples", f"data.document_ends={document_ends}"
     if "packed_documents" in source:
         unit, how = "rows", "data.packing=documents"
     lines = [

@@ -1,4 +1,4 @@
-"""How long a corpus' documents are, and whether that suits the method.  numpy alone; reads the .idx, no token."""
+"""How long the documents of a corpus are, and whether that suits the method.  numpy alone; reads only the .idx."""
 
 from dataclasses import asdict, dataclass
 
@@ -57,9 +57,9 @@ def lengths_of(lengths: np.ndarray) -> Lengths:
     )
 
 
-def at_least(lengths: np.ndarray, least: int) -> tuple[int, float]:
-    """How many documents have at least `least` tokens, and their share of all tokens."""
-    long = lengths[lengths >= least]
+def at_least(lengths: np.ndarray, tokens: int) -> tuple[int, float]:
+    """How many documents have at least `tokens` tokens, and their share of all tokens."""
+    long = lengths[lengths >= tokens]
     total = int(lengths.sum(dtype=np.int64))
     return len(long), int(long.sum(dtype=np.int64)) / total if total else 0.0
 
@@ -80,7 +80,7 @@ def reach(method: str, physical: int, target: int) -> int:
 def verdict(
     method: str, physical: int, target: int, ends: str, lengths: list[np.ndarray], shares: list[float]
 ) -> tuple[bool, str]:
-    """Whether the documents are long enough for the method, and a sentence that says so.
+    """Whether the documents are long enough for the method, and a sentence about it.
 
     `lengths` of each source's documents (those that the run may read), `shares` of the samples, adding up to 1.
     """
@@ -101,7 +101,7 @@ def verdict(
 
 
 def percent(share: float) -> str:
-    """A share as 34.5%; never 0% or 100% of what is only nearly so."""
+    """A share as 34.5%; what is only nearly 0% or 100% is not written so."""
     if 0 < share < 0.001:
         return "less than 0.1%"
     return "over 99.9%" if 0.999 < share < 1 else f"{share:.1%}"

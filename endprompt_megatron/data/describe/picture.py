@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from endprompt_megatron.common.plotting import PAPER, bare, short
-from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.config.recipe import Context
 from endprompt_megatron.data.describe.describe_data import documents_in
 from endprompt_megatron.data.describe.segments import (
     ANSWER,
@@ -30,27 +30,26 @@ _SAMPLES = (PAPER.extended, PAPER.untrained, "#2f8f6b")  # colours of a packed r
 _PADDING = "#eceef1"
 
 
-def draw(dataset: Dataset, indices: list[int], recipe: Recipe, path: Path) -> None:
+def draw(dataset: Dataset, indices: list[int], context: Context, path: Path) -> None:
     """Draw the rows `indices` of a training dataset into a .png, one below the other."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    c = recipe.context
     with pyplot.rc_context({"font.size": 8.5, "font.family": "sans-serif"}):
         figure = pyplot.figure(figsize=(10, 4.8 * len(indices)), layout="constrained", dpi=150)
-        parts = figure.subfigures(len(indices), 1, squeeze=False, hspace=0.06)[:, 0]
-        for index, part in zip(indices, parts, strict=True):
+        subfigures = figure.subfigures(len(indices), 1, squeeze=False, hspace=0.06)[:, 0]
+        for index, subfigure in zip(indices, subfigures, strict=True):
             source, number = dataset.locate(index)
             row = source[number]
             found = segments(row)
             near = _surroundings(found)
             columns = 2 if near else 1
-            grid = part.add_gridspec(3, columns, height_ratios=(12, 1, 1), width_ratios=(4.4, 1)[:columns])
+            grid = subfigure.add_gridspec(3, columns, height_ratios=(12, 1, 1), width_ratios=(4.4, 1)[:columns])
             for column, (low, high) in enumerate([(0, len(row["tokens"])), near][:columns]):
-                main, below, lowest = (part.add_subplot(grid[line, column]) for line in range(3))
-                positions(main, found, c.target, c.original, (low, high))
+                main, below, lowest = (subfigure.add_subplot(grid[line, column]) for line in range(3))
+                positions(main, found, context.target, context.original, (low, high))
                 documents(below, documents_in(source, number), (low, high), named=column == 0)
                 loss_weights(lowest, row, (low, high), named=column == 0)
                 lowest.set_xlabel("place in the row" if column == 0 else "around the prompt", color=PAPER.muted)
@@ -64,7 +63,7 @@ def draw(dataset: Dataset, indices: list[int], recipe: Recipe, path: Path) -> No
 
 
 def _surroundings(found: list[Segment]) -> tuple[int, int] | None:
-    """Places around the first terminal prompt of a row; None where it has none, or fills a good part of the row."""
+    """Places around the first terminal prompt of a row; None without one, or where it fills a good part of the row."""
     prompt = next((segment for segment in found if segment.kind == PROMPT), None)
     if prompt is None or len(prompt) > found[-1].stop / 20:
         return None
@@ -74,12 +73,12 @@ def _surroundings(found: list[Segment]) -> tuple[int, int] | None:
 
 def positions(axes: "Axes", found: list[Segment], target: int, original: int | None, shown: tuple[int, int]) -> None:
     """Position ids of a row's segments between two places: contiguous runs as lines, jumps dotted."""
-    whole, near = shown[0] == 0 and shown[1] == found[-1].stop, shown[1] - shown[0] <= 200
+    complete, near = shown[0] == 0 and shown[1] == found[-1].stop, shown[1] - shown[0] <= 200
     several = len(samples_in(found)) > 1
     answers = any(segment.kind == ANSWER for segment in found)
     # A line that leaves the model's own window early would run through its name.
     climbs = bool(original) and found[0].positions[0][1] > 2 * original
-    _windows(axes, target, original, named=whole, climbs=climbs)
+    _windows(axes, target, original, named=complete, climbs=climbs)
     before: tuple[int, int, int] | None = None  # place, position and sample of the token before
     for segment in found:
         if segment.kind == PADDING:
@@ -104,13 +103,13 @@ def positions(axes: "Axes", found: list[Segment], target: int, original: int | N
                     )
             before = (at + len(ids) - 1, last, segment.sample)
             at += len(ids)
-        if whole and not several and not answers:
+        if complete and not several and not answers:
             _name(axes, segment, found[-1].stop, target)
     axes.set_xlim(*shown)
     axes.set_ylim(-0.03 * target, 1.1 * target)
     _dress(axes, shown, labels=False)
     axes.set_yticks(np.linspace(0, target, 5 if target % 4 == 0 else 2))
-    axes.set_yticklabels([short(tick) if whole else "" for tick in axes.get_yticks()])
+    axes.set_yticklabels([short(tick) if complete else "" for tick in axes.get_yticks()])
     axes.grid(axis="y", color=PAPER.grid, linewidth=0.6)
 
 
@@ -162,33 +161,35 @@ def _name(axes: "Axes", segment: Segment, length: int, target: int) -> None:
     axes.annotate(f"context{chunks}\n{words}", place, color=PAPER.extended, **where, **options)
 
 
-def documents(axes: "Axes", pieces: list[dict[str, int]], shown: tuple[int, int], named: bool) -> None:
+def documents(axes: "Axes", excerpts: list[dict[str, int]], shown: tuple[int, int], named: bool) -> None:
     """A strip of the documents of a row in two greys, with a mark where one ends and the next begins."""
     low, high = shown
-    for number, piece in enumerate(pieces):
-        start, stop = max(piece["start"], low), min(piece["stop"], high)
+    for number, each in enumerate(excerpts):
+        start, stop = max(each["start"], low), min(each["stop"], high)
         if start >= stop:
             continue
         axes.axvspan(start, stop, color=("#c9d1db", "#e3e8ee")[number % 2], linewidth=0)
-        words = f"#{piece['document']:,}"
+        words = f"#{each['document']:,}"
         if stop - start > (high - low) * 0.02 * len(words):
             axes.text((start + stop) / 2, 0.48, words, ha="center", va="center", color=PAPER.ink)
-        if piece["start"] > low:
-            axes.axvline(piece["start"], color=PAPER.ink, linewidth=0.9)
-    count = len({piece["document"] for piece in pieces})
+        if each["start"] > low:
+            axes.axvline(each["start"], color=PAPER.ink, linewidth=0.9)
+    count = len({each["document"] for each in excerpts})
     _strip(axes, shown, f"{count} document{'s' * (count != 1)}" if named else "", labels=False)
 
 
 def loss_weights(axes: "Axes", row: dict[str, Any], shown: tuple[int, int], named: bool) -> None:
-    """A strip of the loss weights: the darker the heavier, with the number where there is room; 0 is white."""
+    """A strip of the loss weights: the darker the heavier, with the number where it fits; 0 is white."""
     low, high = shown
     runs = weight_runs(row)
-    most = max((weight for *_, weight in runs), default=1.0) or 1.0
+    heaviest = max((weight for *_, weight in runs), default=1.0) or 1.0
     for start, stop, weight in runs:
         start, stop = max(start, low), min(stop, high)
         if start >= stop:
             continue
-        axes.axvspan(start, stop, color=PAPER.extended, alpha=0.12 + 0.5 * weight / most if weight else 0, linewidth=0)
+        axes.axvspan(
+            start, stop, color=PAPER.extended, alpha=0.12 + 0.5 * weight / heaviest if weight else 0, linewidth=0
+        )
         words = f"{weight:g}"
         if stop - start > (high - low) * (0.01 if named else 0.055) * len(words):
             axes.text((start + stop) / 2, 0.48, words, ha="center", va="center", color=PAPER.ink)

@@ -58,8 +58,8 @@ class MicroBatches:
         first, last = self._next, self._next + self._size - 1
         if last >= len(self._dataset):
             raise InputError(
-                f"sample {last} was asked for and the dataset was built with {len(self._dataset)}: the run is longer "
-                "than it was when the data was set up"
+                f"sample {last} was asked for, but the dataset was built with {len(self._dataset)} samples: the run is "
+                "longer than the data was set up for"
             )
         samples = [self._dataset[index] for index in range(first, first + self._size)]
         self._next += self._stride

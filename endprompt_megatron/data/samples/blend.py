@@ -1,6 +1,6 @@
 """What a recipe trains on: its sources, their shares, and whose turn it is.  numpy alone.
 
-A source is a dataset with a weight and, if it likes, end prompts of its own.  Weights are shares of the
+A source is a dataset with a weight and, optionally, end prompts of its own.  Weights are shares of the
 samples, whatever the sources' sizes: one that is smaller than its share is read again, shuffled anew.
 """
 

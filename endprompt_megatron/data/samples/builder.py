@@ -4,7 +4,9 @@ Everything about a sample except where its context comes from.  dataset.py reads
 packed.py writes several shorter ones beside each other into a row.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +28,34 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int | None, source: str) ->
         )
 
 
+class Excerpt(NamedTuple):
+    """Tokens of one document in a row: `tokens` of them from its token `first` on, `at` is where in the row."""
+
+    document: int
+    document_len: int
+    first: int
+    tokens: int
+    at: int
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What a sample is, as a recipe's context and train.seed say it.
+
+    `prompts` are token ids.  With `recall`, that share of the samples ends with a recall prompt instead of one of
+    `prompts`.  `knobs`: further arguments of positions.position_ids.
+    """
+
+    method: str
+    physical_len: int
+    target_len: int
+    prompts: list[list[int]]
+    prompt_loss_weight: float
+    seed: int
+    recall: Recall | None = None
+    knobs: Mapping[str, int] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class _Form:
     """What samples with the same prompt have in common; `positions` is None where they differ."""
@@ -41,56 +71,46 @@ class SampleBuilder:
     """Builds sample `index` from its context tokens.  Pure: the same (context, index) gives the same sample.
 
     `context_len` is the longest context that a sample takes: with prompts of different lengths a sample
-    with a longer prompt takes fewer tokens, so that all have `length` = a + b.  With `recall`, that share of the
-    samples ends with a recall prompt instead of one of `prompts`.  `knobs`: further arguments of position_ids.
-    Raises InputError (naming the recipe's keys) where the method, the lengths and the prompts do not go together.
+    with a longer prompt takes fewer tokens, so that all have `length` = a + b.  Raises InputError (naming the recipe's
+    keys) where the method, the lengths and the prompts do not go together.
     """
 
-    def __init__(
-        self,
-        method: str,
-        physical_len: int,
-        target_len: int,
-        prompts: list[list[int]],
-        prompt_loss_weight: float,
-        seed: int,
-        recall: Recall | None = None,
-        **knobs: int,
-    ) -> None:
-        self._method, self._target, self._seed, self._knobs = method, target_len, seed, knobs
-        self._prompt_loss_weight, self._recall = prompt_loss_weight, recall
-        self._copies = copies(method, **knobs)
-        if not 0 <= seed < 2**32:
-            raise InputError(f"train.seed={seed} should lie between 0 and {2**32 - 1}")
-        if known(method).has_prompt and not prompts:
-            raise InputError(f"context.prompts is empty; {method} needs at least one end prompt")
-        used = prompts if known(method).has_prompt else [[]]
-        used = [] if recall is not None and recall.share == 1 else used
+    def __init__(self, spec: SampleSpec) -> None:
+        self._spec, self._method, self._seed, self._recall = spec, spec.method, spec.seed, spec.recall
+        self._copies = copies(spec.method, **spec.knobs)
+        if not 0 <= spec.seed < 2**32:
+            raise InputError(f"train.seed={spec.seed} should lie between 0 and {2**32 - 1}")
+        if known(spec.method).has_prompt and not spec.prompts:
+            raise InputError(f"context.prompts is empty; {spec.method} needs at least one end prompt")
+        used = spec.prompts if known(spec.method).has_prompt else [[]]
+        used = [] if spec.recall is not None and spec.recall.share == 1 else used
         try:
-            self._forms = [self._form(prompt, physical_len) for prompt in used]
-            if recall is not None:
-                self._forms.append(self._form(recall.prompt, physical_len, recall))
+            self._forms = [self._form(prompt) for prompt in used]
+            if spec.recall is not None:
+                self._forms.append(self._form(spec.recall.prompt, spec.recall))
         except ValueError as error:
-            raise InputError(f"context.method={method}: {error}") from None
+            raise InputError(f"context.method={spec.method}: {error}") from None
         self.context_len = max(form.context_len for form in self._forms)
         self.length = len(self._forms[0].weights)
         self.highest_prompt_id = max(int(form.prompt.max(initial=-1)) for form in self._forms)
 
-    def _form(self, prompt: list[int], physical_len: int, recall: Recall | None = None) -> _Form:
+    def _form(self, prompt: list[int], recall: Recall | None = None) -> _Form:
+        spec = self._spec
         tokens = np.tile(np.array(prompt, dtype=np.int64), self._copies)
-        a, b = segment_lengths(self._method, physical_len, len(tokens), self._target)
+        a, b = segment_lengths(spec.method, spec.physical_len, len(tokens), spec.target_len)
         weights, mask = torch.ones(a + b), torch.zeros(a + b, dtype=torch.bool)
         # The target at i is token i + 1: the prompt's first token is the target of the last context token.
-        weights[a - 1 :], mask[a - 1 :] = self._prompt_loss_weight, True
+        weights[a - 1 :], mask[a - 1 :] = spec.prompt_loss_weight, True
         weights[-1], mask[-1] = 0.0, False
         if recall is not None:
-            recall.places(a, 1, index=0, seed=self._seed)  # refuses a context without room for the span
+            recall.places(a, 1, index=0, seed=self._seed)  # refuses a context that is too short for the span
             weights[a - 1 : -1][torch.from_numpy(recall.is_key(self._copies))] = 0.0
         positions = torch.from_numpy(self._positions(a, b, 0))
         return _Form(a, tokens, weights, mask, None if known(self._method).varies else positions)
 
     def _positions(self, a: int, b: int, index: int) -> np.ndarray:
-        return position_ids(self._method, a, b, self._target, index=index, seed=self._seed, **self._knobs)
+        spec = self._spec
+        return position_ids(spec.method, a, b, spec.target_len, index=index, seed=spec.seed, **spec.knobs)
 
     @property
     def prompt_lens(self) -> list[int]:
@@ -164,7 +184,7 @@ class SampleBuilder:
                 "context.recall.tokens with data.packing=documents: a short document has no span to recall; use stream"
             )
         # With one token a sample would have no target in its context, and a chunk is at least one token.
-        shortest = max(2, context_chunks(self._method, **self._knobs))
+        shortest = max(2, context_chunks(self._method, **self._spec.knobs))
         longest = self.length - max(self.prompt_lens)
         if longest < shortest:
             raise InputError(
@@ -189,5 +209,5 @@ class SampleBuilder:
         row["position_ids"][:] = self._positions(a, b, index)
         row["loss_weights"][: a - 1] = 1.0
         if b:
-            row["loss_weights"][a - 1 : -1] = self._prompt_loss_weight
+            row["loss_weights"][a - 1 : -1] = self._spec.prompt_loss_weight
             row["prompt_mask"][a - 1 : -1] = True

@@ -7,32 +7,62 @@ where a run was resumed.  Every rank builds its own datasets and reads its own s
 indices to the cache, which must lie where all ranks see it.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import disk_errors
-from endprompt_megatron.data.answers import KIND
-from endprompt_megatron.data.dataset_tokenizer import refuse_other_tokenizer
-from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
-from endprompt_megatron.data.samples.blend import turns
-from endprompt_megatron.data.samples.builder import SampleBuilder
-from endprompt_megatron.data.samples.conversations import (
-    Conversations,
+from endprompt_megatron.data.compatibility import (
     refuse_other_kind,
     refuse_other_template,
+    refuse_other_tokenizer,
+    refuse_other_vocabulary,
 )
-from endprompt_megatron.data.samples.packed import Documents, PackedDataset, PackedRows
+from endprompt_megatron.data.indexed import CHAT, Index, path_of, read_idx, read_mask
+from endprompt_megatron.data.samples.blend import turns
+from endprompt_megatron.data.samples.builder import SampleBuilder, SampleSpec
+from endprompt_megatron.data.samples.packed import Conversations, Documents, PackedDataset, PackedRows
 from endprompt_megatron.data.samples.stream import EndPromptDataset
 from endprompt_megatron.data.samples.windows import Windows
-from endprompt_megatron.method.recall import Recall
 
-# (PREFIX, weight), or (PREFIX, weight, token ids of its own prompts).
-Blend = list[tuple]
+
+@dataclass(frozen=True)
+class WeightedDataset:
+    """An indexed dataset in a blend; `prompts` are token ids of its own prompts, None for those of the run."""
+
+    prefix: str
+    weight: float = 1.0
+    prompts: list[list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Where samples come from, as a recipe's data says it.
+
+    `valid` may split the documents of `train` instead of naming datasets: "99,1" gives the last hundredth to
+    validation.  With `content_skip` a sample takes its two chunks from different places of one document.  With
+    `packing` "documents" a sample is a row of documents, each padded to a multiple of `align`.  With `kind` "chat" they
+    are conversations, and `long` says what becomes of those longer than a row (packed.Conversations).
+    """
+
+    train: list[WeightedDataset]
+    valid: list[WeightedDataset] | str | None = None
+    document_ends: str = "cross"
+    min_document_tokens: int = 0
+    content_skip: bool = False
+    packing: str = "stream"
+    align: int = 1
+    kind: str = "text"
+    long: str | None = None
+
+    @property
+    def ends(self) -> str:
+        """How windows are cut: see windows.py."""
+        return "single" if self.content_skip else self.document_ends
 
 
 class BlendedDataset(torch.utils.data.Dataset):
@@ -59,42 +89,105 @@ Source = EndPromptDataset | PackedDataset
 Dataset = Source | BlendedDataset
 
 
+def build_datasets(
+    sample: SampleSpec,
+    data: DataSpec,
+    train_samples: int,
+    valid_samples: int = 0,
+    *,
+    vocab_size: int | None = None,
+    tokenizer: Path | str | None = None,
+    cache_dir: Path | str | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """The training and the validation dataset (None where `data.valid` is None or `valid_samples` 0).
+
+    A dataset holds the samples asked for, over as many epochs as they take; validation samples stand where a
+    curriculum ends.  `vocab_size` is the model's, `tokenizer` its directory, None to take any dataset's ids.
+    `cache_dir` keeps large indices (windows.py, packing.py), None keeps none.  Works with torch.distributed and
+    without; with it, all ranks must call.  Raises InputError, on every rank alike.
+    """
+    if train_samples < 1:
+        raise ValueError(f"train_samples={train_samples} should be at least 1")
+    train = _Blend("data.train", data.train, sample, data, vocab_size, None if cache_dir is None else Path(cache_dir))
+    valid = None
+    settled = replace(sample, knobs={**sample.knobs, "curriculum_samples": 0})
+    if isinstance(data.valid, str):
+        share = _checked_split(data.valid)
+        train = replace(train, part=_Part(0.0, share, " for training"))
+        valid = replace(train, sample=settled, part=_Part(share, 1.0, " for validation"))
+    elif data.valid is not None:
+        valid = replace(train, key="data.valid", datasets=data.valid, sample=settled)
+    if valid_samples == 0:
+        valid = None
+    if tokenizer is not None:
+        blends = [train] if valid is None or isinstance(data.valid, str) else [train, valid]
+        prefixes = [(blend.key, each.prefix) for blend in blends for each in blend.datasets]
+        refuse_other_tokenizer(prefixes, tokenizer)
+        if data.kind == CHAT:
+            refuse_other_template(prefixes, tokenizer)
+    train_set = train.build(train_samples)
+    valid_set = None if valid is None else valid.build(valid_samples)
+    _prepare([each for each in (train_set, valid_set) if each is not None], train.cache)
+    return train_set, valid_set
+
+
 @dataclass(frozen=True)
-class _Cut:
-    """How every source of a run is cut and made into samples."""
+class _Part:
+    """The documents of a dataset between two shares of it; `purpose` names them in messages."""
 
-    method: str
-    physical_len: int
-    target_len: int
-    prompts: list[list[int]]
-    prompt_loss_weight: float
-    seed: int
-    recall: Recall | None
-    knobs: Mapping[str, int]  # of position_ids
-    ends: str
-    least: int
-    align: int | None  # of packed documents; None for the stream
-    kind: str
-    long: str | None  # of conversations
-    cache: Path | None
+    begin: float = 0.0
+    end: float = 1.0
+    purpose: str = ""
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """What a training or validation dataset is built of; `key` names it in messages."""
+
+    key: str
+    datasets: list[WeightedDataset]
+    sample: SampleSpec
+    data: DataSpec
     vocab_size: int | None
+    cache: Path | None
+    part: _Part = _Part()
 
-    def builder(self, prompts: list[list[int]] | None, share: float, where: str) -> SampleBuilder:
-        """The builder of a source that has `share` of the samples, and perhaps prompts of its own."""
-        knobs = dict(self.knobs)
-        if knobs.get("curriculum_samples"):
+    def build(self, samples: int) -> Dataset:
+        """A dataset of `samples` samples."""
+        indices = [self._index(each.prefix) for each in self.datasets]
+        whose, number = turns([each.weight for each in self.datasets], samples)
+        sizes = np.bincount(whose, minlength=len(self.datasets)).tolist()
+        build = self._packed if self.data.packing == "documents" else self._stream
+        sources = [
+            build(each.prefix, index, self._builder(each), size)
+            for each, index, size in zip(self.datasets, indices, sizes, strict=True)
+        ]
+        return sources[0] if len(sources) == 1 else BlendedDataset(sources, whose, number)
+
+    def _index(self, prefix: str) -> Index:
+        """The index of a dataset that is complete and fits the model.  Raises InputError for any other."""
+        index = read_idx(prefix)
+        if self.vocab_size is not None:
+            refuse_other_vocabulary(self.key, prefix, self.vocab_size)
+        refuse_other_kind(self.key, prefix, self.data.kind)
+        return index
+
+    def _bounds(self, index: Index) -> tuple[int, int]:
+        """The first of its documents that are used, and the first after them."""
+        count = len(index.lengths)
+        return round(self.part.begin * count), round(self.part.end * count)
+
+    def _builder(self, dataset: WeightedDataset) -> SampleBuilder:
+        """What makes the samples of a dataset, perhaps with prompts of its own."""
+        sample, where = self.sample, "context.prompts"
+        if dataset.prompts is not None:
+            sample, where = replace(sample, prompts=dataset.prompts), f"{self.key}: prompts of {dataset.prefix}"
+        if curriculum := sample.knobs.get("curriculum_samples"):
             # Samples are numbered within their source: all sources arrive at the end together.
-            knobs["curriculum_samples"] = max(round(knobs["curriculum_samples"] * share), 1)
-        builder = SampleBuilder(
-            self.method,
-            self.physical_len,
-            self.target_len,
-            self.prompts if prompts is None else prompts,
-            self.prompt_loss_weight,
-            self.seed,
-            self.recall,
-            **knobs,
-        )
+            share = dataset.weight / sum(each.weight for each in self.datasets)
+            knobs = {**sample.knobs, "curriculum_samples": max(round(curriculum * share), 1)}
+            sample = replace(sample, knobs=knobs)
+        builder = SampleBuilder(sample)
         if self.vocab_size is not None and builder.highest_prompt_id >= self.vocab_size:
             raise InputError(
                 f"{where}: token id {builder.highest_prompt_id} is outside the model's vocabulary of "
@@ -102,151 +195,92 @@ class _Cut:
             )
         return builder
 
-
-def build_datasets(
-    *,
-    train: Blend,
-    valid: Blend | str | None,
-    physical_len: int,
-    method: str,
-    target_len: int,
-    prompts: list[list[int]],
-    prompt_loss_weight: float,
-    seed: int,
-    recall: Recall | None = None,
-    knobs: Mapping[str, int] | None = None,
-    train_samples: int,
-    valid_samples: int = 0,
-    cache_dir: Path | str | None = None,
-    vocab_size: int | None = None,
-    document_ends: str = "cross",
-    min_document_tokens: int = 0,
-    content_skip: bool = False,
-    packing: str = "stream",
-    align: int = 1,
-    kind: str = "text",
-    long: str | None = None,
-    tokenizer: Path | str | None = None,
-) -> tuple[Dataset, Dataset | None]:
-    """The training and the validation dataset (None where `valid` is None or `valid_samples` 0).
-
-    `train` and `valid` list (PREFIX, weight) or (PREFIX, weight, prompts); `valid` may instead split the documents of
-    `train`, "99,1" giving the last hundredth to validation.  A dataset holds the samples asked for, over as many
-    epochs as they take.  Prompts are token ids; `vocab_size` is the model's, `tokenizer` its directory,
-    None to take any dataset's ids.  `cache_dir` keeps large indices (windows.py, packing.py), None keeps none.  With
-    `packing` "documents" a sample is a row of them, each padded to a multiple of `align`; with `kind` "chat" they are
-    conversations, and `long` says what becomes of those longer than a row (conversations.py).  `knobs` are further
-    arguments of positions.position_ids; validation samples stand where a curriculum ends.  Works with torch.distributed
-    and without; with it, all ranks must call.  Raises InputError, on every rank alike.
-    """
-    cut = _Cut(
-        method=method,
-        physical_len=physical_len,
-        target_len=target_len,
-        prompts=prompts,
-        prompt_loss_weight=prompt_loss_weight,
-        seed=seed,
-        recall=recall,
-        knobs=knobs or {},
-        ends="single" if content_skip else document_ends,
-        least=min_document_tokens,
-        align=align if packing == "documents" else None,
-        kind=kind,
-        long=long,
-        cache=None if cache_dir is None else Path(cache_dir),
-        vocab_size=vocab_size,
-    )
-    if train_samples < 1:
-        raise ValueError(f"train_samples={train_samples} should be at least 1")
-    arrived = replace(cut, knobs={**cut.knobs, "curriculum_samples": 0})
-    split = _checked_split(valid) if isinstance(valid, str) else None
-    held_out_blend = valid if split is None and valid_samples else None
-    if tokenizer is not None:
-        blends = [("data.train", train), ("data.valid", held_out_blend or [])]
-        refuse_other_tokenizer(blends, tokenizer)
-        if kind == KIND:
-            refuse_other_template(blends, tokenizer)
-    if split is not None:
-        train_set = _blended("data.train", train, cut, train_samples, (0.0, split))
-        held_out = _blended("data.train", train, arrived, valid_samples, (split, 1.0)) if valid_samples else None
-    else:
-        train_set = _blended("data.train", train, cut, train_samples)
-        held_out = _blended("data.valid", held_out_blend, arrived, valid_samples) if held_out_blend else None
-    _prepare([dataset for dataset in (train_set, held_out) if dataset is not None], cut.cache)
-    return train_set, held_out
-
-
-def _blended(key: str, blend: Blend, cut: _Cut, samples: int, part: tuple[float, float] | None = None) -> Dataset:
-    """A dataset of `samples` samples of a blend, or of the documents between two shares of each of its sources."""
-    indices = [_check(key, prefix, cut.vocab_size) for prefix, *_ in blend]
-    whose, number = turns([weight for _, weight, *_ in blend], samples)
-    taken = np.bincount(whose, minlength=len(blend))
-    whole = sum(weight for _, weight, *_ in blend)
-    sources = []
-    for (prefix, weight, *own), index, size in zip(blend, indices, taken.tolist(), strict=True):
-        prompts = own[0] if own else None
-        where = "context.prompts" if prompts is None else f"{key}: prompts of {prefix}"
-        builder = cut.builder(prompts, weight / whole, where)
-        first, stop = (round(share * len(index.lengths)) for share in part or (0.0, 1.0))
-        named = "" if part is None else " for training" if part[0] == 0 else " for validation"
-        answers = refuse_other_kind(key, prefix, cut.kind, index)
-        if cut.align is not None:
-            sources.append(_packed(f"{key}={prefix}", prefix, index, first, stop, builder, cut, size, named, answers))
-            continue
+    def _stream(self, prefix: str, index: Index, builder: SampleBuilder, size: int) -> EndPromptDataset:
+        """Samples of a dataset's windows.  Raises InputError if there is not one window."""
+        data, (first, stop) = self.data, self._bounds(index)
         windows = Windows(
             index,
             builder.context_len,
-            cut.seed,
-            ends=cut.ends,
-            least=cut.least,
+            self.sample.seed,
+            ends=data.ends,
+            min_len=data.min_document_tokens,
             first=first,
             stop=stop,
-            cache=cut.cache,
+            cache=self.cache,
         )
         if not windows.count:
-            _refuse_short(key, prefix, windows, cut, stop - first, named)
-        sources.append(EndPromptDataset(prefix, index, windows, builder, size, cut.vocab_size))
-    return sources[0] if len(sources) == 1 else BlendedDataset(sources, whose, number)
+            self._refuse_short(prefix, windows, stop - first)
+        return EndPromptDataset(prefix, index, windows, builder, size, self.vocab_size)
 
-
-def _packed(
-    key: str,
-    prefix: str,
-    index: Index,
-    first: int,
-    stop: int,
-    builder: SampleBuilder,
-    cut: _Cut,
-    size: int,
-    part: str,
-    answers: np.ndarray | None,
-) -> PackedDataset:
-    """Rows of the documents first .. stop-1 of a dataset.  Raises InputError if there is not one sample in them."""
-    packing = builder.packing(cut.align)
-    stream = np.asarray(np.memmap(path_of(prefix, ".bin"), dtype=index.dtype, mode="r"))
-    if answers is None:
-        documents = Documents(stream, index, first, stop, cut.least)
-    else:
-        documents = Conversations(stream, index, first, stop, cut.least, answers, packing.piece_len, cut.long)
-        if stop > first and not documents.lengths.any():
+    def _packed(self, prefix: str, index: Index, builder: SampleBuilder, size: int) -> PackedDataset:
+        """Rows of a dataset's documents.  Raises InputError if there is not one sample in them."""
+        data, (first, stop) = self.data, self._bounds(index)
+        packing = builder.packing(data.align)
+        stream = np.asarray(np.memmap(path_of(prefix, ".bin"), dtype=index.dtype, mode="r"))
+        chosen = (stream, index, first, stop, data.min_document_tokens)
+        if data.kind == CHAT:
+            documents = Conversations(*chosen, read_mask(prefix, index), packing.piece_len, data.long)
+            if stop > first and not documents.lengths.any():
+                raise InputError(
+                    f"{self.key}={prefix}: none of {stop - first} conversations{self.part.purpose} fits into "
+                    f"context.physical={packing.row_len}; raise it, or cut them (data.long=cut)"
+                )
+        else:
+            documents = Documents(*chosen)
+        if documents.lengths.max(initial=0) < packing.shortest:
+            held = np.count_nonzero(documents.lengths), int(documents.lengths.sum(dtype=np.int64))
             raise InputError(
-                f"{key}: none of {stop - first} conversations{part} fits into context.physical={packing.row_len}; "
-                "raise it, or cut them (data.long=cut)"
+                f"{self.key}={prefix}: {self._too_few(*held)}, which takes {packing.shortest}; {self._remedy()}"
             )
-    if documents.lengths.max(initial=0) < packing.shortest:
-        few = f" of at least {cut.least} tokens (data.min_document_tokens)" if cut.least else ""
-        held = np.count_nonzero(documents.lengths), int(documents.lengths.sum(dtype=np.int64))
+        identity = {"digest": index.digest, **documents.identity()}
+        rows = PackedRows(documents, builder, packing, self.cache, identity)
+        return PackedDataset(prefix, rows, size, self.vocab_size)
+
+    def _refuse_short(self, prefix: str, windows: Windows, documents: int) -> None:
+        """Raise InputError for a dataset, or a part of one, that gives not one sample."""
+        if self.data.ends != "cross" and not windows.documents:
+            raise InputError(
+                f"{self.key}={prefix}: none of {documents} documents{self.part.purpose} has "
+                f"{max(self.data.min_document_tokens, windows.size)} tokens, which data.document_ends=within asks of "
+                "each; give longer documents, use cross, or lower context.physical"
+            )
         raise InputError(
-            f"{key}: {held[0]} documents{few} with {held[1]} tokens{part} are shorter than one sample, which takes "
-            f"{packing.shortest}; give more text" + (", or data.valid its own" if part else "")
+            f"{self.key}={prefix}: {self._too_few(windows.documents, windows.tokens)}, which takes {windows.size}; "
+            f"{self._remedy()}, or lower context.physical"
         )
-    rows = PackedRows(documents, builder, packing, cut.cache, {"digest": index.digest, **documents.describe()})
-    return PackedDataset(prefix, rows, size, cut.vocab_size)
+
+    def _too_few(self, documents: int, tokens: int) -> str:
+        shortest = self.data.min_document_tokens
+        of = f" of at least {shortest} tokens (data.min_document_tokens)" if shortest else ""
+        return f"{documents} documents{of} with {tokens} tokens{self.part.purpose} are shorter than one sample"
+
+    def _remedy(self) -> str:
+        return "give more text" + (", or data.valid its own" if self.part.purpose else "")
 
 
 def sources_in(dataset: Dataset) -> list[Source]:
     """The sources of a dataset of build_datasets, in the order of the recipe."""
     return dataset.sources if isinstance(dataset, BlendedDataset) else [dataset]
+
+
+def consumed(dataset: Dataset, samples: int) -> dict[str, Any]:
+    """{"consumed_samples", "sources": [...]} of the first `samples` samples of a training dataset.
+
+    A source has prefix, samples, share (of the samples), context_tokens, prompt_tokens, epochs (its samples over those
+    of an epoch), and what an epoch of it has: epoch_samples, epoch_documents, left_out_tokens (in no sample).  Where
+    documents are packed a sample is a row, and packed_documents counts what is in them, pieces of long ones each.
+    The counts follow from the order of the run, not from what a process happened to read, so they are exact after any
+    number of stops, and on any number of ranks.
+    """
+    samples = min(samples, len(dataset))
+    sources, counts = sources_in(dataset), [samples]
+    if isinstance(dataset, BlendedDataset):
+        counts = np.bincount(dataset.source[:samples], minlength=len(sources)).tolist()
+    listed = [
+        {"prefix": source.prefix, "samples": count, "share": count / samples if samples else 0.0, **source.taken(count)}
+        for source, count in zip(sources, counts, strict=True)
+    ]
+    return {"consumed_samples": samples, "sources": listed}
 
 
 def _prepare(datasets: list[Dataset], cache: Path | None) -> None:
@@ -275,32 +309,3 @@ def _checked_split(valid: str) -> float:
     if len(shares) != 2 or not all(share.strip().isdigit() and int(share) > 0 for share in shares):
         raise InputError(f"data.valid={valid}: a split has two whole numbers above 0, such as 99,1")
     return int(shares[0]) / (int(shares[0]) + int(shares[1]))
-
-
-def _check(key: str, prefix: str, vocab_size: int | None) -> Index:
-    """The index of a dataset that is whole and fits the model.  Raises InputError for any other."""
-    index = read_idx(prefix)
-    manifest = read_manifest(prefix) or {}
-    for name, least in (("vocab_size", 1), ("max_token_id", 0)):
-        value = manifest.get(name)
-        if vocab_size is not None and isinstance(value, int) and value + 1 - least > vocab_size:
-            raise InputError(
-                f"{key}={prefix}: {name}={value} in its manifest does not fit the model's vocabulary of {vocab_size}; "
-                "prepare the data with the model's own tokenizer"
-            )
-    return index
-
-
-def _refuse_short(key: str, prefix: str, windows: Windows, cut: _Cut, documents: int, part: str) -> None:
-    """Raise InputError for a dataset, or a part of one, that gives not one sample."""
-    if cut.ends != "cross" and not windows.documents:
-        raise InputError(
-            f"{key}={prefix}: none of {documents} documents{part} has {max(cut.least, windows.size)} tokens, which "
-            "data.document_ends=within asks of each; give longer documents, use cross, or lower context.physical"
-        )
-    few = f" of at least {cut.least} tokens (data.min_document_tokens)" if cut.least else ""
-    mend = "give more text" + (", or data.valid its own" if part else "")
-    raise InputError(
-        f"{key}={prefix}: {windows.documents} documents{few} with {windows.tokens} tokens{part} are shorter than one "
-        f"sample, which takes {windows.size}; {mend}, or lower context.physical"
-    )

@@ -1,9 +1,8 @@
 """Rows of packed documents (`data.packing: documents`), read from an indexed dataset by the index of packing.py.
 
-A row is as long as a sample of the stream and holds several two-segment samples, one behind the other, each with
-positions, prompt and weights of its own; `cu_seqlens` says where each begins.  What pads a sample to its alignment
-stands at its end, where no real token sees it, and has weight 0; what is left of the row is one more sequence, of
-weight 0 throughout.
+A row is as long as a sample of the stream and holds several two-segment samples, one after the other, each with
+positions, prompt and weights of its own; `cu_seqlens` says where each begins.  Padding stands at the end of a sample,
+where no real token sees it, and has weight 0; what is left of the row is one more sequence, of weight 0 throughout.
 """
 
 import bisect
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from endprompt_megatron.data.indexed import Index
-from endprompt_megatron.data.samples.builder import SampleBuilder, check_vocabulary
+from endprompt_megatron.data.samples.builder import Excerpt, SampleBuilder, check_vocabulary
 from endprompt_megatron.data.samples.packing import (
     Counts,
     Epoch,
@@ -35,35 +34,80 @@ _DTYPES = {
 
 
 class Documents:
-    """The documents first .. stop-1 of an indexed dataset; those below `least` tokens count as empty.
+    """The documents first .. stop-1 of an indexed dataset; those below `min_len` tokens count as empty.
 
     `stream`: the tokens of the whole dataset, memory-mapped; `lengths`: tokens of each of these documents.
     """
 
-    def __init__(self, stream: np.ndarray, index: Index, first: int, stop: int, least: int = 0) -> None:
-        self.stream, self._index, self.first, self._stop, self._least = stream, index, first, stop, least
+    def __init__(self, stream: np.ndarray, index: Index, first: int, stop: int, min_len: int = 0) -> None:
+        self.stream, self._index, self.first, self._stop, self._min_len = stream, index, first, stop, min_len
         lengths = index.lengths[first:stop]
-        self.held = int(lengths.sum(dtype=np.int64))
-        self.lengths = np.where(lengths >= least, lengths, 0) if least else lengths
+        self.tokens = int(lengths.sum(dtype=np.int64))
+        self.lengths = np.where(lengths >= min_len, lengths, 0) if min_len else lengths
 
     def begin(self, document: int) -> int:
         """Where a document begins in the stream, in tokens."""
         return int(self._index.pointers[self.first + document]) // self.stream.itemsize
 
     def length(self, document: int) -> int:
-        """Tokens of a document, whatever part of it counts."""
+        """Tokens of a document, including those that no sample takes."""
         return int(self._index.lengths[self.first + document])
 
     def weigh(self, row: dict[str, np.ndarray], begin: int) -> None:
         """Change the weights of a sample that was written into the views `row`; its tokens begin at `begin`."""
 
-    def describe(self) -> dict:
-        """What tells these documents from others of the same dataset."""
-        return {"documents": [self.first, self._stop], "least": self._least}
+    def identity(self) -> dict:
+        """What tells these documents from others of the same dataset, as the cache of packed epochs notes it."""
+        return {"documents": [self.first, self._stop], "least": self._min_len}
 
-    def said(self) -> str:
-        """What is left out or cut beside what the rows' counts tell, for the line that describes an epoch."""
+    def left_out(self) -> str:
+        """What is left out or cut besides what the rows' counts say, for the line that describes an epoch."""
         return ""
+
+
+class Conversations(Documents):
+    """Documents of which only the answers are supervised (`data.kind: chat`): each complete, cut or left out.
+
+    One of more than `max_len` tokens counts as empty (`long` "drop"), or is its first `max_len` tokens ("cut"), if
+    there is an answer to learn among them.  `answers`: the mask of the whole dataset, uint8 [tokens].
+    """
+
+    def __init__(
+        self,
+        stream: np.ndarray,
+        index: Index,
+        first: int,
+        stop: int,
+        min_len: int,
+        answers: np.ndarray,
+        max_len: int,
+        long: str,
+    ) -> None:
+        super().__init__(stream, index, first, stop, min_len)
+        self._answers, self._max_len, self._long = answers, max_len, long
+        self._too_long = np.flatnonzero(self.lengths > max_len)
+        self.lengths = np.where(self.lengths > max_len, 0 if long == "drop" else max_len, self.lengths)
+        if long == "cut":
+            for document in self._too_long.tolist():
+                begin = self.begin(document)
+                if not answers[begin + 1 : begin + max_len].any():
+                    self.lengths[document] = 0
+
+    def weigh(self, row: dict[str, np.ndarray], begin: int) -> None:
+        size = len(row["tokens"])
+        # The target at i is token i + 1.
+        row["loss_weights"][:-1] = self._answers[begin + 1 : begin + size]
+
+    def identity(self) -> dict:
+        return {**super().identity(), "long": self._long}
+
+    def left_out(self) -> str:
+        count = len(self._too_long)
+        if not count:
+            return ""
+        cut = int(np.count_nonzero(self.lengths[self._too_long]))
+        parts = [f"{cut:,} cut"] * bool(cut) + [f"{count - cut:,} left out"] * (count > cut)
+        return f"; of {count:,} conversations longer than {self._max_len:,} tokens {', '.join(parts)}"
 
 
 class PackedRows:
@@ -103,7 +147,7 @@ class PackedRows:
         return bisect.bisect_right(self._ends, row)
 
     def taken(self, rows: int) -> dict[str, Any]:
-        """What the first rows hold, and what an epoch has: see consumed.py."""
+        """What the first rows hold, and what an epoch has: see dataset.consumed."""
         counts = self.counts
         self.prepare(rows)
         context = prompt = samples = 0
@@ -112,11 +156,11 @@ class PackedRows:
             if not rows:
                 break
             taken = min(rows, epoch.counts.rows)
-            parts = epoch.samples[: epoch.starts[taken]]
-            sizes = piece_sizes(self._documents.lengths[parts["document"]], parts["piece"], self.packing)
+            chosen = epoch.samples[: epoch.starts[taken]]
+            sizes = piece_sizes(self._documents.lengths[chosen["document"]], chosen["piece"], self.packing)
             context += int(sizes.sum(dtype=np.int64))
-            prompt += int(np.array(self.packing.prompt_lens)[parts["prompt"]].sum(dtype=np.int64))
-            samples += len(parts)
+            prompt += int(np.array(self.packing.prompt_lens)[chosen["prompt"]].sum(dtype=np.int64))
+            samples += len(chosen)
             epochs += taken / epoch.counts.rows
             rows -= taken
         return {
@@ -126,15 +170,15 @@ class PackedRows:
             "epochs": epochs,
             "epoch_samples": counts.rows,
             "epoch_documents": int(np.count_nonzero(self._documents.lengths)),
-            "left_out_tokens": self._documents.held - counts.context_tokens,
+            "left_out_tokens": self._documents.tokens - counts.context_tokens,
         }
 
-    def pieces(self, row: int) -> list[tuple[int, int, int, int, int]]:
-        """(document, its length, first token, tokens, where in the row they begin) of each sample of a row."""
+    def excerpts(self, row: int) -> list[Excerpt]:
+        """The context of each sample of a row."""
         found, at = [], 0
         for _, document, first, size, prompt in self.samples(row):
             length = self._documents.length(document)
-            found.append((self._documents.first + document, length, first, size, at))
+            found.append(Excerpt(self._documents.first + document, length, first, size, at))
             at += -(-(size + self.packing.prompt_lens[prompt]) // self.packing.align) * self.packing.align
         return found
 
@@ -148,7 +192,7 @@ class PackedRows:
             )
         return (
             f"{prefix}: an epoch is {counts.samples:,} samples in {counts.rows:,} rows of {length:,} tokens, "
-            f"{counts.efficiency(length):.2%} of them real{left_out}{self._documents.said()}"
+            f"{counts.efficiency(length):.2%} of them real{left_out}{self._documents.left_out()}"
         )
 
     def samples(self, row: int) -> list[tuple[int, int, int, int, int]]:
@@ -215,16 +259,16 @@ class PackedDataset(torch.utils.data.Dataset):
         return self, int(index)
 
     def prepare(self) -> None:
-        """Pack what is asked for, or find it in the cache."""
+        """Pack the rows that were asked for, or find them in the cache."""
         self.rows.prepare(self.size)
 
     def epoch(self, number: int) -> int:
         """Which epoch, from 0, row `number` belongs to."""
         return self.rows.epoch(number)
 
-    def pieces(self, number: int) -> list[tuple[int, int, int, int, int]]:
-        """What the contexts of row `number` consist of: see PackedRows.pieces."""
-        return self.rows.pieces(number)
+    def excerpts(self, number: int) -> list[Excerpt]:
+        """What the contexts of row `number` consist of: see PackedRows.excerpts."""
+        return self.rows.excerpts(number)
 
     def recalled(self, number: int) -> list[int]:
         """Nothing: packed documents have no recall prompts."""

@@ -27,7 +27,7 @@ _FORMAT = 1  # of the cache; another number for another packing
 
 @dataclass(frozen=True)
 class Packing:
-    """What rows follow from, beside the documents' lengths.  All in tokens but `seed`.
+    """What rows follow from, besides the documents' lengths.  All but `seed` in tokens.
 
     piece_len: the longest context of a sample; shortest: the shortest one, what is shorter is left out.
     prompt_lens: of each prompt, (0,) where there is none.  A sample is padded to a multiple of `align`.
@@ -56,7 +56,7 @@ class Counts:
     samples: int
     context_tokens: int
     prompt_tokens: int
-    left_out: int  # in pieces, and whole documents, that are too short for a sample
+    left_out: int  # in pieces and documents that are too short for a sample
     left_out_pieces: int
 
     def efficiency(self, row_len: int) -> float:
@@ -112,13 +112,13 @@ def pack_epoch(lengths: np.ndarray, packing: Packing, epoch: int) -> Epoch:
 
 def _pieces(lengths: np.ndarray, packing: Packing) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]:
     """Document, number within it and context tokens of every piece, int32 each; tokens and pieces left out."""
-    whole, rest = np.divmod(lengths.astype(np.int64), packing.piece_len)
+    full, rest = np.divmod(lengths.astype(np.int64), packing.piece_len)
     kept = rest >= packing.shortest
-    count = whole + kept
+    count = full + kept
     document = np.repeat(np.arange(len(lengths), dtype=np.int32), count)
     first = np.cumsum(count) - count
     piece = (np.arange(len(document)) - first[document]).astype(np.int32)
-    size = np.where(piece < whole[document], packing.piece_len, rest[document]).astype(np.int32)
+    size = np.where(piece < full[document], packing.piece_len, rest[document]).astype(np.int32)
     short = rest[~kept & (rest > 0)]
     return document, piece, size, (int(short.sum()), len(short))
 
@@ -126,27 +126,27 @@ def _pieces(lengths: np.ndarray, packing: Packing) -> tuple[np.ndarray, np.ndarr
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """Best-fit decreasing: the row of each item, int32 [n], and the number of rows.
 
-    lengths [n], each in 1..capacity.  From the longest item to the shortest, each goes where it leaves the least
-    room, into a new row where none has enough.  Items of one length are placed together: the row with the least
-    room that is enough takes as many of them as it holds, since it only becomes the better fit.  So the work grows
-    with the number of different lengths.
+    lengths [n], each in 1..capacity.  From the longest item to the shortest, each goes to the row in which it leaves
+    the least space, or to a new row where none has enough.  Items of one length are placed together: the row with the
+    least sufficient space takes as many of them as it holds, since each makes it fit the next better.  So the work
+    grows with the number of different lengths.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int32), kind="stable")
     ordered = lengths[order]
     edges = np.concatenate(([0], np.flatnonzero(np.diff(ordered)) + 1, [len(ordered)]))
     found = np.empty(len(order), dtype=np.int32)
-    room: dict[int, list[np.ndarray]] = {}  # rows by the room that is left in them
-    there = 0  # bit r: some row has room r
+    free_rows: dict[int, list[np.ndarray]] = {}  # rows by the space that is left in them
+    present = 0  # bit n: some row has n tokens of space
     rows = 0
     for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         size = int(ordered[first]) if last > first else 0
         while first < last:
-            fitting = there >> size
+            fitting = present >> size
             if fitting:
                 space = size + (fitting & -fitting).bit_length() - 1
-                parts = room.pop(space)
-                there ^= 1 << space
-                free = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                groups = free_rows.pop(space)
+                present ^= 1 << space
+                free = groups[0] if len(groups) == 1 else np.concatenate(groups)
             else:
                 space = capacity
                 needed = -(-(last - first) // (space // size))
@@ -164,8 +164,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
             )
             for space_left, which in left:
                 if space_left and len(which):
-                    room.setdefault(space_left, []).append(which)
-                    there |= 1 << space_left
+                    free_rows.setdefault(space_left, []).append(which)
+                    present |= 1 << space_left
     return found, rows
 
 
@@ -175,7 +175,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
 def cached_epoch(lengths: np.ndarray, packing: Packing, epoch: int, cache: Path, source: dict) -> Epoch:
     """`pack_epoch`, kept in the directory `cache`.  `source` (JSON) names the documents: their digest and range.
 
-    The description is written last, so an epoch that has one is whole; one that was damaged since is packed anew.
+    The description is written last, so an epoch that has one is complete; one that was damaged since is packed again.
     """
     job = {"format": _FORMAT, **source, **asdict(packing), "epoch": epoch}
     digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:32]
@@ -190,12 +190,12 @@ def cached_epoch(lengths: np.ndarray, packing: Packing, epoch: int, cache: Path,
         write_json(paths[0], {**job, "counts": asdict(packed.counts)})
         found = _read(*paths)
         if found is None:
-            raise InputError(f"data.cache {cache}: what was just written there cannot be read; choose another place")
+            raise InputError(f"data.cache {cache}: what was just written cannot be read back; choose another directory")
     return found
 
 
 def _read(description: Path, samples_at: Path, starts_at: Path) -> Epoch | None:
-    """None where there is no such epoch, or no whole one."""
+    """None where there is no such epoch, or only a damaged one."""
     try:
         counts = Counts(**read_json(description, "a packed epoch")["counts"])
         samples, starts = (np.asarray(np.load(path, mmap_mode="r")) for path in (samples_at, starts_at))

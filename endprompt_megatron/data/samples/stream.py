@@ -1,6 +1,6 @@
 """Samples cut from the stream of a source's documents (`data.packing: stream`).
 
-windows.py says which tokens a sample takes, builder.py makes the sample of them.
+windows.py says which tokens a sample takes, builder.py makes the sample.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from endprompt_megatron.data.indexed import Index, path_of
-from endprompt_megatron.data.samples.builder import SampleBuilder, check_vocabulary
+from endprompt_megatron.data.samples.builder import Excerpt, SampleBuilder, check_vocabulary
 from endprompt_megatron.data.samples.windows import Windows
 from endprompt_megatron.method.positions import pose_content
 
@@ -69,24 +69,22 @@ class EndPromptDataset(torch.utils.data.Dataset):
         return self, int(index)
 
     def prepare(self) -> None:
-        """Put what belongs into the cache there."""
+        """Write to the cache what is kept there."""
         self.windows.prepare(self.size)
 
     def epoch(self, number: int) -> int:
         """Which epoch, from 0, sample `number` belongs to."""
         return number // self.windows.count
 
-    def pieces(self, number: int) -> list[tuple[int, int, int, int, int]]:
-        """What the context of sample `number` consists of, in its order: (document, its length, first token, tokens,
-        where in the row they begin).
-        """
-        room = self.builder.context_of(number)  # a longer prompt leaves room for fewer tokens than the window has
+    def excerpts(self, number: int) -> list[Excerpt]:
+        """What the context of sample `number` consists of, in its order."""
+        context_len = self.builder.context_of(number)  # a longer prompt takes the place of tokens of the window
         found, at = [], 0
         for begin, end in self.spans(number):
-            count = min(end - begin, room - at)
+            count = min(end - begin, context_len - at)
             if count > 0:
                 document, start, length = self.windows.document(begin)
-                found.append((document, length, begin - start, count, at))
+                found.append(Excerpt(document, length, begin - start, count, at))
             at += max(count, 0)
         return found
 
@@ -95,7 +93,7 @@ class EndPromptDataset(torch.utils.data.Dataset):
         return self.builder.recalled(number)
 
     def taken(self, samples: int) -> dict[str, Any]:
-        """What the first `samples` samples hold, and what an epoch has: see consumed.py."""
+        """What the first `samples` samples hold, and what an epoch has: see dataset.consumed."""
         lengths = np.array(self.builder.prompt_lens)
         if len(set(lengths.tolist())) == 1:
             prompt = samples * int(lengths[0])

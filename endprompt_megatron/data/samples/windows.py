@@ -1,8 +1,8 @@
 """Which tokens of an indexed dataset make which sample: windows of one size, cut anew and shuffled every epoch.
 
 numpy alone.  An epoch lays the dataset's documents in a drawn order into one stream, cuts that into windows and
-draws the order of the windows; both draws follow from (seed, epoch) and from nothing else, least of all from
-how many samples a run asks for.  The first epoch is, window for window, that of Megatron's GPTDataset.
+draws the order of the windows; both draws depend on (seed, epoch) alone, not on how many samples a run
+asks for.  The first epoch is, window for window, that of Megatron's GPTDataset.
 
 What is laid into the stream (`data.document_ends`):
 
@@ -28,7 +28,7 @@ from endprompt_megatron.common.files import replacing
 from endprompt_megatron.data.indexed import Index
 
 SMALL = 1 << 20  # numbers; an index up to it is made in memory, in tens of milliseconds
-_OPEN = 2  # epochs held at a time: ranks of a global batch may stand on both sides of an epoch's end
+_OPEN = 2  # epochs in memory at a time: a global batch may lie on both sides of an epoch's end
 _STRIDE = 0x9E3779B1  # between the seeds of two epochs; odd, so that 2**32 epochs differ
 
 
@@ -38,7 +38,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 class Windows:
-    """Windows of `size` tokens of documents `first` .. `stop` of a dataset, of those with at least `least` tokens.
+    """Windows of `size` tokens of documents `first` .. `stop` of a dataset, of those with at least `min_len` tokens.
 
     Endless: window `index` is that of place index % count in epoch index // count.  `count` may be 0, and then
     there is none.  `documents` and `tokens` are what windows are cut from in an epoch, `left_out` the tokens of the
@@ -52,7 +52,7 @@ class Windows:
         seed: int,
         *,
         ends: str = "cross",
-        least: int = 0,
+        min_len: int = 0,
         first: int = 0,
         stop: int | None = None,
         cache: Path | None = None,
@@ -62,21 +62,21 @@ class Windows:
             raise ValueError(f"ends={ends} should be cross, within or single")
         self.size, self.seed, self.ends = size, seed, ends
         self._index, self._cache, self._first, self._stop = index, cache, first, stop
-        self._least = max(least, size if ends != "cross" else 0)
+        self._min_len = max(min_len, size if ends != "cross" else 0)
         lengths = index.lengths[first:stop]
-        held = int(lengths.sum(dtype=np.int64))
-        if self._least:
-            lengths = lengths[lengths >= self._least]
+        tokens = int(lengths.sum(dtype=np.int64))
+        if self._min_len:
+            lengths = lengths[lengths >= self._min_len]
         self.documents, self.tokens = len(lengths), int(lengths.sum(dtype=np.int64))
         if ends == "within":
             self.count = int((lengths // size).sum(dtype=np.int64))
         else:
             self.count = len(lengths) if ends == "single" else self.tokens // size
-        self.left_out = held - self.count * size
+        self.left_out = tokens - self.count * size
         self._open: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def epochs(self, samples: int) -> int:
-        """Epochs, the last one perhaps in part, that so many samples take."""
+        """Epochs that so many samples take; the last one may be used in part."""
         return -(-samples // self.count)
 
     def spans(self, index: int) -> list[tuple[int, int]]:
@@ -125,8 +125,8 @@ class Windows:
         """
         random = np.random.RandomState(epoch_seed(self.seed, epoch))  # numpy keeps its draws for good
         order = np.arange(self._first, self._stop, dtype=np.int64)
-        if self._least:
-            order = order[self._index.lengths[self._first : self._stop] >= self._least]
+        if self._min_len:
+            order = order[self._index.lengths[self._first : self._stop] >= self._min_len]
         random.shuffle(order)
         lengths = self._index.lengths[order].astype(np.int64)
         starts = self._index.pointers[order] // self._index.dtype.itemsize
@@ -141,8 +141,8 @@ class Windows:
         return np.concatenate((starts - (ends - lengths), ends, shuffle))
 
     def _load(self, epoch: int) -> np.ndarray:
-        """An epoch's index, memory-mapped out of the cache; made there first if it is missing or not whole."""
-        what = [self._index.digest, self.size, self.seed, self.ends, self._least, self._first, self._stop, epoch]
+        """An epoch's index, memory-mapped out of the cache; made there first if it is missing or incomplete."""
+        what = [self._index.digest, self.size, self.seed, self.ends, self._min_len, self._first, self._stop, epoch]
         name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         path = self._cache / f"windows-{name}.i64"
         expected = 8 * (2 * self.documents + self.count)

@@ -7,12 +7,10 @@ import numpy as np
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.data.answers import KIND
-from endprompt_megatron.data.dataset_tokenizer import refuse_other_tokenizer
+from endprompt_megatron.data.compatibility import refuse_other_kind, refuse_other_template, refuse_other_tokenizer
 from endprompt_megatron.data.describe.document_lengths import reach, verdict
-from endprompt_megatron.data.indexed import Index, path_of, read_idx, read_manifest
+from endprompt_megatron.data.indexed import CHAT, Index, path_of, read_idx, read_manifest, read_mask
 from endprompt_megatron.data.samples.blend import Source, is_split, sources_of
-from endprompt_megatron.data.samples.conversations import refuse_other_kind, refuse_other_template
 from endprompt_megatron.data.samples.windows import Windows
 from endprompt_megatron.model.shape import ModelShape
 from endprompt_megatron.preflight.model_files import context_lengths
@@ -60,10 +58,12 @@ def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape)
         prefix = source.prefix
         index = read_idx(prefix)
         _consistent(prefix, index)
-        refuse_other_kind(key, prefix, recipe.data.kind, index)
+        refuse_other_kind(key, prefix, recipe.data.kind)
+        if recipe.data.kind == CHAT:
+            read_mask(prefix, index)
         highest = _highest_token(key, prefix, index, shape.vocab_size)
         tokens = int(index.lengths.sum(dtype=np.int64))
-        windows = Windows(index, context, recipe.train.seed, ends=ends, least=least)
+        windows = Windows(index, context, recipe.train.seed, ends=ends, min_len=least)
         count = windows.count
         if recipe.data.packing == "documents":  # rows of an epoch, about: their prompts and padding are not counted
             count = -(-windows.tokens // recipe.context.physical) if index.lengths.max(initial=0) > 1 else 0
@@ -78,10 +78,10 @@ def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape)
             )
         epochs.append(samples * source.weight / shares / count)
         said.append(f"{prefix} {many(tokens)} tokens (ids to {highest})")
-    blend = (key, [(source.prefix,) for source in sources])
-    refuse_other_tokenizer([blend], recipe.model.hf)
-    if recipe.data.kind == KIND:
-        refuse_other_template([blend], recipe.model.hf)
+    prefixes = [(key, source.prefix) for source in sources]
+    refuse_other_tokenizer(prefixes, recipe.model.hf)
+    if recipe.data.kind == CHAT:
+        refuse_other_template(prefixes, recipe.model.hf)
     found = f"{', '.join(said)}; vocabulary {shape.vocab_size}; {max(epochs):.2f} epochs in {recipe.train.steps} steps"
     if key == "data.train" and max(epochs) > 1:
         return Finding(key, f"{found}: tokens are seen again", WARN)
