@@ -51,9 +51,10 @@ def _section(suite: Suite, measured: Measured) -> Section:
         blocks += note([_not_published(suite, models, published)])
         blocks.append(_beside_published(suite, models, published))
     asides = [f"† {published.derivation}." if published is not None and published.derivation else ""]
-    asides += [cells.AS_ABOVE if published is not None or _has_more(suite, models) else ""]
+    has_more = _has_more(suite, models, published)
+    asides += [cells.AS_ABOVE if published is not None or has_more else ""]
     blocks += note([*asides, *_left_out_tasks(suite, models), *measured.left_out(suite)])
-    if _has_more(suite, models):
+    if has_more:
         blocks += _every_score(suite, models)
     if published is not None:
         blocks += _published_by_task(suite, published)
@@ -154,15 +155,20 @@ def _beside_published(suite: Suite, models: Sequence[Model], published: Publishe
             rows.append(Row(f"{method}, published", [*scores, cells.NONE], kind="paper"))
         head = [*(short(length) for _, length in keys), "mean", "samples"]
         return Table(head, rows, "Percent; samples are requests for each task and length.", kind="scores")
-    tasks = dict.fromkeys(task for of in published.rows.values() for task, _ in of)
-    shown = [*(task for task in tasks if task not in suite.means), *suite.means]
+    own = {key[1] for key in _keys(suite, models)}
+    tasks = _published_tasks(published)
+    means = [mean for mean in suite.means if mean in own or mean in tasks]
     rows = []
-    for task in shown:
+    for task in [*(task for task in tasks if task not in means), *means]:
         ours = [cells.score(model, (suite.name, task, 0, metric)) for model in models]
         theirs = [_published_text(published, method, (task, 0)) for method in published.rows]
         rows.append(Row(_task(suite, models, task), [*ours, *theirs]))
     head = [*(model.name for model in models), *(Cell(method, small="published") for method in published.rows)]
     return Table(head, rows, "Percent.", [*(model.key for model in models), *["paper"] * len(published.rows)])
+
+
+def _published_tasks(published: Published) -> list[str]:
+    return list(dict.fromkeys(task for of in published.rows.values() for task, _ in of))
 
 
 def _published_by_task(suite: Suite, published: Published) -> list[Details]:
@@ -208,10 +214,12 @@ def _samples(model: Model, suite: Suite) -> list[int]:
     ]
 
 
-def _has_more(suite: Suite, models: Sequence[Model]) -> bool:
-    """Whether there are scores that the Results table does not have."""
-    told = {each.key for model in models for each in quoted(suite, model)}
-    return any(key not in told for key in _keys(suite, models))
+def _has_more(suite: Suite, models: Sequence[Model], published: Published | None) -> bool:
+    """Whether there are scores that neither the Results table nor that of published scores has."""
+    shown = {each.key for model in models for each in quoted(suite, model)}
+    if published is not None and not suite.by_length:
+        shown |= {(suite.name, task, 0, suite.metrics[0].name) for task in _published_tasks(published)}
+    return any(key not in shown for key in _keys(suite, models))
 
 
 def _every_score(suite: Suite, models: Sequence[Model]) -> list[Details]:
