@@ -217,9 +217,13 @@ def main() -> None:
                 given = [*sys.argv[1:], "--make", str(ours), "--tasks", task, "--lengths", str(length)]
                 spent["ours"].append(timed([sys.executable, str(Path(__file__).resolve()), *given]))
             theirs, made = rows(Path(directory) / "out" / task / "validation.jsonl"), rows(ours)
-            sums, score = list(map(checksum, theirs)), nvidia.score(task, theirs)
-            golden[f"{options.template}/{task}/{length}"] = {"samples": sums, "score": score}
-            same = len(sums) == options.samples and list(map(checksum, made)) == sums and our_score(task, made) == score
+            checksums, score = list(map(checksum, theirs)), nvidia.score(task, theirs)
+            golden[f"{options.template}/{task}/{length}"] = {"samples": checksums, "score": score}
+            same = (
+                len(checksums) == options.samples
+                and list(map(checksum, made)) == checksums
+                and our_score(task, made) == score
+            )
             if not same:
                 different.append(f"{task} at {length}")
             slow, fast = (statistics.median(spent[side]) for side in ("nvidia", "ours"))

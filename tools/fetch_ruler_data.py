@@ -47,7 +47,7 @@ ESSAYS, ESSAY_FILES = (
 )
 
 
-def fetch(out: Path, sum_: str | None, addresses: list[str]) -> None:
+def fetch(out: Path, checksum: str | None, addresses: list[str]) -> None:
     """Save the first address that answers as `out`, whole and with the right checksum, or raise InputError."""
     import shutil
     import urllib.request
@@ -63,8 +63,8 @@ def fetch(out: Path, sum_: str | None, addresses: list[str]) -> None:
             except OSError as error:
                 failures.append(f"{address}: {error}")
                 continue
-            if sum_ is not None:
-                verify(partial, sum_)
+            if checksum is not None:
+                verify(partial, checksum)
             partial.rename(out)
             return
         raise InputError(f"{out.name} cannot be downloaded ({'; '.join(failures)})")
@@ -75,8 +75,8 @@ def fetch(out: Path, sum_: str | None, addresses: list[str]) -> None:
 def gather_essays(out: Path) -> None:
     """Run NVIDIA's script beside its list of addresses; what it could not get it says, and goes on."""
     with tempfile.TemporaryDirectory(dir=out.parent) as directory:
-        for name, (sum_, addresses) in ESSAY_FILES.items():
-            fetch(Path(directory) / name, sum_, addresses)
+        for name, (checksum, addresses) in ESSAY_FILES.items():
+            fetch(Path(directory) / name, checksum, addresses)
         done = subprocess.run([sys.executable, SCRIPT], cwd=directory, stdout=subprocess.PIPE, text=True)
         if done.returncode or not (Path(directory) / ESSAYS).is_file():
             raise InputError(f"{ESSAYS}: NVIDIA's script failed, see above; pip install html2text beautifulsoup4 tqdm")
@@ -98,13 +98,13 @@ def main() -> None:
     if not args.dry_run:
         with disk_errors(args.out, "--out"):
             args.out.mkdir(parents=True, exist_ok=True)
-    for name, (sum_, addresses) in {**FILES, ESSAYS: (None, [ESSAY_FILES[SCRIPT][1][0]])}.items():
+    for name, (checksum, addresses) in {**FILES, ESSAYS: (None, [ESSAY_FILES[SCRIPT][1][0]])}.items():
         there = (args.out / name).is_file()
         print(f"{args.out / name}: {'is there already' if there else 'from ' + ' or '.join(addresses)}")
         if args.dry_run or there:
             continue
         with disk_errors(args.out, "--out"):
-            gather_essays(args.out / name) if name == ESSAYS else fetch(args.out / name, sum_, addresses)
+            gather_essays(args.out / name) if name == ESSAYS else fetch(args.out / name, checksum, addresses)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text in which retrieval matters: made-up prose between facts that are told once and asked for later.
+"""Text in which retrieval matters: made-up prose between facts that are stated once and queried later.
 
 A document is a row of sentences of three kinds:
   prose      words that follow one another by a fixed chain, so that a small model learns them quickly

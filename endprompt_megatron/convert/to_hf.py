@@ -27,7 +27,7 @@ from endprompt_megatron.convert.hf_writing import (
 from endprompt_megatron.convert.lora_merge import merge_of
 from endprompt_megatron.convert.model_card import model_card
 from endprompt_megatron.convert.to_megatron import Written
-from endprompt_megatron.convert.units import identity, write_units
+from endprompt_megatron.convert.work_units import identity, write_units
 from endprompt_megatron.model.shape import ModelShape, read_shape, shape_of
 from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
 

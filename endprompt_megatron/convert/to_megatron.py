@@ -18,7 +18,7 @@ from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.common.workers import mpi, ranks_agree
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource
-from endprompt_megatron.convert.units import identity, write_units
+from endprompt_megatron.convert.work_units import identity, write_units
 from endprompt_megatron.model.shape import ModelShape, read_shape
 from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
 

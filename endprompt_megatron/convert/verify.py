@@ -21,7 +21,7 @@ from endprompt_megatron.common.workers import for_each, number_of
 from endprompt_megatron.convert import mapping
 from endprompt_megatron.convert.direct import HfSource
 from endprompt_megatron.convert.to_hf import MegatronWeights
-from endprompt_megatron.convert.units import MAX_WORKERS
+from endprompt_megatron.convert.work_units import MAX_WORKERS
 from endprompt_megatron.model.shape import read_shape
 
 _BLOCK = 64 << 20

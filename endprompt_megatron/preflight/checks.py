@@ -164,13 +164,13 @@ def _link(meeting: Meeting) -> float | None:
 
 def _files(recipe: Recipe, options: Options) -> list[Finding]:
     """The model's files, the data, and room for what is written.  All of it needs the model's shape."""
-    from endprompt_megatron.preflight import data_files, disk_space, model_files
+    from endprompt_megatron.preflight import datasets, disk_space, model_files
 
     checks = (
         (model_files.HF, model_files.hf_checkpoint, ()),
         (model_files.CONVERTED, model_files.converted_checkpoint, ()),
         (model_files.TOKENIZER, model_files.tokenizer, ()),
-        ("data", data_files.datasets, ()),
+        ("data", datasets.datasets, ()),
         (disk_space.CHECK, disk_space.free_disk, (options.checkpoints, options.export)),
     )
     shape = _shape(recipe)

@@ -1,7 +1,7 @@
 """The top of the page: of one run its recipe in words and a few numbers, of several what tells them apart."""
 
 from endprompt_megatron.common.html_page import Block, Cell, Details, Paragraph, Row, Table, missing
-from endprompt_megatron.report.load import Run, Runs
+from endprompt_megatron.report.run_files import Run, Runs
 
 _ALWAYS = ("context.method", "context.original", "context.target", "context.physical", "context.rope.type")
 _ELSEWHERE = ("checkpoint.dir", "log.", "data.cache")  # where things are kept tells no runs apart

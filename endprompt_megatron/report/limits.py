@@ -6,8 +6,8 @@ from endprompt_megatron import __version__
 from endprompt_megatron.common.html_page import Bullets, Code, Details, Section
 from endprompt_megatron.evaluate.registry import SUITES, Suite
 from endprompt_megatron.method.positions import MAPS, PositionMap
-from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.models import Measured, Model
+from endprompt_megatron.report.run_files import Run, Runs
 
 
 def not_shown(runs: Runs, measured: Measured) -> Section:

@@ -9,7 +9,7 @@ from pathlib import PurePath
 
 from endprompt_megatron.evaluate.intervals import compare_intervals
 from endprompt_megatron.evaluate.registry import BASELINE, EXTENDED, SUITES, Key, Settings, Suite, differing_inputs
-from endprompt_megatron.report.load import Run, Runs
+from endprompt_megatron.report.run_files import Run, Runs
 
 
 @dataclass

@@ -11,9 +11,9 @@ from endprompt_megatron.common.files import disk_errors, write_text
 from endprompt_megatron.common.html_page import Page, render
 from endprompt_megatron.report.header import header
 from endprompt_megatron.report.limits import footer, not_shown, provenance
-from endprompt_megatron.report.load import Runs, read_runs
 from endprompt_megatron.report.models import measured_models
-from endprompt_megatron.report.sections.distances import distances
+from endprompt_megatron.report.run_files import Runs, read_runs
+from endprompt_megatron.report.sections.distance_coverage import distances
 from endprompt_megatron.report.sections.measurements import measurements
 from endprompt_megatron.report.sections.results import results
 from endprompt_megatron.report.sections.training_curves import costs, training

@@ -16,11 +16,9 @@ import numpy as np
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
 from endprompt_megatron.evaluate.intervals import bootstrap, interval, mean, t_interval
-from endprompt_megatron.evaluate.registry import EXTENDED
+from endprompt_megatron.evaluate.registry import EXTENDED, Key, suites_in
 from endprompt_megatron.study.grid import OVER, Study
 from endprompt_megatron.study.trial import Work
-
-Key = tuple[str, str, int, str]  # suite, task, length, metric
 
 
 @dataclass
@@ -70,9 +68,11 @@ def read_trial(work: Work) -> Measured:
         values[key] = [np.asarray(stratum, dtype=np.float64) for stratum in each["strata"]]
         if not each["paired"]:
             unpaired.add(key)
-    perplexity = results["measurements"][EXTENDED].get("perplexity", {})
+    measured = results["measurements"][EXTENDED]
+    losses = [suite.losses_by_position(measured[suite.name]) for suite in suites_in(results) if suite.name in measured]
+    by_position = next(filter(None, losses), [])
     inputs = {"settings": results["settings"], "text": (results.get("text") or {}).get("sha256")}
-    return Measured(work.trial.name, values, perplexity.get("by_position", []), inputs, work.state, unpaired)
+    return Measured(work.trial.name, values, by_position, inputs, work.state, unpaired)
 
 
 def _refuse_other_inputs(trials: list[Measured]) -> None:

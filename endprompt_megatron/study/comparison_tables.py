@@ -2,12 +2,9 @@
 
 from dataclasses import dataclass
 
-from endprompt_megatron.study.compare import Key
+from endprompt_megatron.evaluate.registry import SUITES, Key, Metric, Suite
 
-MEANS = ("mean", "all depths", "all distances")  # tasks that sum the others of their suite up
-LOWER_IS_BETTER = ("loss",)
 POSITIONS = "Loss by position in the longest inputs"
-_SUITES = {"ruler": "RULER", "longbench": "LongBench", "needle": "Passkey", "virtual": "Virtual distance"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,22 @@ def key_of(score: dict) -> Key:
     return score["suite"], score["task"], score["length"], score["metric"]
 
 
+def known_keys(comparison: dict, part: str) -> list[Key]:
+    """The keys of all scores (`part`: "scores" or "differences") of suites that there still are."""
+    keys = dict.fromkeys(key_of(score) for variant in comparison["rows"] for score in variant[part])
+    return [key for key in keys if key[0] in SUITES]
+
+
+def metric_of(key: Key) -> Metric:
+    """How the scores of a key read."""
+    return SUITES[key[0]].metric(key[3])
+
+
+def distance_of(key: Key) -> int | None:
+    """The distance that a score is of, in tokens; None where it is of something else."""
+    return int(key[1]) if SUITES[key[0]].tasks_are_distances and key[1].isdigit() else None
+
+
 def groups(keys: list[Key]) -> list[tuple[str, list[Key]]]:
     """Titles of tables and their columns.
 
@@ -68,16 +81,17 @@ def groups(keys: list[Key]) -> list[tuple[str, list[Key]]]:
     those in the longest inputs; one with few of them has them all.
     """
     found = []
-    for suite, metric in dict.fromkeys((key[0], key[3]) for key in keys):
-        own = [key for key in keys if (key[0], key[3]) == (suite, metric)]
+    for name, metric in dict.fromkeys((key[0], key[3]) for key in keys):
+        suite: Suite = SUITES[name]
+        own = [key for key in keys if (key[0], key[3]) == (name, metric)]
         lengths = {key[2] for key in own}
-        summary = [key for key in own if key[1] in MEANS]
-        title = f"{_SUITES.get(suite, suite.capitalize())}, {metric}"
+        summary = [key for key in own if key[1] in suite.means]
+        title = f"{suite.title}, {metric}"
         if len(own) <= 8 or not summary or len(lengths) == 1:
             found.append((title, own))
             continue
         found.append((f"{title}, {summary[0][1]}", summary))
-        distances = [key for key in own if key[1].isdigit() and key[2] == max(lengths)]
+        distances = [key for key in own if distance_of(key) is not None and key[2] == max(lengths)]
         if distances:
             found.append((f"{title}, by distance in inputs of {max(lengths):,} tokens", distances))
     return found
@@ -87,53 +101,45 @@ def _columns(keys: list[Key]) -> list[str]:
     several_tasks = len({key[1] for key in keys}) > 1
     several_lengths = len({key[2] for key in keys}) > 1
     heads = []
-    for _, task, length, _ in keys:
-        task = f"{int(task):,}" if task.isdigit() else task
+    for key in keys:
+        _, task, length, _ = key
+        task = task if distance_of(key) is None else f"{distance_of(key):,}"
         words = [task] * several_tasks + [f"{length:,}" if length else "all"] * (several_lengths or not several_tasks)
         heads.append(" at ".join(words))
     return heads
 
 
-def all_keys(comparison: dict, part: str) -> list[Key]:
-    return list(dict.fromkeys(key_of(score) for variant in comparison["rows"] for score in variant[part]))
-
-
-def form(metric: str) -> tuple[float, int]:
-    """Scale and digits: losses in nats, shares in percent."""
-    return (1.0, 3) if metric in LOWER_IS_BETTER else (100.0, 1)
-
-
 def _scores(comparison: dict) -> list[ScoreTable]:
     found = []
-    for title, keys in groups(all_keys(comparison, "scores")):
-        scale, digits = form(keys[0][3])
-        lower = keys[0][3] in LOWER_IS_BETTER
+    for title, keys in groups(known_keys(comparison, "scores")):
+        metric = metric_of(keys[0])
         rows, means = [], []
         for variant in comparison["rows"]:
             at = {key_of(score): score for score in variant["scores"]}
-            rows.append([variant["name"], *(_value(at.get(key), scale, digits) for key in keys)])
+            rows.append([variant["name"], *(_value(at.get(key), metric) for key in keys)])
             trained = variant["trained"]
             means.append([at[key]["mean"] if trained and key in at else None for key in keys])
         marks = set()
         for column in range(len(keys)):
             there = [(values[column], line) for line, values in enumerate(means) if values[column] is not None]
-            best = (min if lower else max)(there, default=(None, 0))[0]
+            best = (min if metric.lower_is_better else max)(there, default=(None, 0))[0]
             marks |= {(line, column + 1) for value, line in there if value == best}
         note = (
-            f"{'Nats, lower is better' if lower else 'Percent, higher is better'}; mean over seeds, ± half of "
-            "Student's 95% interval over seeds where there are several. Bold: the best trained variant."
+            f"{metric.unit.capitalize()}, {'lower' if metric.lower_is_better else 'higher'} is better; mean over "
+            "seeds, ± half of Student's 95% interval over seeds where there are several. Bold: the best trained "
+            "variant."
         )
         found.append(ScoreTable(title, note, ["variant", *_columns(keys)], rows, frozenset(marks)))
     return found
 
 
-def _value(score: dict | None, scale: float, digits: int) -> str:
+def _value(score: dict | None, metric: Metric) -> str:
     if score is None:
         return "-"
-    text = f"{scale * score['mean']:.{digits}f}"
+    text = f"{metric.scale * score['mean']:.{metric.digits}f}"
     if score["over_seeds"] is not None:
         low, high = score["over_seeds"]
-        text += f" ±{scale * (high - low) / 2:.{digits}f}"
+        text += f" ±{metric.scale * (high - low) / 2:.{metric.digits}f}"
     return text
 
 
@@ -161,8 +167,10 @@ def _differences(comparison: dict) -> list[ScoreTable]:
     reference, found = comparison["reference"], []
     if reference is None:
         return []
-    for title, keys in groups(all_keys(comparison, "differences")):
-        scale, digits = form(keys[0][3])
+    for title, keys in groups(known_keys(comparison, "differences")):
+        metric = metric_of(keys[0])
+        better = "negative is better" if metric.lower_is_better else "positive is better"
+        unit = "percentage points" if metric.unit == "percent" else f"{metric.unit}, {better}"
         rows, marks = [], set()
         for variant in comparison["rows"]:
             at = {key_of(each): each for each in variant["differences"]}
@@ -171,10 +179,9 @@ def _differences(comparison: dict) -> list[ScoreTable]:
             for column, key in enumerate(keys):
                 if key in at and at[key]["beyond_noise"]:
                     marks.add((len(rows), column + 1))
-            rows.append([variant["name"], *(_change(at.get(key), scale, digits) for key in keys)])
+            rows.append([variant["name"], *(_change(at.get(key), metric) for key in keys)])
         note = (
-            f"Variant minus {reference}, request by request and seed by seed"
-            f"{' (nats, negative is better)' if scale == 1 else ' (percentage points)'}; in brackets the wider of the "
+            f"Variant minus {reference}, request by request and seed by seed ({unit}); in brackets the wider of the "
             "two 95% intervals, over seeds and over requests. Bold: neither contains 0. Each comparison stands alone: "
             "of twenty that differ by chance alone, about one is bold."
         )
@@ -183,14 +190,14 @@ def _differences(comparison: dict) -> list[ScoreTable]:
     return found
 
 
-def _change(each: dict | None, scale: float, digits: int) -> str:
+def _change(each: dict | None, metric: Metric) -> str:
     if each is None:
         return "-"
-    text = f"{scale * each['difference']:+.{digits}f}"
+    text = f"{metric.scale * each['difference']:+.{metric.digits}f}"
     bounds = [b for b in (each["over_seeds"], each["over_questions"]) if b is not None]
     if bounds:
         low, high = max(bounds, key=lambda b: b[1] - b[0])
-        text += f" ({scale * low:+.{digits}f} to {scale * high:+.{digits}f})"
+        text += " ({})".format(" to ".join(f"{metric.scale * bound:+.{metric.digits}f}" for bound in (low, high)))
     return text
 
 

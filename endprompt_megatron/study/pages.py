@@ -10,10 +10,11 @@ from endprompt_megatron.study.compare import as_json
 from endprompt_megatron.study.comparison_tables import (
     POSITIONS,
     ScoreTable,
-    all_keys,
-    form,
+    distance_of,
     groups,
     key_of,
+    known_keys,
+    metric_of,
     tables,
 )
 
@@ -83,10 +84,10 @@ def _section(table: ScoreTable, picture: Figure | None) -> Section:
 def _pictures(comparison: dict) -> dict[str, Figure | None]:
     """Curves by the title of the table that they stand above: scores whose columns are numbers, losses by position."""
     order, found = [variant["name"] for variant in comparison["rows"]], {}
-    for title, keys in groups(all_keys(comparison, "scores")):
-        scale, _ = form(keys[0][3])
+    for title, keys in groups(known_keys(comparison, "scores")):
+        metric = metric_of(keys[0])
         longest = max(key[2] for key in keys)
-        distances = {key: int(key[1]) for key in keys if key[1].isdigit() and key[2] == longest}
+        distances = {key: distance_of(key) for key in keys if distance_of(key) is not None and key[2] == longest}
         x_name = "distance, tokens" if distances else "length of the input, tokens"
         x_of = distances or {key: key[2] for key in keys if key[2]}
         if len(set(x_of.values())) < len(x_of):  # several tasks
@@ -94,8 +95,8 @@ def _pictures(comparison: dict) -> dict[str, Figure | None]:
         lines = {}
         for variant in comparison["rows"]:
             at = {key_of(score): score["mean"] for score in variant["scores"]}
-            lines[variant["name"]] = sorted((x, scale * at[key]) for key, x in x_of.items() if key in at)
-        found[title] = curves(title, x_name, "nats" if scale == 1 else "percent", lines, order)
+            lines[variant["name"]] = sorted((x, metric.scale * at[key]) for key, x in x_of.items() if key in at)
+        found[title] = curves(title, x_name, metric.unit, lines, order)
     lines = {
         variant["name"]: [((each["start"] + each["end"]) / 2, each["loss"]) for each in variant["by_position"]]
         for variant in comparison["rows"]

@@ -12,7 +12,7 @@ import pytest
 from small import ROOT, mpirun, small_llama
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.convert import hf_writing, to_megatron, units
+from endprompt_megatron.convert import hf_writing, to_megatron, work_units
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
@@ -130,9 +130,11 @@ def test_a_conversion_killed_at_any_moment_and_repeated_ends_with_the_same_bytes
         kept += bool(before)
     written = []
     if not (tmp_path / "out").exists():
-        original = units.write_json
+        original = work_units.write_json
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(units, "write_json", lambda path, value: (written.append(path.name), original(path, value)))
+            patch.setattr(
+                work_units, "write_json", lambda path, value: (written.append(path.name), original(path, value))
+            )
             before = {path.name for path in staging.glob(".unit_*")}
             convert(way, source, tmp_path / "out")
             assert not before & set(written), f"seed {seed}: written again"
@@ -143,7 +145,7 @@ def test_a_conversion_killed_at_any_moment_and_repeated_ends_with_the_same_bytes
 
 def slow() -> None:
     """In a child: wait a little before every file, so that a kill falls between and into them."""
-    original = units._once
+    original = work_units._once
 
     def once(staging, number, write):
         def wait_and_write(number):
@@ -152,13 +154,13 @@ def slow() -> None:
 
         return original(staging, number, wait_and_write)
 
-    units._once = once
+    work_units._once = once
 
 
 def interrupted(place: Path, tmp_path: Path, way: str, after: int) -> Path:
     """What a conversion leaves that is interrupted after some files."""
     source, _ = WAYS[way]
-    original, count = units._once, []
+    original, count = work_units._once, []
 
     def once(*arguments):
         if len(count) == after:
@@ -167,7 +169,7 @@ def interrupted(place: Path, tmp_path: Path, way: str, after: int) -> Path:
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(units, "_once", once)
+        patch.setattr(work_units, "_once", once)
         with pytest.raises(KeyboardInterrupt):
             convert(way, place / source, tmp_path / "out")
     (left,) = tmp_path.iterdir()

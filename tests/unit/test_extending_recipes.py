@@ -25,9 +25,9 @@ from endprompt_megatron.model.published_shapes import published_config
 from endprompt_megatron.model.shape import shape_of
 from endprompt_megatron.plan.plan import make_plan
 from endprompt_megatron.plan.plan_page import page
-from endprompt_megatron.report.load import Run, Runs
 from endprompt_megatron.report.models import Measured
-from endprompt_megatron.report.sections.distances import distance_coverage
+from endprompt_megatron.report.run_files import Run, Runs
+from endprompt_megatron.report.sections.distance_coverage import distance_coverage
 
 SHAPE = shape_of(published_config("Meta-Llama-3-8B"), "config")
 RECIPE = """
@@ -104,7 +104,8 @@ def test_toy_map_is_counted_in_the_report_and_its_control_asked_for(ground):
     found = distance_coverage(run)
     assert found.prompts
     assert not found.drawn
-    assert "no control was given" in not_shown(Runs([run]), Measured([]))
+    [points] = not_shown(Runs([run]), Measured([])).blocks
+    assert any("no control was given" in point for point in points.items)
 
 
 def test_toy_map_has_a_row_in_the_docs_tables(ground):

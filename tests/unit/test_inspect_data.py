@@ -247,7 +247,7 @@ def test_the_verdict_on_document_lengths_depends_on_the_method():
 
 def test_preflight_says_when_documents_are_short_for_the_method(place):
     from endprompt_megatron.model.shape import read_shape
-    from endprompt_megatron.preflight.data_files import datasets
+    from endprompt_megatron.preflight.datasets import datasets
     from endprompt_megatron.preflight.table import OK, WARN
 
     def found(*overrides: str) -> dict:

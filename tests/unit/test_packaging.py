@@ -1,6 +1,7 @@
 """What an installation and a reader rely on: requirements, recipes, `--help`, the layout."""
 
 import ast
+import builtins
 import os
 import re
 import subprocess
@@ -160,3 +161,17 @@ def test_a_tools_module_spares_the_imports_it_does_not_need(module, spared):
     code = f"import sys, endprompt_megatron.{module}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert not spared & set(loaded.split())
+
+
+def test_no_two_modules_of_the_package_have_the_same_name():
+    paths = {}
+    for path in (ROOT / "endprompt_megatron").rglob("*.py"):
+        if path.stem != "__init__":
+            paths.setdefault(path.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in paths.items() if len(found) > 1} == {}
+
+
+def test_no_module_of_the_package_shadows_the_standard_library_or_a_builtin():
+    taken = {*sys.stdlib_module_names, *dir(builtins)} - {"__init__", "__main__"}
+    names = {path.stem for path in (ROOT / "endprompt_megatron").rglob("*.py")} - {"__init__", "__main__"}
+    assert names & taken == set()

@@ -20,7 +20,7 @@ from endprompt_megatron.data.corpus.inputs import sources_of
 from endprompt_megatron.data.corpus.prepare import prepare
 from endprompt_megatron.data.corpus.readers import documents, place
 from endprompt_megatron.data.indexed import read_idx, token_dtype, write_idx
-from endprompt_megatron.preflight.data_files import _consistent
+from endprompt_megatron.preflight.datasets import _consistent
 from endprompt_megatron.tokenizer import load_tokenizer
 from endprompt_megatron.tokenizer.fingerprint import fingerprint_of
 

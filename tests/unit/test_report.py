@@ -11,9 +11,9 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.evaluate.requests import responses
 from endprompt_megatron.evaluate.suites import perplexity
 from endprompt_megatron.method.positions import MAPS
-from endprompt_megatron.report import load as report_run
+from endprompt_megatron.report import run_files
 from endprompt_megatron.report.page import write_report
-from endprompt_megatron.report.sections import distances as report_distances
+from endprompt_megatron.report.sections import distance_coverage
 
 RECIPE = """
 model: {hf: /nowhere/<b>model</b>}
@@ -174,7 +174,12 @@ def test_text_from_files_is_escaped(run):
 def test_missing_pieces_are_said_not_failed_over(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(validation=False)))
     text = checked(write_report([run]).read_text())
-    for sentence in ("No evaluation yet", "Perplexity was not measured", "probe was not run", "No validation was run"):
+    for sentence in (
+        "No evaluation yet",
+        "Perplexity was not measured",
+        "Virtual distance was not measured",
+        "No validation was run",
+    ):
         assert sentence in text
     (run / "metrics.jsonl").unlink()
     assert "no metrics.jsonl" in checked(write_report([run]).read_text())
@@ -188,7 +193,7 @@ def test_missing_pieces_are_said_not_failed_over(run):
 @pytest.mark.parametrize("method", MAPS)
 def test_distances_of_every_method(run, method):
     (run / "recipe.yaml").write_text(RECIPE.replace("METHOD", method))
-    found = report_distances.distance_coverage(report_run.read_run(run))
+    found = distance_coverage.distance_coverage(run_files.read_run(run))
     text = checked(write_report([run]).read_text())
     if method == "end_prompt":  # a = 52, b = 12, L = 256: supervised are [0, 51] and [193, 255]
         assert found.gaps == [(52, 192)]
@@ -229,10 +234,10 @@ def test_a_control_measured_on_other_inputs_is_left_out(run, tmp_path):
 def test_a_cut_last_line_is_dropped_and_a_broken_one_in_the_middle_is_an_error(run):
     good = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(good + '{"step": 31, "lo')
-    assert report_run.read_run(run).steps[-1]["step"] == 30
+    assert run_files.read_run(run).steps[-1]["step"] == 30
     (run / "metrics.jsonl").write_text('{"step": 0\n' + good)
     with pytest.raises(InputError, match="line 1 is not JSON"):
-        report_run.read_run(run)
+        run_files.read_run(run)
 
 
 def test_what_was_read_of_each_source_is_a_table_where_the_run_says_so(run):

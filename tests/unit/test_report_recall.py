@@ -43,13 +43,13 @@ def test_a_report_of_recall_alone_has_its_scores_in_the_results(recalled, tmp_pa
             found = sum(round(cell["recalled"] * cell["samples"]) for cell in at)
             assert f"{found} of {sum(cell['samples'] for cell in at)}" in results
             for cell in at:
-                assert f"{100 * cell['recalled']:.0f}" in recall
+                assert f"{100 * cell['recalled']:.1f}" in recall
                 assert f"{cell['loss']:.3f}" in recall
     for length in reports.LENGTHS:
         assert f"Facts recalled, {length:,} tokens" in results
-        assert f"recall, {length:,} tokens, recalled" in results  # what differs from before, question by question
+        assert f"Recall, {length:,} tokens, recalled" in results  # what differs from before, question by question
         for distance in DISTANCES:
-            assert f"{length:,} tokens, {distance:,} away" in recall
+            assert f"{distance:,} tokens away" in recall
     assert '<a href="#recall">' in page
 
 

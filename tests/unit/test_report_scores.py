@@ -19,10 +19,10 @@ from endprompt_megatron.method.distances import distance_counts
 from endprompt_megatron.method.positions import position_ids
 from endprompt_megatron.model.published_shapes import shape_for
 from endprompt_megatron.plan.plan import make_plan
-from endprompt_megatron.report.load import read_run, read_runs
 from endprompt_megatron.report.models import measured_models
 from endprompt_megatron.report.page import write_report
-from endprompt_megatron.report.sections import cost, distances
+from endprompt_megatron.report.run_files import read_run, read_runs
+from endprompt_megatron.report.sections import cost, distance_coverage
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_published_ruler_stands_beside_with_what_makes_it_another_measurement(on
     text = part(one[0], "ruler")
     for number in ("90.92", "82.41", "83.48", "82.99", "76.03", "43.65 †"):
         assert number in text
-    assert "Not the paper's RULER, so not to be compared" in text
+    assert "Not the published RULER, so not to be compared" in text
     for reason in ("another model (Tiny-Llama-base)", "4 of 13 tasks", "4 samples a task and length instead of 500"):
         assert reason in text
     assert "Meta-Llama-3-8B" in text
@@ -89,7 +89,7 @@ def test_longbench_says_what_it_lacks(one, results):
     for label in ("baseline", "extended"):
         for mean in ("mean_16", "mean_21", "few_shot"):
             assert f"{100 * score(results, label, 'longbench', mean, 0)['score']:.1f}*" in text
-    assert "Not LongBench's numbers" in text
+    assert "Not the published LongBench" in text
     assert "not the published ones: " in text
     assert "fewer questions than published in 21 of the tasks" in text
     assert "38.30" in text
@@ -165,7 +165,7 @@ def test_runs_stand_side_by_side_and_other_inputs_stay_apart(measured, tmp_path,
     head = part(page, "results")
     assert head.index("before") < head.index("control") < head.index("linear") < head.index("yarn")
     table = page[page.index('<section id="results">') :]
-    (row,) = [line for line in table.split("<tr>") if "Perplexity, 2,048" in line]
+    (row,) = [line for line in table.split("<tr>") if "Perplexity, 2,048 tokens<" in line]
     assert row.count('<td class="run2">–</td>') == 1
     assert "context.rope.type" in text
     shown = measured_models(read_runs(runs, control))
@@ -218,7 +218,7 @@ def test_coverage_takes_every_sources_prompts_by_their_weight(measured, tmp_path
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["data"]["train"] = {"a": 3.0, "b": {"weight": 1.0, "prompts": ["EP_2"]}}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    found = distances.distance_coverage(read_run(run))
+    found = distance_coverage.distance_coverage(read_run(run))
     assert len(found.prompts) == 2
     one, long = found.prompts
     assert one == 1  # EP_2 is a single token
@@ -232,7 +232,7 @@ def test_coverage_takes_every_sources_prompts_by_their_weight(measured, tmp_path
 
 
 def test_smoothness_is_of_the_recipes_own_frequencies(measured, one):
-    before, after, attention = distances.smoothness(read_run(measured / "run"))
+    before, after, attention = distance_coverage.smoothness(read_run(measured / "run"))
     expected = 10000.0 ** -(np.arange(8) / 8)
     np.testing.assert_allclose(before.frequencies, expected, rtol=1e-6)
     np.testing.assert_allclose(after.frequencies, expected / 8, rtol=1e-6)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.html_page import Row
 from endprompt_megatron.common.units import format_duration, format_number
-from endprompt_megatron.report.load import Run
+from endprompt_megatron.report.run_files import Run
 
 if TYPE_CHECKING:
     from endprompt_megatron.plan.plan import Estimate

@@ -17,7 +17,7 @@ from endprompt_megatron.common.html_page import (
     note,
 )
 from endprompt_megatron.common.plotting import page_palette
-from endprompt_megatron.report.load import Run, Runs
+from endprompt_megatron.report.run_files import Run, Runs
 from endprompt_megatron.report.sections import cost
 
 if TYPE_CHECKING:

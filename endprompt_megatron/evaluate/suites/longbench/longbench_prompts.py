@@ -66,7 +66,7 @@ def read_prompts(file: Path, tasks: list[Task]) -> dict[str, str]:
 
 def is_published(task: Task, template: str) -> bool:
     """Whether a template is the benchmark's, to the letter."""
-    return hashlib.sha256(template.encode()).hexdigest()[:16] == task.prompt_sum
+    return hashlib.sha256(template.encode()).hexdigest()[:16] == task.prompt_checksum
 
 
 def prompt_ids(

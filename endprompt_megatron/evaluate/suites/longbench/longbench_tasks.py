@@ -20,7 +20,7 @@ class Task:
     max_new_tokens: int
     size: int
     size_e: int
-    prompt_sum: str  # the first 16 hexadecimal digits of the prompt's SHA-256
+    prompt_checksum: str  # the first 16 hexadecimal digits of the prompt's SHA-256
 
     @property
     def first_line_only(self) -> bool:

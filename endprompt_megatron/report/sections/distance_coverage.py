@@ -23,7 +23,7 @@ from endprompt_megatron.common.html_page import (
     note,
 )
 from endprompt_megatron.method.smoothness import Smoothness
-from endprompt_megatron.report.load import Run, Runs
+from endprompt_megatron.report.run_files import Run, Runs
 from endprompt_megatron.report.sections.cells import NONE
 
 SAMPLES = 256  # of methods that draw positions
