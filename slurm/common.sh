@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What all batch scripts share: sourced by extend_*.sh, convert.sh, prepare_data.sh and evaluate.sh.
+# What all batch scripts share: sourced by extend.sh, convert.sh, prepare_data.sh, evaluate.sh and study.sh.
 #
 # Every path is an environment variable (docs/cluster.md has the table); sbatch passes the environment on.
 #   ENDPROMPT_HOME     this repository on a file system that all nodes see [where sbatch was called]
@@ -7,16 +7,14 @@
 #   CONTAINER_IMAGE    an image for pyxis/enroot, such as nvcr.io#nvidia/pytorch:25.12-py3
 #   CONTAINER_MOUNTS   what the container sees, from:to,... [the repository and the directories of all paths]
 #   PROCESSES_PER_NODE ranks of a node [its GPUs, 8]
-#   MAX_FAILURES       starts in a row without a new checkpoint after which a job gives up [3]
-#   SKIP_PREFLIGHT     1: do not check the machines first
 # Options of every script: --help, --dry-run (print every command instead of running it).
 
 DRY_RUN=0
 OVERRIDES=()
 RESTART="${SLURM_RESTART_COUNT:-0}"
 PROCESSES_PER_NODE="${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}"
-MAX_FAILURES="${MAX_FAILURES:-3}"
-PHASE="start" STEP="" ASKED="" FINISH=0
+HELP_FILES=("$HOME_OF_PROJECT/slurm/common.sh") # whose opening comments --help prints after the script's own
+PHASE="start" STEP="" SIGNAL="" FINISH=0
 
 say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
 
@@ -25,7 +23,7 @@ fail() {
     exit 2
 }
 
-# begin SCRIPT "$@": options, then recipe overrides (key=value) or a script's own words, into OVERRIDES.
+# begin SCRIPT "$@": read the options; all other arguments (key=value for the recipe, or files) go into OVERRIDES.
 begin() {
     local script="$1" argument
     shift
@@ -33,12 +31,14 @@ begin() {
         case "$argument" in
             --dry-run) DRY_RUN=1 ;;
             -h | --help)
-                # The comment at the top of the script, and the one at the top of this file.
-                sed -n '/^# /,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$script" | grep -v -e '^SBATCH' -e '^shellcheck'
-                sed -n '2,/^$/{/^#/s/^# \{0,1\}//p;}' "$HOME_OF_PROJECT/slurm/common.sh"
+                local file
+                for file in "$script" "${HELP_FILES[@]}"; do
+                    if [ "$file" != "$script" ]; then echo; fi
+                    sed -n '1d; /^#/!q; /^#SBATCH/d; s/^# \{0,1\}//p' "$file"
+                done
                 exit 0
                 ;;
-            -*) fail "$argument: not an option; there are --dry-run and --help, and key=value for the recipe" ;;
+            -*) fail "$argument: not an option; the options are --dry-run and --help, and recipe keys are set by key=value" ;;
             *) OVERRIDES+=("$argument") ;;
         esac
     done
@@ -50,7 +50,7 @@ begin() {
     environment
 }
 
-# need NAME WHAT: the variable is set.  In a dry run one that is not stands for itself.
+# need NAME WHAT: the variable is set.  In a dry run, one that is not set is printed as $NAME.
 need() {
     local name="$1"
     if [ -n "${!name:-}" ]; then return; fi
@@ -62,10 +62,10 @@ need() {
     fi
 }
 
-# need_path NAME WHAT: the variable is set and names something that is there.
+# need_path NAME WHAT: the variable is set and names an existing file or directory.
 need_path() {
     need "$1" "$2"
-    if [ "$DRY_RUN" = 0 ] && [ ! -e "${!1}" ]; then fail "$1=${!1}: not there; it should be $2"; fi
+    if [ "$DRY_RUN" = 0 ] && [ ! -e "${!1}" ]; then fail "$1=${!1} does not exist; it should be $2"; fi
 }
 
 # run COMMAND...: run it, or print it in a dry run.
@@ -86,11 +86,11 @@ choose_python() {
         PYTHON="python3"
     elif [ -n "${VENV:-}" ]; then
         PYTHON="$VENV/bin/python"
-        if [ "$DRY_RUN" = 0 ] && [ ! -x "$PYTHON" ]; then fail "VENV=$VENV: $PYTHON is not there"; fi
+        if [ "$DRY_RUN" = 0 ] && [ ! -x "$PYTHON" ]; then fail "VENV=$VENV: $PYTHON does not exist"; fi
     elif [ "$DRY_RUN" = 1 ]; then
         PYTHON="\$VENV/bin/python"
     else
-        fail "neither VENV nor CONTAINER_IMAGE is set: export the one that holds the requirements"
+        fail "neither VENV nor CONTAINER_IMAGE is set: export the one that has the requirements installed"
     fi
     export PYTHON
 }
@@ -104,7 +104,7 @@ environment() {
     # A port of the job's own: jobs that share a node do not meet, and a requeued one does not wait for the last.
     MASTER_PORT="$((20000 + (${SLURM_JOB_ID:-0} * 7 + RESTART) % 20000))"
     export NODES PROCESSES_PER_NODE MASTER_ADDR MASTER_PORT
-    # Kernels start in the order they were launched in, so that communication goes on under computation.
+    # Kernels start in the order in which they were launched, so that communication overlaps computation.
     export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     # Segments that grow: without them long runs fragment by gigabytes.
     export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
@@ -116,7 +116,7 @@ environment() {
     export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 }
 
-# container_options PATH...: the container and its mounts, each directory once.
+# container_options PATH...: srun's options for the container, with each directory mounted once.
 container_options() {
     CONTAINER=()
     if [ -z "${CONTAINER_IMAGE:-}" ]; then return; fi
@@ -133,18 +133,19 @@ container_options() {
     )
 }
 
-# logs DIRECTORY: where the steps of this job write, a file a node and restart.
+# logs DIRECTORY: where the steps of this job write their logs, one file per node and restart.
 logs() {
     LOGS="$1/slurm/job-${SLURM_JOB_ID:-0}"
     if [ "$DRY_RUN" = 0 ]; then mkdir -p "$LOGS"; fi
-    trap 'asked USR2' USR2
-    trap 'FINISH=1; asked USR1' USR1
+    trap 'on_signal USR2' USR2
+    trap 'FINISH=1; on_signal USR1' USR1
 }
 
-# Slurm's warning before the time limit, or `scancel --batch --signal`: training checkpoints, all else starts anew.
-asked() {
-    ASKED="$1"
-    say "signal $ASKED in phase $PHASE"
+# Slurm's warning before the time limit, or `scancel --batch --signal`: training writes a checkpoint, any other step
+# is ended and starts over after the requeue.
+on_signal() {
+    SIGNAL="$1"
+    say "signal $SIGNAL in phase $PHASE"
     if [ "$PHASE" = train ] && [ -n "$STEP" ]; then
         kill -USR2 "$STEP" 2>/dev/null || true
     elif [ -n "$STEP" ]; then
@@ -152,7 +153,7 @@ asked() {
     fi
 }
 
-# step NAME SRUN_OPTION... -- COMMAND...: run it as a step of the job and wait; its exit code is in CODE.
+# step NAME SRUN_OPTION... -- COMMAND...: run COMMAND as a step of the job and wait; its exit code is in CODE.
 step() {
     local name="$1" options=()
     shift
@@ -160,7 +161,7 @@ step() {
     shift
     PHASE="$name" CODE=0
     local command=(
-        # A step does not inherit the job's cores, and gets one a task without being told.
+        # A step does not inherit the job's cores: by default it gets one per task.
         srun "--job-name=$name" --kill-on-bad-exit=1 "--cpus-per-task=${SLURM_CPUS_ON_NODE:-1}" --cpu-bind=none
         "--output=${LOGS}/${name}.${RESTART}.node%n.log"
         ${options[@]+"${options[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} "$@"
@@ -180,19 +181,19 @@ step() {
     STEP=""
 }
 
-# alone NAME COMMAND...: one process on the first node; on failure the job ends with its code.
-alone() {
+# on_first_node NAME COMMAND...: one process; on failure the job ends with its code.
+on_first_node() {
     local name="$1"
     shift
     step "$name" --nodes=1 --ntasks=1 -- "$@"
     if [ "$CODE" = 0 ]; then return; fi
-    if [ -n "$ASKED" ]; then again "stopped in $name"; fi
-    complain "$name"
+    if [ -n "$SIGNAL" ]; then requeue "stopped in $name"; fi
+    show_errors "$name"
     exit "$CODE"
 }
 
-# on_ranks NAME TOOL [ARGUMENT...]: one torchrun a node (node.sh), PROCESSES_PER_NODE ranks each.
-# CODES_SEEN has the exit codes that the ranks left, without repetition: torchrun has only 1 for all of them.
+# on_ranks NAME TOOL [ARGUMENT...]: one torchrun per node (node.sh), PROCESSES_PER_NODE ranks each.
+# CODES_SEEN has the distinct exit codes of the ranks: torchrun itself turns all but 0 into 1.
 on_ranks() {
     local name="$1"
     shift
@@ -202,125 +203,36 @@ on_ranks() {
         bash "$HOME_OF_PROJECT/slurm/node.sh" "$codes" "$@"
     CODES_SEEN=""
     if [ "$DRY_RUN" = 0 ]; then
-        # A node that was lost leaves no file: as 70, no code.
+        # A node that was lost leaves no file: counted as 70, like a rank without an exit code.
         if [ "$(find "$codes" -name 'node-*' | wc -l)" -lt "$NODES" ]; then echo 70 >"$codes/node-lost"; fi
         CODES_SEEN="$(cat "$codes"/node-* | tr ' ' '\n' | sort -un | tr '\n' ' ')"
         say "$name: srun ended with $CODE, the ranks with ${CODES_SEEN% }"
     fi
 }
 
-left() { [[ " $CODES_SEEN" == *" $1 "* ]]; }
+# any_rank_left CODE: a rank of the last on_ranks ended with CODE.
+any_rank_left() { [[ " $CODES_SEEN" == *" $1 "* ]]; }
 
-# The line that says what is wrong, out of a step's logs into the job's.
-complain() {
+# show_errors NAME: copy the lines that say what is wrong from the step's logs into the job's.
+show_errors() {
     local line
     line="$(grep -hE '^(error:|watchdog:|preflight: )' "$LOGS/$1.$RESTART."*.log 2>/dev/null | sort -u | tail -n 5 || true)"
     if [ -z "$line" ]; then line="$(tail -qn 3 "$LOGS/$1.$RESTART."*.log 2>/dev/null | tail -n 12 || true)"; fi
     printf '%s failed; see %s\n%s\n' "$1" "$LOGS/$1.$RESTART.*.log" "$line" >&2
 }
 
-# again REASON: the same job, from the beginning of this script; what is done already is skipped or resumed.
-again() {
+# requeue REASON: start the same job again from the beginning of its script, which skips or resumes what is done.
+requeue() {
     if [ "$FINISH" = 1 ]; then
-        say "$1; asked to finish: not requeued (submit again to go on)"
+        say "$1; asked to finish: not requeued (submit again to resume)"
         exit 75
     fi
     say "$1; requeueing job $SLURM_JOB_ID"
     trap '' USR1 USR2
     if ! scontrol requeue "$SLURM_JOB_ID"; then
-        printf 'error: job %s cannot be requeued (sbatch --requeue): submit it again to go on\n' "$SLURM_JOB_ID" >&2
+        printf 'error: job %s cannot be requeued (sbatch --requeue): submit it again to resume\n' "$SLURM_JOB_ID" >&2
         exit 75
     fi
     sleep 300 # Slurm ends this script
     exit 75
-}
-
-# train: outcomes of the training step.  Returns when training is done.
-train() {
-    local before
-    before="$(newest_checkpoint)"
-    on_ranks train tools/extend.py "$RECIPE" ${RECIPE_KEYS[@]+"${RECIPE_KEYS[@]}"}
-    if [ "$DRY_RUN" = 1 ]; then return; fi
-    if left 2; then
-        complain train
-        exit 2
-    elif left 1; then
-        complain train # a run that starting again will not help, such as one whose loss is not finite
-        exit 1
-    elif left 70 || [ "$CODE" != 0 ]; then
-        complain train
-        no_further_than "$before"
-        again "ranks were lost"
-    elif left 75; then
-        no_further_than "$before"
-        again "stopped with a checkpoint"
-    fi
-}
-
-newest_checkpoint() { cat "$RUN/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
-
-# no_further_than STEP: a start is tried again, but not for ever.  MAX_FAILURES starts in a row that made no new
-# checkpoint end the job: a node that always fails, or a time limit in which nothing gets done.
-no_further_than() {
-    if [ "$(newest_checkpoint)" != "$1" ]; then
-        rm -f -- "$LOGS/failures"
-        return
-    fi
-    echo "$RESTART" >>"$LOGS/failures"
-    if [ "$(wc -l <"$LOGS/failures")" -ge "$MAX_FAILURES" ]; then
-        printf 'error: %s starts in a row made no checkpoint after step %s: see %s\n' "$MAX_FAILURES" "$1" "$LOGS" >&2
-        exit 1
-    fi
-}
-
-# export_run: the newest checkpoint to EXPORT, unless it is there already.
-export_run() {
-    local newest held="$RUN/slurm/exported"
-    newest="$EXPORT $(newest_checkpoint)"
-    if [ "$DRY_RUN" = 0 ] && [ -e "$EXPORT" ]; then
-        if [ "$(cat "$held" 2>/dev/null || true)" = "$newest" ]; then return; fi
-        fail "EXPORT=$EXPORT is there and not this run's newest checkpoint: remove it, or export another EXPORT"
-    fi
-    alone export "$PYTHON" tools/convert_megatron_to_hf.py --megatron "$RUN/checkpoints" --out "$EXPORT"
-    if [ "$DRY_RUN" = 0 ]; then printf '%s\n' "$newest" >"$held"; fi
-}
-
-# extend: the whole of a run.  HF_MODEL, DATA and RUN say from what, on what, to where.
-extend() {
-    need_path HF_MODEL "a Hugging Face directory, the model to extend"
-    need DATA "the PREFIX that slurm/prepare_data.sh wrote"
-    need RUN "the run's directory: metrics, checkpoints, logs and the exported model"
-    if [ "$DRY_RUN" = 0 ] && [ ! -f "$DATA.idx" ]; then fail "DATA=$DATA: $DATA.idx is not there; see slurm/prepare_data.sh"; fi
-    if [ ! -f "$RECIPE" ]; then fail "RECIPE=$RECIPE: no such recipe"; fi
-    MEGATRON_MODEL="${MEGATRON_MODEL:-$HF_MODEL-megatron}"
-    EXPORT="${EXPORT:-$RUN/hf}"
-    export HF_MODEL DATA RUN RECIPE MEGATRON_MODEL EXPORT
-    RECIPE_KEYS=(
-        "model.hf=$HF_MODEL" "model.init_from=$MEGATRON_MODEL" "data.train=$DATA" "checkpoint.dir=$RUN"
-        ${OVERRIDES[@]+"${OVERRIDES[@]}"}
-    )
-    container_options "$HF_MODEL" "$(dirname "$MEGATRON_MODEL")" "$(dirname "$DATA")" "$(dirname "$RUN")"
-    logs "$RUN"
-    if [ "${SKIP_PREFLIGHT:-0}" != 1 ]; then
-        on_ranks preflight tools/preflight.py "$RECIPE" "${RECIPE_KEYS[@]}" --export "$EXPORT"
-        if [ -n "$ASKED" ]; then again "stopped in preflight"; fi
-        if [ "$DRY_RUN" = 0 ] && { [ "$CODE" != 0 ] || left 2 || left 1 || left 70; }; then
-            complain preflight
-            exit 2
-        fi
-    fi
-    # With the Hugging Face directory itself every rank reads its own slices of it: nothing to convert.
-    if [ "$MEGATRON_MODEL" != "$HF_MODEL" ] &&
-        { [ "$DRY_RUN" = 1 ] || [ ! -f "$MEGATRON_MODEL/latest_checkpointed_iteration.txt" ]; }; then
-        alone convert "$PYTHON" tools/convert_hf_to_megatron.py --hf "$HF_MODEL" --out "$MEGATRON_MODEL"
-    fi
-    train
-    export_run
-    if [ "${SKIP_EVALUATION:-0}" != 1 ]; then
-        # After this job, on a node of its own: a failed evaluation does not touch the run.
-        run sbatch "--dependency=afterok:${SLURM_JOB_ID:-JOB}" --kill-on-invalid-dep=yes \
-            "--output=$LOGS/evaluate-%j.log" "$HOME_OF_PROJECT/slurm/evaluate.sh"
-    fi
-    PHASE="end"
-    if [ "$DRY_RUN" = 0 ]; then say "done: $EXPORT"; fi
 }

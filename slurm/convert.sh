@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Convert weights: from Hugging Face's format for training, or a run's newest checkpoint back.
+# Convert weights from the Hugging Face format for training, or a run's newest checkpoint back.
 #
 #     export HF_MODEL=...            sbatch slurm/convert.sh
 #     export RUN=...                 sbatch slurm/convert.sh to-hf
@@ -7,7 +7,7 @@
 #   HF_MODEL           the model, a Hugging Face directory
 #   MEGATRON_MODEL     the converted weights [HF_MODEL-megatron]
 #   RUN                (to-hf) the run whose newest checkpoint is exported
-#   EXPORT             (to-hf) where to [RUN/hf]
+#   EXPORT             (to-hf) the directory to write [RUN/hf]
 #SBATCH --job-name=convert
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -29,14 +29,14 @@ case "${OVERRIDES[*]:-to-megatron}" in
         MEGATRON_MODEL="${MEGATRON_MODEL:-$HF_MODEL-megatron}"
         container_options "$HF_MODEL" "$(dirname "$MEGATRON_MODEL")"
         logs "$(dirname "$MEGATRON_MODEL")"
-        alone convert "$PYTHON" tools/convert_hf_to_megatron.py --hf "$HF_MODEL" --out "$MEGATRON_MODEL"
+        on_first_node convert "$PYTHON" tools/convert_hf_to_megatron.py --hf "$HF_MODEL" --out "$MEGATRON_MODEL"
         ;;
     to-hf)
         need_path RUN "the run whose newest checkpoint is exported"
         EXPORT="${EXPORT:-$RUN/hf}"
         container_options "$RUN" "$(dirname "$EXPORT")"
         logs "$RUN"
-        alone convert "$PYTHON" tools/convert_megatron_to_hf.py --megatron "$RUN/checkpoints" --out "$EXPORT"
+        on_first_node convert "$PYTHON" tools/convert_megatron_to_hf.py --megatron "$RUN/checkpoints" --out "$EXPORT"
         ;;
     *) fail "${OVERRIDES[*]}: expected to-megatron or to-hf" ;;
 esac

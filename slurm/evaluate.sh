@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Evaluate an extended model beside its base and write the report.  extend_*.sh submit it; by hand:
+# Evaluate an extended model beside its base and write the report.  The extend_*.sh submit this job; by hand:
 #
 #     export HF_MODEL=... RUN=...
 #     sbatch slurm/evaluate.sh
 #
-# Many questions take long: eight tasks of an array share them, each on its own GPU, and the last one makes the tables.
+# Many requests take long: the eight tasks of this array share them, each on its own GPU, and the last one to finish
+# writes the tables:
 #
 #     export EVALUATE_SUITE=ruler,longbench EVALUATE_LENGTHS=4096,8192,16384,32768,65536
 #     export EVALUATE_OPTIONS="--haystack PaulGrahamEssays.json --longbench-data data.zip"
 #     sbatch --array=0-7 slurm/evaluate.sh
 #
-# Killed or requeued, a job goes on where it stopped.
+# A job that was killed or requeued resumes where it stopped.
 #
 #   HF_MODEL           the base model, measured beside the extended one
 #   RUN                the run's directory; results go to RUN/evaluation
@@ -18,7 +19,7 @@
 #   EVALUATE_SUITE     perplexity, needle, virtual, ruler, longbench, short [perplexity,needle,virtual]
 #   EVALUATE_LENGTHS   tokens [8192,16384,32768,65536]
 #   EVALUATE_TEXT      held-out text: a file, or PREFIX of prepared data [DATA]
-#   EVALUATE_OPTIONS   further options of tools/evaluate.py, separated by blanks
+#   EVALUATE_OPTIONS   further options of tools/evaluate.py, separated by spaces []
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -45,9 +46,9 @@ read -r -a options <<<"${EVALUATE_OPTIONS:-}"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then options+=(--part array); fi
 container_options "$HF_MODEL" "$(dirname "$EXPORT")" "$(dirname "$RUN")" "$(dirname "$EVALUATE_TEXT")"
 logs "$RUN"
-alone evaluate "$PYTHON" tools/evaluate.py --hf "$EXPORT" --baseline "$HF_MODEL" \
+on_first_node evaluate "$PYTHON" tools/evaluate.py --hf "$EXPORT" --baseline "$HF_MODEL" \
     --suite "${EVALUATE_SUITE:-perplexity,needle,virtual}" --lengths "${EVALUATE_LENGTHS:-8192,16384,32768,65536}" \
     --text "$EVALUATE_TEXT" --out "$RUN/evaluation" --beyond-window ${options[@]+"${options[@]}"}
-if [ "$DRY_RUN" = 1 ] || [ -f "$RUN/evaluation/results.json" ]; then # not while other tasks of an array still ask
-    alone report "$PYTHON" tools/report.py "$RUN"
+if [ "$DRY_RUN" = 1 ] || [ -f "$RUN/evaluation/results.json" ]; then # not while other tasks of an array still run
+    on_first_node report "$PYTHON" tools/report.py "$RUN"
 fi

@@ -4,15 +4,7 @@
 #     export HF_MODEL=... DATA=... RUN=... VENV=...      (docs/cluster.md)
 #     sbatch slurm/extend_8b.sh [key=value ...]
 #
-# Checks the machines, converts the weights if that is not done yet, trains, exports to RUN/hf and submits the
-# evaluation.  Before its time limit it checkpoints and requeues itself; killed, it goes on from the newest checkpoint.
 #   RECIPE             [recipes/llama3_8b_64k.yaml]
-#   HF_MODEL           the model to extend, a Hugging Face directory
-#   DATA               PREFIX of the prepared training data
-#   RUN                the run's directory, on a file system that all nodes see
-#   MEGATRON_MODEL     the converted weights [HF_MODEL-megatron]; HF_MODEL: start without converting
-#   EXPORT             the extended model [RUN/hf]
-#   SKIP_EVALUATION    1: no evaluation; its own variables are in slurm/evaluate.sh
 #SBATCH --job-name=extend_8b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -26,13 +18,12 @@
 #SBATCH --output=slurm-%x-%j.log
 set -euo pipefail
 HOME_OF_PROJECT="${ENDPROMPT_HOME:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}"
-if [ ! -f "$HOME_OF_PROJECT/slurm/common.sh" ]; then
+if [ ! -f "$HOME_OF_PROJECT/slurm/extend.sh" ]; then
     echo "error: $HOME_OF_PROJECT is not the repository: submit from there, or export ENDPROMPT_HOME" >&2
     exit 2
 fi
-# shellcheck source=slurm/common.sh
-source "$HOME_OF_PROJECT/slurm/common.sh"
 NODES="${NODES:-1}"
 RECIPE="${RECIPE:-recipes/llama3_8b_64k.yaml}"
-begin "${BASH_SOURCE[0]}" "$@"
-extend
+# shellcheck source=slurm/extend.sh
+source "$HOME_OF_PROJECT/slurm/extend.sh"
+extend "${BASH_SOURCE[0]}" "$@"

@@ -3,16 +3,16 @@
 #
 #     slurm/node.sh CODES TOOL [ARGUMENT ...]
 #
-# It does the two things that torchrun does not.  A USR2 reaches the ranks and not torchrun, which it would end.
-# And the ranks' exit codes survive: torchrun replaces 2 and 75 by 1, so each rank leaves its own in a file
-# (endprompt_megatron/common/errors.py).  CODES/node-N gets those of this node, in one line: 0 done, 75 stopped with a
-# checkpoint, 2 input wrong, 1 cannot go on, 70 none left: killed, or ended by a traceback.
-# 0 and 75 are orderly ends, for which srun must not kill the other nodes: it sees 0 for both, otherwise 1.
+# It does two things that torchrun does not.  It passes USR2 to the ranks, and not to torchrun, which would end.
+# And it keeps the ranks' exit codes: torchrun replaces 2 and 75 by 1, so each rank writes its own to a file
+# (endprompt_megatron/common/errors.py).  CODES/node-N gets those of this node in one line: 0 done, 75 stopped with a
+# checkpoint, 2 wrong input, 1 cannot continue, 70 no code written: the rank was killed or ended by a traceback.
+# After 0 and 75 srun must not kill the other nodes, so this script exits with 0 for both, and with 1 for the others.
 # Expects: PYTHON, NODES, PROCESSES_PER_NODE, MASTER_ADDR, MASTER_PORT, and Slurm's SLURM_NODEID, SLURM_JOB_ID.
 # shellcheck disable=SC2329  # functions that traps call
 set -euo pipefail
-# Ignored here until torchrun runs, in torchrun for good, and in its ranks until they listen: Slurm's signals go
-# to every process of a step.
+# Slurm signals every process of a step.  USR2 is ignored here until torchrun runs, in torchrun always, and in its
+# ranks until they listen.
 trap '' USR2
 
 codes="$1"
@@ -22,7 +22,7 @@ ENDPROMPT_EXIT_CODES="$(mktemp -d)"  # of this node's ranks, on its own disk
 export ENDPROMPT_EXIT_CODES
 trap 'rm -rf -- "$ENDPROMPT_EXIT_CODES"' EXIT
 
-# The children of torchrun that are ranks.  Without pgrep, which not every image has.
+# The process ids of torchrun's ranks.  Not with pgrep, which some images lack.
 ranks() {
     local pid
     for pid in $(awk -v parent="$agent" '/^PPid:/ && $2 == parent { split(FILENAME, part, "/"); print part[3] }' \
@@ -32,7 +32,7 @@ ranks() {
     done
 }
 
-# Again and again: a signal that comes before a rank listens is lost, and one that comes twice does no harm.
+# Repeated, because a signal that arrives before a rank listens is lost; a second one does no harm.
 forward() {
     trap - EXIT
     trap '' USR2
@@ -54,8 +54,8 @@ stop() {
 printf '%s: node %s of %s, restart %s, %s ranks\n' \
     "$(hostname)" "$SLURM_NODEID" "$NODES" "${SLURM_RESTART_COUNT:-0}" "$PROCESSES_PER_NODE"
 
-# Static: node N has ranks N * PROCESSES_PER_NODE and on, in Slurm's order of nodes, after a restart too.
-# No restarts: torchrun would start anew on the same nodes, of which one may be gone; that is Slurm's to do.
+# Static: node N has the ranks from N * PROCESSES_PER_NODE on, in Slurm's order of nodes, after a restart too.
+# No restarts: torchrun would restart on the same nodes, of which one may be gone.  Slurm does that.
 "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --node-rank "$SLURM_NODEID" \
     --nproc-per-node "$PROCESSES_PER_NODE" --rdzv-backend static --rdzv-id "$SLURM_JOB_ID" \
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --max-restarts 0 "$tool" "$@" &
@@ -75,7 +75,7 @@ for ((rank = 0; rank < PROCESSES_PER_NODE; rank++)); do
     left+=("$code")
     case "$code" in
         0 | 75) ;;
-        70) orderly=0 && printf 'node %s: local rank %s left no exit code: killed, or ended by a traceback above\n' \
+        70) orderly=0 && printf 'node %s: local rank %s wrote no exit code: it was killed or ended by the traceback above\n' \
             "$SLURM_NODEID" "$rank" ;;
         *) orderly=0 ;;
     esac

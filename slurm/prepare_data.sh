@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Tokenise a corpus into the format that training reads, with all cores of one node.
+# Tokenise a corpus into the format that training reads, on all cores of one node.
 #
 #     export HF_MODEL=... DATA=...
 #     sbatch slurm/prepare_data.sh corpus/*.jsonl.gz
 #
-#   HF_MODEL           whose tokenizer to use, a Hugging Face directory
+#   HF_MODEL           the model whose tokenizer is used, a Hugging Face directory
 #   DATA               PREFIX to write: PREFIX.bin and PREFIX.idx
 #   WORKERS            processes [the node's cores]
-#   OPTIONS            more options of tools/prepare_data.py, such as "--dedup --held-out 0.01" []
+#   OPTIONS            further options of tools/prepare_data.py, such as "--dedup --held-out 0.01" []
 #SBATCH --job-name=prepare_data
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -31,7 +31,7 @@ if [ "${#OVERRIDES[@]}" = 0 ]; then
 fi
 container_options "$HF_MODEL" "$(dirname "$DATA")" "$(dirname "${OVERRIDES[0]}")"
 logs "$(dirname "$DATA")"
-read -r -a options <<< "${OPTIONS:-}"
-alone prepare "$PYTHON" tools/prepare_data.py \
+read -r -a options <<<"${OPTIONS:-}"
+on_first_node prepare "$PYTHON" tools/prepare_data.py \
     --input "${OVERRIDES[@]}" --tokenizer "$HF_MODEL" --out "$DATA" --workers "${WORKERS:-${SLURM_CPUS_ON_NODE:-1}}" \
     ${options[@]+"${options[@]}"}

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Cells of a study as an array, a task a cell; without STUDY_CELLS, the comparison of what is done.
+# Run the trials of a study as an array, one task per trial; without STUDY_CELLS, compare the finished trials.
 # tools/study.py STUDY.yaml --slurm submits both; by hand:
 #
 #     export STUDY=study.yaml STUDY_CELLS=short-seed1:pose-seed1
 #     sbatch --array=0-1 slurm/study.sh
 #
-# A task checkpoints before its time limit and requeues itself; what is done is not done again.
+# A task checkpoints before its time limit and requeues itself; finished trials are not repeated.
 #
 #   STUDY              the study.yaml
-#   STUDY_CELLS        names of cells with colons between them; the task's number picks one []
+#   STUDY_CELLS        names of trials separated by colons; the task's number picks one []
 #   STUDY_OUT          where logs go, into slurm/ [the directory of STUDY]
 #   STUDY_MARKDOWN     where the comparison is also written, as Markdown []
 #SBATCH --job-name=study
@@ -32,18 +32,18 @@ need_path STUDY "a study.yaml"
 container_options "$(dirname "$STUDY")"
 logs "${STUDY_OUT:-$(dirname "$STUDY")}"
 if [ -n "${STUDY_CELLS:-}" ]; then
-    IFS=: read -r -a cells <<<"$STUDY_CELLS"
-    cell="${cells[${SLURM_ARRAY_TASK_ID:-0}]:-}"
-    if [ -z "$cell" ]; then fail "STUDY_CELLS has ${#cells[@]} cells, and this is task ${SLURM_ARRAY_TASK_ID:-0}"; fi
-    # Named as the training step is, since the signal that it gets asks a training to write a checkpoint.
-    step train --nodes=1 --ntasks=1 -- "$PYTHON" tools/study.py "$STUDY" --only "$cell" --no-report
-    if [ "${CODE:-0}" = 75 ] || { [ "${CODE:-0}" != 0 ] && [ -n "$ASKED" ]; }; then again "stopped in $cell"; fi
+    IFS=: read -r -a trials <<<"$STUDY_CELLS"
+    trial="${trials[${SLURM_ARRAY_TASK_ID:-0}]:-}"
+    if [ -z "$trial" ]; then fail "STUDY_CELLS names ${#trials[@]} trials, but this is task ${SLURM_ARRAY_TASK_ID:-0}"; fi
+    # The step is named train so that a signal asks it to write a checkpoint (on_signal in common.sh).
+    step train --nodes=1 --ntasks=1 -- "$PYTHON" tools/study.py "$STUDY" --only "$trial" --no-report
+    if [ "${CODE:-0}" = 75 ] || { [ "${CODE:-0}" != 0 ] && [ -n "$SIGNAL" ]; }; then requeue "stopped in $trial"; fi
     if [ "${CODE:-0}" != 0 ]; then
-        complain train
+        show_errors train
         exit "$CODE"
     fi
 else
     options=(--report-only)
     if [ -n "${STUDY_MARKDOWN:-}" ]; then options+=(--markdown "$STUDY_MARKDOWN"); fi
-    alone report "$PYTHON" tools/study.py "$STUDY" "${options[@]}"
+    on_first_node report "$PYTHON" tools/study.py "$STUDY" "${options[@]}"
 fi

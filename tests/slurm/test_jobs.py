@@ -216,7 +216,7 @@ def test_job_that_gets_nowhere_gives_up(ground, reference):
         kill(min(ranks(job, start)))
     found = ground.cluster.wait(job)
     assert (found["ExitCode"], found["Restarts"]) == ("1:0", "1"), ground.said("nowhere")
-    assert "2 starts in a row made no checkpoint after step 0" in ground.log("nowhere").read_text()
+    assert "2 consecutive starts wrote no checkpoint after step 0" in ground.log("nowhere").read_text()
 
 
 def ranks(job: int, start: int, rank: int = 3) -> list[int]:

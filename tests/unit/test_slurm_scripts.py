@@ -9,7 +9,8 @@ from small import ROOT
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 EXTEND = [script for script in SCRIPTS if script.name.startswith("extend_")]
-BATCH = [script for script in SCRIPTS if script.name not in ("common.sh", "node.sh")]
+SHARED = ("common.sh", "extend.sh", "node.sh")  # sourced by the batch scripts, or run on each node
+BATCH = [script for script in SCRIPTS if script.name not in SHARED]
 SETTINGS = ("HF_MODEL", "DATA", "RUN", "RECIPE", "VENV", "CONTAINER_IMAGE", "ENDPROMPT_HOME", "NODES", "EXPORT")
 
 
@@ -33,7 +34,9 @@ def test_help_names_every_variable_that_must_be_set(script):
     said = bash(script, "--help")
     assert said.returncode == 0, said.stderr
     assert "#SBATCH" not in said.stdout
-    for name in {*re.findall(r"need(?:_path)? (\w+)", script.read_text()), "VENV", "CONTAINER_IMAGE"}:
+    text = script.read_text()
+    text += "".join((ROOT / "slurm" / name).read_text() for name in re.findall(r"^source .*/(\w+\.sh)", text, re.M))
+    for name in {*re.findall(r"^ *need(?:_path)? ([A-Z_]+)", text, re.M), "VENV", "CONTAINER_IMAGE"}:
         assert re.search(rf"^ +{name}\b", said.stdout, re.MULTILINE), name
 
 

@@ -140,7 +140,7 @@ def test_slurm_task_runs_the_trial_of_its_number(task):
     )
     environment["SLURM_ARRAY_TASK_ID"] = "2"
     said = subprocess.run(["bash", script, "--dry-run"], capture_output=True, text=True, env=environment)
-    assert (said.returncode, said.stderr) == (2, "error: STUDY_CELLS has 2 cells, and this is task 2\n")
+    assert (said.returncode, said.stderr) == (2, "error: STUDY_CELLS names 2 trials, but this is task 2\n")
     del environment["STUDY_CELLS"]
     said = subprocess.run(["bash", script, "--dry-run"], capture_output=True, text=True, env=environment)
     assert said.stdout.splitlines()[0].endswith("tools/study.py study.yaml --report-only")
