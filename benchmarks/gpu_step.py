@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """One training step on one GPU: an 8K two-segment sample in BF16 and FP8, beside a full 64K one and transformers.
 
-    python benchmarks/gpu_step.py [--layers 4] [--rounds 10] [--json OUT]        needs CUDA and Transformer Engine
+    python benchmarks/gpu_step.py [--layers 4] [--rounds 10] [--only TEXT] [--json OUT]
+
+Needs CUDA, and for FP8 Transformer Engine.  Measured: gpu_step.md.
 
 LLaMA-3-8B's shape with `--layers` of its 32 layers, so that weights, gradients and optimizer state fit one 80 GB
 GPU; random weights.  Each contender has a process and the GPU to itself, one after the other; a step is forward,
@@ -41,7 +43,8 @@ OURS = {
     "full length 64K, BF16, whole layers recomputed": FULL,
     "full length 64K, FP8 with attention, recomputed": [*FULL, *FP8, "precision.fp8_attention=true"],
 }
-TRANSFORMERS = "transformers 8K, BF16 throughout"
+# As transformers trains by default, and with float32 master weights and optimizer state, as ours has them.
+TRANSFORMERS = {"transformers 8K, BF16 throughout": "bfloat16", "transformers 8K, BF16 autocast": "float32"}
 
 
 def sample(recipe, vocab: int) -> dict:
@@ -100,7 +103,7 @@ def ours(directory: Path, overrides: list[str]):
     return step, c.physical, flops_per_token(shape, c.physical)
 
 
-def transformers_step(directory: Path):
+def transformers_step(directory: Path, weights: str):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -112,7 +115,8 @@ def transformers_step(directory: Path):
     scaling = {"rope_type": "linear", "factor": 8.0}
     config = LlamaConfig(**{**values, "max_position_embeddings": TARGET, "rope_scaling": scaling})
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").train()
+        dtype = getattr(torch, weights)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
     (directory / "recipe.yaml").write_text(
         f"model: {{hf: {directory}}}\ncontext: {{target: {TARGET}, physical: {PHYSICAL}}}\n"
@@ -125,7 +129,9 @@ def transformers_step(directory: Path):
         optimizer.zero_grad()
         # No mask: with one, its attention is not the fast kernel.  The tail then does not see the context (README);
         # the work is the same to within the prompt's 11 rows.
-        model(batch["tokens"], labels=batch["tokens"], use_cache=False).loss.backward()
+        with torch.autocast("cuda", torch.bfloat16, enabled=weights == "float32"):
+            loss = model(batch["tokens"], labels=batch["tokens"], use_cache=False).loss
+        loss.backward()
         optimizer.step()
 
     return step, PHYSICAL, flops_per_token(shape, PHYSICAL)
@@ -138,8 +144,8 @@ def measure(pipe, name: str, layers: int, rounds: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             directory = Path(scratch)
             (directory / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
-            made = transformers_step(directory) if name == TRANSFORMERS else ours(directory, OURS[name])
-            step, length, flops = made
+            theirs = TRANSFORMERS.get(name)
+            step, length, flops = transformers_step(directory, theirs) if theirs else ours(directory, OURS[name])
             for _ in range(WARMUP):
                 step()
             torch.cuda.reset_peak_memory_stats()
@@ -170,6 +176,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", default="", metavar="TEXT", help="contenders whose names hold this")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     import torch
@@ -178,17 +185,32 @@ def main() -> int:
         print("error: this benchmark needs an NVIDIA GPU", file=sys.stderr)
         return 2
     context = multiprocessing.get_context("spawn")
-    results = []
-    for name in [*OURS, TRANSFORMERS]:
+    about, results = machine(), []
+    for name in (name for name in [*OURS, *TRANSFORMERS] if args.only in name):
         ours_end, theirs = context.Pipe()
         process = context.Process(target=measure, args=(theirs, name, args.layers, args.rounds))
         process.start()
-        results.append(ours_end.recv())
+        theirs.close()  # so that a child that dies is read as the end of the pipe
+        try:
+            results.append(ours_end.recv())
+        except EOFError:
+            process.join()
+            results.append({"name": name, "error": f"its process ended with exit code {process.exitcode}"})
         process.join()
         print(row(results[-1], results[0]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "results": results}, indent=2) + "\n")
+        if args.json:
+            found = dict(about, layers=args.layers, rounds=args.rounds, results=results)
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0
+
+
+def machine() -> dict[str, str]:
+    """The GPU and the versions that the figures belong to."""
+    import torch
+
+    from endprompt_megatron.preflight.node import versions
+
+    return {"gpu": torch.cuda.get_device_name(), **versions()[0]}
 
 
 def row(result: dict, first: dict) -> str:

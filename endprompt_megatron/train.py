@@ -37,6 +37,7 @@ def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
 
 
 def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> int:
+    # Here, since these import Megatron and so Transformer Engine, which reads its environment on import.
     from endprompt_megatron.checkpoint.resume import initialise, resume
     from endprompt_megatron.checkpoint.save import Saver, require_disk_space
     from endprompt_megatron.convert.direct import weights_to_start_from

@@ -1,4 +1,4 @@
-"""Make one self-contained HTML page of runs: recipe, cost, losses, evaluation beside the published numbers, limits.
+"""Write one self-contained HTML page about runs: recipe, cost, losses, evaluation beside published scores, limits.
 
 python tools/report.py RUN
 python tools/report.py RUN --control SHORT_RUN
@@ -18,11 +18,16 @@ def main() -> None:
     """Write the page and say where it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="the directory that extend.py wrote, or --out of evaluate.py"
+        "runs", type=Path, nargs="+", metavar="RUN", help="a run directory of extend.py, or the --out of evaluate.py"
     )
-    parser.add_argument("--control", type=Path, metavar="RUN2", help="a run to stand beside them, method `short`")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page; default: RUN/report.html, beside the first RUN for several"
+        "--control", type=Path, metavar="RUN2", help="the control to show beside them, a run of method `short`"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page; default: RUN/report.html, or report.html beside the first RUN for several",
     )
     options = parser.parse_intermixed_args()
     from endprompt_megatron.report.page import write_report

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from endprompt_megatron.checkpoint import layout
-from endprompt_megatron.checkpoint.data_files import Shard, write_file
+from endprompt_megatron.checkpoint.shard_files import Shard, write_file
 from endprompt_megatron.checkpoint.torch_dist import describe
 from endprompt_megatron.common.direct_io import crc32
 from endprompt_megatron.common.errors import InputError

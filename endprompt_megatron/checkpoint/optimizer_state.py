@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
-from endprompt_megatron.checkpoint.data_files import Shard
+from endprompt_megatron.checkpoint.shard_files import Shard
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.checkpoint.weights import Weight, shards_of_range
 from endprompt_megatron.common.errors import InputError
@@ -187,5 +187,6 @@ def _allocate(optimizer: ChainedOptimizer) -> None:
                 if not inner.state[parameter]:
                     inner.initialize_state(parameter, remainders and parameter.dtype == torch.bfloat16)
     for member in filter(_is_torch_adamw, _members(optimizer)):
-        for state in member.optimizer.state.values():
-            state.setdefault("step", torch.zeros(()))
+        for parameter, state in member.optimizer.state.items():
+            # Its fused kernel wants the count of steps beside the parameter.
+            state.setdefault("step", torch.zeros((), device=parameter.device))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from endprompt_megatron.checkpoint import integrity as on_disk
+from endprompt_megatron.checkpoint import integrity
 from endprompt_megatron.checkpoint.layout import (
     MANIFEST,
     complete_iterations,
@@ -57,18 +57,18 @@ def _newest_undamaged(root: Path) -> tuple[Path | None, list[dict]]:
         directory = iteration_dir(root, iteration)
         # A checkpoint gets its name when its manifest is in it: one without was tampered with.
         missing = None if iteration in complete else f"{MANIFEST} is missing"
-        mine = missing or next(on_disk.damage(directory, rank, ranks), None)
+        mine = missing or next(integrity.damage(directory, rank, ranks), None)
         reasons: list = [None] * ranks
         dist.all_gather_object(reasons, mine)
         reason = next(filter(None, reasons), None)
         if reason is None:
             if rank == 0:
-                on_disk.clear_leftovers(root)
+                integrity.clear_leftovers(root)
             lost = [{"step": iteration, "lost_from": iteration + 1, **record} for record in lost]
             if lost:
                 runtime.print_rank_zero(_fallback(lost, directory))
             return directory, lost
-        aside = _from_rank_zero(str(on_disk.set_aside(directory)) if rank == 0 else None)
+        aside = _from_rank_zero(str(integrity.set_aside(directory)) if rank == 0 else None)
         lost.append({"lost_to": iteration, "damaged": aside, "reason": reason})
     if lost or set_aside:
         said = "; ".join(f"{Path(record['damaged']).name}: {record['reason']}" for record in lost)
@@ -77,7 +77,7 @@ def _newest_undamaged(root: Path) -> tuple[Path | None, list[dict]]:
             "start from model.init_from again, or choose another checkpoint.dir"
         )
     if rank == 0:
-        on_disk.clear_leftovers(root)
+        integrity.clear_leftovers(root)
     return None, []
 
 
@@ -86,7 +86,7 @@ def _held(root: Path) -> tuple[list[int], list[int], bool]:
     names = {entry.name for entry in root.glob("iter_*")} if root.is_dir() else set()
     numbers = [int(name[5:]) for name in names if name[5:].isdigit()]
     found = sorted((number for number in numbers if iteration_dir(root, number).name in names), reverse=True)
-    return found, complete_iterations(root), any(on_disk.DAMAGED in name for name in names)
+    return found, complete_iterations(root), any(integrity.DAMAGED in name for name in names)
 
 
 def _fallback(lost: list[dict], directory: Path) -> str:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from endprompt_megatron.checkpoint import integrity as on_disk
-from endprompt_megatron.checkpoint.data_files import Shard
+from endprompt_megatron.checkpoint import integrity
 from endprompt_megatron.checkpoint.layout import (
     copy_hf_files,
     iteration_dir,
@@ -27,6 +26,7 @@ from endprompt_megatron.checkpoint.layout import (
 )
 from endprompt_megatron.checkpoint.optimizer_state import stored_state, updates_of
 from endprompt_megatron.checkpoint.run_state import Progress, RunState
+from endprompt_megatron.checkpoint.shard_files import Shard
 from endprompt_megatron.checkpoint.weights import stored_objects, stored_weights, weights_of
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import disk_errors, write_json
@@ -86,9 +86,9 @@ class Saver:
         common = {"scheduler": self.state.scheduler.state_dict(), "optimizer": {"updates": updates}}
         staging = self.root / f".{iteration_dir(self.root, progress.step).name}.partial"
         if self.rank == 0:
-            self._noting_errors(on_disk.begin, self.root, progress.step)
+            self._noting_errors(integrity.begin, self.root, progress.step)
         self._agree()
-        write = partial(on_disk.write_rank, staging, self.rank)
+        write = partial(integrity.write_rank, staging, self.rank)
         finish = partial(self._finish, staging, common, progress.step, progress.consumed_samples)
         if self.recipe.checkpoint.asynchronous:
             args = (write, self._staged(shards), objects, finish)
@@ -151,7 +151,7 @@ class Saver:
         c = self.recipe.checkpoint
         copy_hf_files(Path(self.recipe.model.hf), staging / "hf")
         write_json(staging / "hf" / "config.json", self.export_config)
-        files = on_disk.join(staging, self.ranks, common, self._abandoned)
+        files = integrity.join(staging, self.ranks, common, self._abandoned)
         write_manifest(
             staging,
             step=step,
@@ -162,15 +162,15 @@ class Saver:
             source=str(self.recipe.model.hf),
             files=files,
         )
-        on_disk.publish(staging, self.root, step)
-        on_disk.prune(self.root, c.keep, c.keep_every)
+        integrity.publish(staging, self.root, step)
+        integrity.prune(self.root, c.keep, c.keep_every)
 
     def _noting_errors(self, function: Any, *args: Any) -> None:
         """Call; what goes wrong is kept for `_agree`, so that no rank waits for one that failed."""
         try:
             with disk_errors(self.root, "checkpoint.dir"):
                 function(*args)
-        except on_disk.Abandoned:
+        except integrity.Abandoned:
             pass
         except Exception as error:
             self._error = error
@@ -192,7 +192,7 @@ class Saver:
             self._thread.join(_FAREWELL_SECONDS)
         dist.barrier()
         if self.rank == 0:
-            on_disk.clear_leftovers(self.root)
+            integrity.clear_leftovers(self.root)
         if self._error is not None:
             raise self._error
         rank, (is_input, message) = next((rank, error) for rank, error in enumerate(errors) if error is not None)

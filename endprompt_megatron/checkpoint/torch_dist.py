@@ -51,7 +51,7 @@ FORMAT = {
 
 
 def describe(directory: Path, reports: list[dict], common: dict) -> None:
-    """Make a checkpoint of the data files that the reports of data_files.write_file tell of.
+    """Make a checkpoint of the data files that the reports of shard_files.write_file tell of.
 
     Raises RuntimeError if together they do not hold every element of every tensor once.
     """

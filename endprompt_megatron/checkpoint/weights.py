@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
-from endprompt_megatron.checkpoint.data_files import Shard
+from endprompt_megatron.checkpoint.shard_files import Shard
 from endprompt_megatron.distributed.runtime import raise_on_all_ranks
 
 
@@ -160,8 +160,13 @@ def _replica(replica_id: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read_objects(models: list, source: WeightSource) -> None:
-    """Give modules back what `stored_objects` stored; where a checkpoint has nothing, they keep what they have."""
+    """Give modules back what `stored_objects` stored; where a checkpoint has nothing, they keep what they have.
+
+    In a model that does not compute in FP8 its scales mean nothing, and Transformer Engine 2.18 refuses some of them.
+    """
     for chunk in unwrap_model(models):
+        if not chunk.config.fp8:
+            continue
         found = {}
         for name, entry in chunk.sharded_state_dict().items():
             if isinstance(entry, ShardedObject):

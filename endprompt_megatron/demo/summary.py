@@ -1,10 +1,11 @@
-"""What a demo run shows, in two tables and in plain words: only numbers that this very run measured."""
+"""What a demo run shows, in two tables and in plain words, from numbers that this run measured alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
+from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.demo.stages import LONGEST_READ, ROOT, WINDOW, Knobs
 
 NOTABLE = 0.1  # nats; on one passage of 512 tokens a smaller difference means little
@@ -30,11 +31,11 @@ def text(main_run: Knobs, control: Knobs) -> str:
     which = main_run if main_run.method in columns else control
     passage = "Loss of the last 512 tokens of a real input from the held-out book (lower is better), by its length"
     lengths = sorted(columns["base"].losses)
-    parts = [f"{passage}\n{_table('length', columns, {n: _losses(columns, n) for n in lengths})}"]
+    parts = [f"{passage}\n{_table(columns, {n: _losses(columns, n) for n in lengths})}"]
     asked = sorted(columns["base"].passkeys)
     if asked:
         rows = {n: [_fraction(column.passkeys.get(n)) for column in columns.values()] for n in asked}
-        parts.append(f"Passkeys found in real inputs of that length\n{_table('length', columns, rows)}")
+        parts.append(f"Passkeys found in real inputs of that length\n{_table(columns, rows)}")
     parts.append("What this run shows\n" + "\n".join(f"- {line}" for line in findings(columns, main_run, control)))
     parts.append("What it does not show\n" + "\n".join(f"- {line}" for line in limits(main_run)))
     reports = [run.run / "report.html" for run in (main_run, control) if (ROOT / run.run / "report.html").exists()]
@@ -47,7 +48,7 @@ def collect(main_run: Knobs, control: Knobs) -> dict[str, Column]:
     """The columns that exist, in order: base, untrained, end_prompt, short."""
     runs = [run for run in (main_run, control) if (ROOT / run.run / "evaluation" / "results.json").is_file()]
     if not runs:
-        raise InputError(f"{main_run.run}: nothing was evaluated yet; run make demo")
+        raise InputError(f"{main_run.run}: nothing has been evaluated yet; run make demo")
     evaluation = {run.method: _results(run.run / "evaluation") for run in runs}
     first = runs[0]
     columns = {"base": _column("base", evaluation[first.method], "baseline")}
@@ -83,17 +84,13 @@ def _fraction(value: tuple[int, int] | None) -> str:
     return "-" if value is None else f"{value[0]} of {value[1]}"
 
 
-def _table(first: str, columns: dict[str, Column], rows: dict[int, list[str]]) -> str:
-    lines = [[first, *(column.title for column in columns.values())]]
-    lines += [[f"{length:,}", *cells] for length, cells in rows.items()]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-    )
+def _table(columns: dict[str, Column], rows: dict[int, list[str]]) -> str:
+    header = ["length", *(column.title for column in columns.values())]
+    return text_table(header, [[f"{length:,}", *cells] for length, cells in rows.items()])
 
 
 def findings(columns: dict[str, Column], main_run: Knobs, control: Knobs) -> list[str]:
-    """Sentences that follow from the numbers, whichever way they went."""
+    """Sentences that follow from the numbers, in either direction."""
     base = columns["base"].losses
     far = max(base)
     trained = columns.get(main_run.method) or columns[control.method]
@@ -121,7 +118,7 @@ def findings(columns: dict[str, Column], main_run: Knobs, control: Knobs) -> lis
     for length, (found, asked) in sorted(columns["base"].passkeys.items()):
         after = trained.passkeys.get(length, (0, 0))[0]
         verdict = "lost" if after < found else "gained" if after > found else "no change"
-        # Scaling the positions can lose a passkey by itself: then the training is not to blame for it.
+        # Scaling the positions alone can lose a passkey; the training is then not the cause.
         between = columns["untrained"].passkeys.get(length) if "untrained" in columns else None
         scaled = f", {between[0]} with positions scaled and no training" if between else ""
         lines.append(f"Passkeys in {length:,} tokens: {found} of {asked} before{scaled}, {after} after; {verdict}.")
@@ -139,33 +136,33 @@ def _change(before: float, after: float) -> str:
 def _control(columns: dict[str, Column], main_run: Knobs, control: Knobs, far: int) -> str:
     if control.method not in columns:
         return (
-            "The control, as much training without a terminal prompt, was not run here: `make demo-control` with the "
-            "same knobs. Until then nothing above can be credited to the terminal prompt."
+            "The control, the same amount of training without a terminal prompt, was not run here: run `make "
+            "demo-control` with the same knobs. Until then no gain above is attributable to the terminal prompt."
         )
     if main_run.method not in columns:
         return "EndPrompt itself was not run with these knobs: `make demo`."
     ours, other = columns[main_run.method].losses[far], columns[control.method].losses[far]
     difference = other - ours
     verdict = (
-        "the two cannot be told apart, and nothing here is the terminal prompt's merit"
+        "the two cannot be told apart, so no gain is attributable to the terminal prompt"
         if abs(difference) < NOTABLE
         else f"EndPrompt is {'better' if difference > 0 else 'worse'} by {abs(difference):.2f} in this one run"
     )
-    name = "The control, as much training without a terminal prompt,"
+    name = "The control, the same amount of training without a terminal prompt,"
     return f"{name} at {far:,}: {other:.2f} against {ours:.2f}; {verdict}."
 
 
 def limits(main_run: Knobs) -> list[str]:
-    """What must be said beside the numbers, whatever they are."""
+    """The limits of the numbers, whatever they are."""
     lines = [
         f"One model of 135M, {main_run.steps} steps of 1,024 tokens, one passage of one book: not the paper's result, "
         f"and differences under {NOTABLE} mean little.",
-        "A low loss far out does not prove that the far text was used; the nearest few hundred tokens can give it.",
-        "Training and held-out text are both early modern verse: some of the gain is acquaintance with such text.",
+        "A low loss far out does not prove that the model used the far text: the nearest few hundred tokens suffice.",
+        "Training and held-out text are both early modern verse: a part of the gain is adaptation to such text.",
     ]
     if main_run.target > LONGEST_READ:
         lines.append(
-            f"Real inputs end at {LONGEST_READ:,} tokens here; from there to {main_run.target:,} only the probe of "
-            "virtual distances in the report says anything, with 512 tokens whose positions jump."
+            f"Real inputs end at {LONGEST_READ:,} tokens here; from there to {main_run.target:,} the report has only "
+            "the probe of virtual distances, with 512 tokens whose positions jump."
         )
     return lines

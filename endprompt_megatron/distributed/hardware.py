@@ -116,12 +116,22 @@ def free_memory_gib(number: int) -> float:
 
 
 def cuda_libraries() -> dict[str, str]:
-    """Versions of the GPU libraries that come with torch; empty if there is no GPU."""
+    """Versions of cuDNN (91900 for 9.19.0) and NCCL as they are loaded; empty if there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():
         return {}
-    return {"cuDNN": str(torch.backends.cudnn.version()), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+    return {"cuDNN": _cudnn_version(), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+
+
+def _cudnn_version() -> str:
+    import torch
+
+    try:
+        return str(torch.backends.cudnn.version())
+    except RuntimeError:  # older than the one torch was built with: Transformer Engine found the system's
+        major, minor, patch = torch._C._cudnn.getRuntimeVersion()
+        return str(10000 * major + 100 * minor + patch)
 
 
 def te_version() -> tuple[int, ...] | None:

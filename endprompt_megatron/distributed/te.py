@@ -4,11 +4,16 @@ The layers are built in model/llama.py; config/constraints/precision_rules.py sa
 """
 
 import os
+import sys
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.hardware import Hardware
 from endprompt_megatron.model.shape import ModelShape
+
+# The scales of delayed scaling are pickled into a checkpoint, and Transformer Engine 2.18 does not load them without
+# being told that the file can be trusted.  A run resumes from its own.
+_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def set_environment(recipe: Recipe, where: str, hardware: Hardware) -> None:
@@ -25,7 +30,11 @@ def set_environment(recipe: Recipe, where: str, hardware: Hardware) -> None:
         found = os.environ.get(name, value)
         if found != value:
             raise InputError(f"{name}={found} is set, and {where} needs {name}={value}: unset it")
+    if "transformer_engine" in sys.modules and not wanted.keys() <= os.environ.keys():
+        raise RuntimeError(f"Transformer Engine is imported already and will not see {wanted}")
     p = recipe.parallel
+    if recipe.precision.fp8 and recipe.precision.fp8_recipe == "delayed" and _PICKLES not in os.environ:
+        wanted[_PICKLES] = "1"
     if p.sequence and not hardware.gpu.blackwell and "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
         # Kernels then start in the order in which they are launched, so a gather starts before the GEMM.
         wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"

@@ -14,6 +14,7 @@ from endprompt_megatron.evaluate.held_out_text import HeldOut, held_out
 from endprompt_megatron.evaluate.model_fingerprint import fingerprint
 from endprompt_megatron.evaluate.registry import EXTENDED, SUITES, Prepared, Settings, Subject, all_options
 from endprompt_megatron.evaluate.requests import Request
+from endprompt_megatron.method.rope_parameters import rope_parameters
 from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.tokenizer import Tokenizer, load_tokenizer
 
@@ -30,9 +31,9 @@ class Model:
         """Tokens that it is made for.  Raises InputError for a config that cannot be read."""
         window = read_shape(self.config).window
         config = read_json(self.config / "config.json", "a Hugging Face config")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = rope_parameters(config)
         # Dynamic scaling alone leaves the original window in the config, since its formula takes it from there.
-        return int(window * rope["factor"]) if rope.get("rope_type") == "dynamic" else window
+        return int(window * rope.scaling["factor"]) if rope.type == "dynamic" else window
 
 
 def model_at(path: Path, iteration: int | None = None) -> Model:

@@ -113,11 +113,11 @@ class PositionRotary(RotaryEmbedding):
 
         Positions stay integers until they meet the float32 frequencies: 65535 does not fit bfloat16.
         """
-        inv_freq = self.inv_freq
+        # Moved once and kept there: a copy from the host in every forward pass would wait for the GPU.
+        self.inv_freq = inv_freq = self.inv_freq.to(position_ids.device)
         if self.dynamic_config is not None:
             # As transformers does: the frequencies are those of the length that this input reaches.
-            inv_freq, _ = frequencies(self.dynamic_config, int(position_ids.max()) + 1)
-        inv_freq = inv_freq.to(position_ids.device)
+            inv_freq = frequencies(self.dynamic_config, int(position_ids.max()) + 1)[0].to(position_ids.device)
         half = position_ids.t()[:, :, None, None].float() * inv_freq  # [s, b or 1, 1, d/2]
         return torch.cat((half, half), dim=-1)
 

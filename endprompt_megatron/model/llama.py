@@ -4,6 +4,7 @@ The layer spec is Transformer Engine's where TE is importable, otherwise Megatro
 attention and the norm of attention.py.  How the model is parallelised is in the TransformerConfig and nowhere else.
 """
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -138,7 +139,7 @@ def _fusions(shared_positions: bool) -> dict[str, Any]:
         cross_entropy_fusion_impl="te",
         # TE's fused kernel takes one row of rotary angles for the micro-batch, which packed documents are too.
         apply_rope_fusion=te and shared_positions,
-        # Gradients added to their sum inside the GEMM.  For the output layer that is an extension of Apex.
+        # Megatron refuses it without Apex, which only the output layer needs: `_fuse_weight_gradients` does the rest.
         gradient_accumulation_fusion=te and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )
 
@@ -153,20 +154,22 @@ def layer_spec(
         attention.core_attention = packed_attention(attention.core_attention)
         if longlora.rank:
             _take_norm_out(layer)
-        _give_what_differs(layer, shape, longlora)
+        _replace_layers(layer, shape, longlora)
         return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = SdpaAttention
-    _give_what_differs(layer, shape, longlora)
+    _replace_layers(layer, shape, longlora)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
-def _give_what_differs(layer: ModuleSpec, shape: ModelShape, longlora: LongLora) -> None:
+def _replace_layers(layer: ModuleSpec, shape: ModelShape, longlora: LongLora) -> None:
     """In the spec, replace the layers that have a bias in this model, or an adapter or groups in this recipe."""
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp
+    # Megatron-Core 0.16 has a spec there, 0.19 a partial of the module.
+    mlp = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
     if shape.proj_bias:
         attention.linear_proj = _with_bias(attention.linear_proj)
     if shape.mlp_bias:
@@ -319,5 +322,13 @@ def build_chunks(
         )
         if longlora.rank:
             start_adapters(model, longlora, seed)
+        _fuse_weight_gradients(model)
         models.append(model)
     return models
+
+
+def _fuse_weight_gradients(model: torch.nn.Module) -> None:
+    """In Transformer Engine's layers, add weight gradients to their float32 sum inside the GEMM, without Apex."""
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True

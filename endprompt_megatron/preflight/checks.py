@@ -110,9 +110,9 @@ def _machine(recipe: Recipe, where: str, options: Options, meeting: Meeting, fac
     from endprompt_megatron.distributed.te import attention_environment
 
     on_gpu = any(seen["visible"] for seen in gpus.values())
-    world, said = processes_of_the_run(recipe, meeting, options)
+    world, reason = processes_of_the_run(recipe, meeting, options)
     per_node = None if options.world_size is None else -(-options.world_size // len(meeting.leaders))
-    findings = checked("recipe", _legal, recipe, where, world, said, options.gpu)
+    findings = checked("recipe", _legal, recipe, where, world, reason, options.gpu)
     findings += checked("GPUs", cluster.gpus, recipe, meeting, gpus, per_node, options.gpu)
     findings += checked(gpu_memory.CHECK, gpu_memory.fits, recipe, world, gpus, options.gpu)
     findings += cluster.gpu_errors(facts)
@@ -137,7 +137,7 @@ def processes_of_the_run(recipe: Recipe, meeting: Meeting, options: Options) -> 
     return p.tensor * p.pipeline * p.context, "the fewest that this layout takes; --world-size N sets another number"
 
 
-def _legal(recipe: Recipe, where: str, world: int, said: str, gpu: str | None) -> Finding:
+def _legal(recipe: Recipe, where: str, world: int, reason: str, gpu: str | None) -> Finding:
     """Check every rule, for this machine or, as on a login node, for a kind of GPU that is elsewhere."""
     from endprompt_megatron.config.constraints.check import check, check_for
     from endprompt_megatron.distributed.hardware import of_kind
@@ -148,7 +148,7 @@ def _legal(recipe: Recipe, where: str, world: int, said: str, gpu: str | None) -
         check_for(recipe, where, read_shape(recipe.model.hf), world_size=world, hardware=of_kind(gpu))
     p = recipe.parallel
     layout = f"TP {p.tensor}, PP {p.pipeline}, CP {p.context}, DP {world // (p.tensor * p.pipeline * p.context)}"
-    return Finding("recipe", f"{where}: legal on {world} process{'es' * (world > 1)} ({said}): {layout}")
+    return Finding("recipe", f"{where}: legal on {world} process{'es' * (world > 1)} ({reason}): {layout}")
 
 
 def _link(meeting: Meeting) -> float | None:

@@ -24,14 +24,14 @@ def processes(meeting: Meeting) -> Finding:
     check, world = "processes", meeting.world_size
     if world == 1:
         return Finding(check, f"1 process on {meeting.node}; checks between nodes are left out", OK)
-    said = []
+    problems = []
     if meeting.absent:
-        said.append(f"rank {join_names(meeting.absent, 16)} did not arrive within {meeting.seconds:g} s")
+        problems.append(f"rank {join_names(meeting.absent, 16)} did not arrive within {meeting.seconds:g} s")
     for problem in dict.fromkeys(problem for _, problem in meeting.refused.values()):
         nodes = dict.fromkeys(node for node, other in meeting.refused.values() if other == problem)
-        said.append(f"{join_names(nodes)}: {problem}")
-    if said:
-        return Finding(check, f"{len(meeting.nodes)} of {world} processes take part: {'; '.join(said)}", FAIL)
+        problems.append(f"{join_names(nodes)}: {problem}")
+    if problems:
+        return Finding(check, f"{len(meeting.nodes)} of {world} processes take part: {'; '.join(problems)}", FAIL)
     counts = {node: sum(other == node for other in meeting.nodes.values()) for node in meeting.leaders}
     found = f"{world} processes on {len(counts)} node{'s' * (len(counts) > 1)}"
     if len(set(counts.values())) > 1:
@@ -107,9 +107,9 @@ def library_versions(recipe: Recipe, facts: Facts, on_gpu: bool, elsewhere: bool
         if len(set(values.values())) > 1:
             verdict = WARN if name in _MAY_DIFFER else FAIL
             advice.append("nodes differ: use the same container or environment on all of them")
-        for said in filter(None, (_wrong(name, value, recipe, on_gpu) for value in sorted(present))):
+        for problem in filter(None, (_wrong(name, value, recipe, on_gpu) for value in sorted(present))):
             verdict = FAIL
-            advice.append(said)
+            advice.append(problem)
         if not present:
             missing = None if elsewhere else _missing(name, recipe, on_gpu)
             if missing is None:
@@ -126,9 +126,9 @@ def _broken(facts: Facts) -> list[Finding]:
     names = dict.fromkeys(name for fact in facts.values() for name in fact["broken"])
     found = []
     for name in names:
-        said = group_by_node({node: fact["broken"][name] for node, fact in facts.items() if name in fact["broken"]})
+        reasons = group_by_node({node: fact["broken"][name] for node, fact in facts.items() if name in fact["broken"]})
         nodes = join_names(node for node, fact in facts.items() if name in fact["broken"])
-        found.append(Finding(name, f"installed, but does not load on {nodes}: {said}", FAIL))
+        found.append(Finding(name, f"installed, but does not load on {nodes}: {reasons}", FAIL))
     return found
 
 
@@ -212,26 +212,26 @@ def environment(recipe: Recipe, facts: Facts, on_gpu: bool, needed: dict[str, st
     """Variables that GPU training needs, and those that slow it down or contradict what the recipe needs (`needed`)."""
     if not on_gpu:
         return []
-    said: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {}
     p, verdict = recipe.parallel, WARN
     for node, fact in facts.items():
         e = fact["environment"]
         for name, value in needed.items():
             if e.get(name, value) != value:
-                said.setdefault(f"{name}={e[name]} is set, but the recipe needs {name}={value}", []).append(node)
+                problems.setdefault(f"{name}={e[name]} is set, but the recipe needs {name}={value}", []).append(node)
                 verdict = FAIL
         if (p.sequence or p.context > 1) and e.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
             key = "parallel.sequence" if p.sequence else "parallel.context"
-            said.setdefault(f"CUDA_DEVICE_MAX_CONNECTIONS=1 is not set ({key})", []).append(node)
+            problems.setdefault(f"CUDA_DEVICE_MAX_CONNECTIONS=1 is not set ({key})", []).append(node)
         allocator = e.get("PYTORCH_ALLOC_CONF", e.get("PYTORCH_CUDA_ALLOC_CONF", ""))
         if "expandable_segments:True" not in allocator:
-            said.setdefault("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True is not set", []).append(node)
+            problems.setdefault("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True is not set", []).append(node)
         for name in ("CUDA_LAUNCH_BLOCKING", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"):
             if e.get(name, "0") not in ("0", ""):
-                said.setdefault(f"{name}={e[name]} slows training down", []).append(node)
-    if not said:
+                problems.setdefault(f"{name}={e[name]} slows training down", []).append(node)
+    if not problems:
         return [Finding("environment", "as training needs it")]
-    lines = [text if len(nodes) == len(facts) else f"{text} on {join_names(nodes)}" for text, nodes in said.items()]
+    lines = [text if len(nodes) == len(facts) else f"{text} on {join_names(nodes)}" for text, nodes in problems.items()]
     return [Finding("environment", "; ".join(lines), verdict)]
 
 
@@ -249,14 +249,14 @@ def inputs(facts: Facts) -> list[Finding]:
     """Whether all nodes see the same model, checkpoint and data."""
     if len(facts) == 1:
         return []
-    said = []
+    problems = []
     keys = dict.fromkeys(key for fact in facts.values() for key in fact["inputs"])
     for key in keys:
         signs = {node: fact["inputs"].get(key, "missing") for node, fact in facts.items()}
         if len(set(signs.values())) > 1:
-            said.append(f"{key}: {group_by_node(signs)}")
-    if said:
-        return [Finding("inputs on all nodes", f"they differ: {'; '.join(said)}", FAIL)]
+            problems.append(f"{key}: {group_by_node(signs)}")
+    if problems:
+        return [Finding("inputs on all nodes", f"they differ: {'; '.join(problems)}", FAIL)]
     return [Finding("inputs on all nodes", f"{len(facts)} nodes see the same model and data")]
 
 

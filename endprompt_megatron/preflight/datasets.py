@@ -54,7 +54,7 @@ def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape)
     ends = "single" if recipe.context.content_skip else recipe.data.document_ends
     min_len = recipe.data.min_document_tokens
     shares = sum(source.weight for source in sources)
-    said, epochs = [], []
+    sizes, epochs = [], []
     for source in sources:
         prefix = source.prefix
         index = read_idx(prefix)
@@ -78,12 +78,12 @@ def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape)
                 f"{key}={prefix}: {windows.tokens} tokens{short} are less than one sample, which takes {context}"
             )
         epochs.append(samples * source.weight / shares / count)
-        said.append(f"{prefix} {format_count(tokens)} tokens (ids to {highest})")
+        sizes.append(f"{prefix} {format_count(tokens)} tokens (ids to {highest})")
     prefixes = [(key, source.prefix) for source in sources]
     refuse_other_tokenizer(prefixes, recipe.model.hf)
     if recipe.data.kind == CHAT:
         refuse_other_template(prefixes, recipe.model.hf)
-    found = f"{', '.join(said)}; vocabulary {shape.vocab_size}; {max(epochs):.2f} epochs in {recipe.train.steps} steps"
+    found = f"{', '.join(sizes)}; vocabulary {shape.vocab_size}; {max(epochs):.2f} epochs in {recipe.train.steps} steps"
     if key == "data.train" and max(epochs) > 1:
         return Finding(key, f"{found}: tokens are repeated", WARN)
     return Finding(key, found, OK)

@@ -43,13 +43,13 @@ def free_disk(recipe: Recipe, shape: ModelShape, count: int | None, export: Path
     """A finding per file system.  `count` overrides the number of checkpoints; `export`: its directory, or RUN."""
     run, weights = recipe.run_dir, weight_bytes(recipe, shape)
     wanted = checkpoints_kept(recipe) if count is None else count
-    there = len(complete_iterations(run / "checkpoints"))
-    left = max(wanted - there, 1)  # while one is written, the oldest still exists
+    existing = len(complete_iterations(run / "checkpoints"))
+    left = max(wanted - existing, 1)  # while one is written, the oldest still exists
     each = checkpoint_bytes(recipe, shape)
-    already = f" ({there} of {wanted} exist)" if there else ""
+    already = f" ({existing} of {wanted} exist)" if existing else ""
     needs = [(run, left * each, f"{left} checkpoint{'s' * (left > 1)} of {format_bytes(each)}{already}")]
     needs.append((export or run, weights, f"the export {format_bytes(weights)}"))
-    if recipe.model.init_from is not None and not Path(recipe.model.init_from).exists() and not there:
+    if recipe.model.init_from is not None and not Path(recipe.model.init_from).exists() and not existing:
         needs.append((Path(recipe.model.init_from), weights, f"the conversion {format_bytes(weights)}"))
     needs_of_device: dict[int, list] = {}
     for need in needs:
@@ -67,7 +67,7 @@ def _existing(path: Path) -> Path:
 def _finding(needs: list[tuple[Path, int, str]]) -> Finding:
     place = needs[0][0]
     free, needed = shutil.disk_usage(_existing(place)).free, sum(count for _, count, _ in needs)
-    reasons = ", ".join(said for _, _, said in needs)
+    reasons = ", ".join(reason for _, _, reason in needs)
     found = f"{place}: {format_bytes(needed)} needed ({reasons}), {format_bytes(free)} free"
     if free < needed:
         return Finding(CHECK, f"{found}; free {format_bytes(needed - free)}, or keep fewer (checkpoint.keep)", FAIL)

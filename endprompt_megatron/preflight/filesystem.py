@@ -27,8 +27,8 @@ def share(meeting: Meeting, run_dir: Path, patience: float = _PATIENCE) -> list[
         if meeting.rank == 0:
             meeting.tell("look", meeting.gather("wrote", meeting.leaders.values()))
         wrote = {int(rank): answer for rank, answer in meeting.hear("look", 2 * meeting.seconds).items()}
-        there = [rank for rank, answer in wrote.items() if "error" not in answer]
-        meeting.post("unseen", _unseen(place, meeting.key, there, patience) if meeting.rank in there else None)
+        written = [rank for rank, answer in wrote.items() if "error" not in answer]
+        meeting.post("unseen", _unseen(place, meeting.key, written, patience) if meeting.rank in written else None)
         unseen = {}
         if meeting.rank == 0:
             unseen = meeting.gather("unseen", wrote, meeting.seconds + patience)
@@ -114,12 +114,12 @@ def _writing(meeting: Meeting, run_dir: Path, wrote: dict[int, dict]) -> Finding
     broken = {meeting.nodes[rank]: answer["error"] for rank, answer in wrote.items() if "error" in answer}
     silent = [node for node, rank in meeting.leaders.items() if rank not in wrote]
     if broken or silent:
-        said = [
+        problems = [
             f"{error} on {join_names(n for n in broken if broken[n] == error)}"
             for error in dict.fromkeys(broken.values())
         ]
-        said += [f"no answer from {join_names(silent)}"] if silent else []
-        return Finding(WRITING, f"checkpoint.dir: {run_dir} cannot be written: {'; '.join(said)}", FAIL)
+        problems += [f"no answer from {join_names(silent)}"] if silent else []
+        return Finding(WRITING, f"checkpoint.dir: {run_dir} cannot be written: {'; '.join(problems)}", FAIL)
     slowest = max(answer["seconds"] for answer in wrote.values())
     found = f"{run_dir}: written and synced in {slowest * 1e3:.0f} ms"
     if len(wrote) > 1:
@@ -130,16 +130,16 @@ def _writing(meeting: Meeting, run_dir: Path, wrote: dict[int, dict]) -> Finding
 def _sharing(meeting: Meeting, wrote: dict[int, dict], unseen: dict[int, list[int] | None]) -> Finding:
     if len(meeting.leaders) == 1:
         return Finding(SHARED, "one node: nothing to compare with", NOT_RUN)
-    there = [rank for rank, answer in wrote.items() if "error" not in answer]
-    if len(there) < 2:
+    written = [rank for rank, answer in wrote.items() if "error" not in answer]
+    if len(written) < 2:
         return Finding(SHARED, "fewer than two nodes could write, see above", NOT_RUN)
-    said = []
+    problems = []
     for reader, missing in unseen.items():
         if missing:
-            others = len(missing) == len(there) - 1 and len(there) > 2
+            others = len(missing) == len(written) - 1 and len(written) > 2
             writers = "any other node" if others else join_names(meeting.nodes[rank] for rank in missing)
-            said.append(f"{meeting.nodes[reader]} does not see what {writers} wrote")
-    said += [f"no answer from {meeting.nodes[rank]}" for rank in there if rank not in unseen]
-    if said:
-        return Finding(SHARED, f"checkpoint.dir is not the same directory on all nodes: {join_names(said)}", FAIL)
-    return Finding(SHARED, f"{len(there)} nodes see each other's files", OK)
+            problems.append(f"{meeting.nodes[reader]} does not see what {writers} wrote")
+    problems += [f"no answer from {meeting.nodes[rank]}" for rank in written if rank not in unseen]
+    if problems:
+        return Finding(SHARED, f"checkpoint.dir is not the same directory on all nodes: {join_names(problems)}", FAIL)
+    return Finding(SHARED, f"{len(written)} nodes see each other's files", OK)

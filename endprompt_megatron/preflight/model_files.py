@@ -46,9 +46,9 @@ def _of_files(check: str, directory: Path, shape: ModelShape) -> Finding:
             except ValueError as error:
                 damaged.append(f"{name} ({error})")
     if missing or damaged:
-        said = [f"{len(missing)} of {len(files)} shards missing: {join_names(missing)}"] if missing else []
-        said += [f"{len(damaged)} damaged: {join_names(damaged)}"] if damaged else []
-        return Finding(check, f"{directory}: {'; '.join(said)}; download them again", FAIL)
+        problems = [f"{len(missing)} of {len(files)} shards missing: {join_names(missing)}"] if missing else []
+        problems += [f"{len(damaged)} damaged: {join_names(damaged)}"] if damaged else []
+        return Finding(check, f"{directory}: {'; '.join(problems)}; download them again", FAIL)
     weights = HfWeights(directory)
     weights.check(list(mapped_tensors(shape)), tied_copy(shape))
     total = format_bytes(sum((directory / name).stat().st_size for name in files))

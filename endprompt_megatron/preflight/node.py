@@ -70,11 +70,8 @@ def versions() -> tuple[dict[str, str | None], dict[str, str]]:
         "our code": code_digest(),
     }
     imports = {"Megatron-Core": "megatron.core"}
-    on_gpu = hardware.cuda_libraries()
-    if on_gpu:
-        found |= on_gpu
-        if te is not None:  # built for another torch or CUDA, it is installed but does not load
-            imports["Transformer Engine"] = "transformer_engine.pytorch"
+    if te is not None and hardware.visible_gpus():  # built for another torch or CUDA, it may not load
+        imports["Transformer Engine"] = "transformer_engine.pytorch"
     broken = {}
     for name, module in imports.items():
         try:
@@ -84,7 +81,9 @@ def versions() -> tuple[dict[str, str | None], dict[str, str]]:
         else:
             # A checkout on PYTHONPATH, as in containers, has no metadata but knows its version.
             found[name] = found[name] or getattr(imported, "__version__", None)
-    return found, broken
+    # After the imports: asked first, torch loads its own cuDNN, and Transformer Engine, which prefers the system's,
+    # meets a mixture of the two.
+    return found | hardware.cuda_libraries(), broken
 
 
 def _distribution(name: str) -> str | None:

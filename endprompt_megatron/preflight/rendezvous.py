@@ -48,7 +48,7 @@ class Meeting:
         roster = self.hear("roster", 2 * seconds + 5)
         self.key: str = roster["key"]
         self.nodes: dict[int, str] = {int(rank): node for rank, node in roster["fine"].items()}
-        self.refused: dict[int, list[str]] = {int(rank): said for rank, said in roster["refused"].items()}
+        self.refused: dict[int, list[str]] = {int(rank): answer for rank, answer in roster["refused"].items()}
         self.absent = [r for r in range(self.world_size) if r not in self.nodes and r not in self.refused]
         self.leaders: dict[str, int] = {}
         for rank, node in sorted(self.nodes.items()):
@@ -127,8 +127,8 @@ def connect(launch: Launch, seconds: float, *, serve: bool = True) -> Any:
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = os.environ.get("MASTER_PORT")
     if port is None or not port.isdigit():
-        said = "is not set" if port is None else f"={port} is not a number"
-        raise InputError(f"MASTER_PORT {said}: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
+        problem = "is not set" if port is None else f"={port} is not a number"
+        raise InputError(f"MASTER_PORT {problem}: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
     serves = serve and launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     who = f"rank {launch.rank} on {node_name()}: the rendezvous at {address}:{port} (MASTER_ADDR, MASTER_PORT)"
     refusal = None if serves else _refusal(address, int(port), seconds)

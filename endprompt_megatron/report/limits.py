@@ -37,7 +37,8 @@ def _of_model(run: Run, model: Model, measured: Measured) -> list[str]:
         points.append(f"Real inputs between {longest:,} and {target:,} tokens.")
     for suite in there:
         limits = suite.limits(model.measured[suite.name], model.settings(suite))
-        points += [f"{suite.title}: {limit}." for limit in limits]
+        title = suite.variant(model.measured[suite.name]) or suite.title
+        points += [f"{title}: {limit}." for limit in limits]
     if not any(other.key.startswith("baseline") and other.run is run for other in measured.models) and not any(
         other.key == "baseline" for other in measured.models
     ):

@@ -24,7 +24,7 @@ class Run:
     recipe_text: str = ""
     steps: list[dict] = field(default_factory=list)
     validations: list[dict] = field(default_factory=list)
-    seen: list[dict] = field(default_factory=list)  # of each source of the training data: consumed.py
+    seen: list[dict] = field(default_factory=list)  # what training read of each source: data_seen.json
     evaluation: dict | None = None
     untrained: dict | None = None  # the evaluation of the same scaling without training
 

@@ -1,1 +1,1 @@
-"""Studies: a grid of recipes with one token budget and one evaluation, run cell by cell and compared."""
+"""Studies: a grid of recipes with one token budget and one evaluation, run trial by trial and compared."""

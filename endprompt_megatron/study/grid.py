@@ -24,7 +24,6 @@ _KEYS = {
     *("keep", "processes", "parallel"),
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
-_OPTIONS = {*option_names(), "suite", "threads"}  # of tools/evaluate.py
 
 
 @dataclass(frozen=True)
@@ -242,9 +241,10 @@ def _evaluation(path: Path, given: Any) -> dict[str, Any]:
     if not isinstance(given, dict) or not given.get("lengths") or not given.get("suite"):
         raise InputError(f"{path}: evaluation requires suite and lengths, as tools/evaluate.py takes them")
     named = {str(name).replace("-", "_"): value for name, value in given.items()}
+    known = {*option_names(), "suite", "threads"}
     for name in named:
-        if name not in _OPTIONS:
-            options = ", ".join(sorted(_OPTIONS))
+        if name not in known:
+            options = ", ".join(sorted(known))
             raise InputError(f"{path}: evaluation.{name}: tools/evaluate.py has no such option; choose from {options}")
     try:
         parse_suites(option_text(named["suite"]))

@@ -227,7 +227,7 @@ def _ended(process: subprocess.Popen) -> tuple[int, float] | None:
 def _lock(work: Work) -> IO | None:
     """The trial's lock, held until it and every child's copy are closed; None while another process holds it."""
     work.directory.mkdir(parents=True, exist_ok=True)
-    file = open(work.directory / "lock", "w")  # noqa: SIM115  (closed when the cell is done)
+    file = open(work.directory / "lock", "w")  # noqa: SIM115  (closed when the trial is done)
     if lock_file(file):
         return file
     file.close()

@@ -29,9 +29,9 @@ def run(options: argparse.Namespace) -> int:
     if options.slurm:
         return submit(study, trials, again=options.again, dry_run=options.dry_run)
     if not options.report_only:
-        from endprompt_megatron.study.runner import run as run_cells
+        from endprompt_megatron.study.runner import run as run_trials
 
-        code = run_cells(study, trials, again=options.again)
+        code = run_trials(study, trials, again=options.again)
         if code != EXIT_DONE or options.no_report:
             return code
     from endprompt_megatron.study.compare import compare

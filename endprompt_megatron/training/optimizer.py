@@ -154,6 +154,12 @@ def update(optimizer: ChainedOptimizer, loss: float, clip: float) -> tuple[float
         return norm, False
     if clip > 0:
         for part in optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip, total_norm=norm)
+            clip_grad_by_total_norm_fp32(
+                part.get_parameters(),
+                max_norm=clip,
+                total_norm=norm,
+                # With moments in fewer bits, Megatron hands the gradients to TE's AdamW beside `grad`, which is empty.
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
     optimizer.step_with_ready_grads()
     return norm, True

@@ -49,9 +49,9 @@ def fifty_steps(recipe, samples) -> list[float]:
     """On a rank: the losses of 50 AdamW steps over the same samples."""
     from endprompt_megatron.distributed import te
     from endprompt_megatron.distributed.hardware import here
-    from endprompt_megatron.training.optimizer import update, zero_grad
 
     te.set_environment(recipe, "test", here())
+    from endprompt_megatron.training.optimizer import update, zero_grad
     from endprompt_megatron.training.step import run_batch
 
     _, models, optimizer, scheduler = build(recipe)
@@ -108,6 +108,57 @@ def test_fused_rope_equals_unfused_with_positions_that_jump(rank, model, method)
     loss, gradient = compare(*(rank.run(1, with_rope_fused, recipe, samples, fused)[0] for fused in (True, False)))
     assert loss < 1e-3
     assert gradient < 0.03
+
+
+def with_weight_gradients_fused(recipe, samples, fused: bool) -> tuple[dict, int]:
+    """Losses and gradients, and how many of a layer's weights had theirs added to the sum inside the GEMM."""
+    taken = []
+
+    def prepare(models):
+        for module in models[0].modules():
+            if hasattr(module, "fuse_wgrad_accumulation") and not fused:
+                module.fuse_wgrad_accumulation = False
+        taken.extend(models)
+
+    found = losses_and_gradients(recipe, samples, prepare)
+    return found, sum(parameter.grad_added_to_main_grad for parameter in taken[0].parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.with_te
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_weight_gradients_summed_inside_the_gemm_equal_those_summed_after(rank, model, recompute):
+    recipe, samples = setup(model, f"parallel.recompute={recompute}")
+    (first, count), (second, none) = (
+        rank.run(1, with_weight_gradients_fused, recipe, samples, fused)[0] for fused in (True, False)
+    )
+    assert (count, none) == (4 * read_shape(recipe.model.hf).num_layers, 0)
+    loss, gradient = compare(first, second)
+    assert loss < 1e-6
+    assert gradient < 1e-2  # summed after, each micro-batch's is rounded to BF16 first
+
+
+def norms_around_an_update(recipe, samples) -> tuple[float, float]:
+    """On a rank: the gradient norm that an update finds, and the one that it leaves behind."""
+    from endprompt_megatron.training.optimizer import update, zero_grad
+    from endprompt_megatron.training.step import run_batch
+
+    _, models, optimizer, _ = build(recipe)
+    zero_grad(models, optimizer)
+    losses = run_batch(models, micro_batches(recipe, samples), backward=True)
+    before, made = update(optimizer, losses.total, recipe.optim.grad_clip)
+    assert made
+    return before, float(optimizer.get_grad_norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.with_te
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "fp8"])
+def test_gradients_are_clipped_whatever_the_moments_are_kept_in(rank, model, moments):
+    recipe, samples = setup(model, f"optim.moments_dtype={moments}", "optim.grad_clip=0.01")
+    before, after = rank.run(1, norms_around_an_update, recipe, samples)[0]
+    assert before > 0.1
+    assert after == pytest.approx(0.01, rel=1e-2)
 
 
 @pytest.mark.gpu

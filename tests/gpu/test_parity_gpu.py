@@ -1,16 +1,10 @@
-"""On one GPU: loss and gradients equal Hugging Face's float32 LLaMA on the CPU, as far as the precision goes."""
+"""On one GPU: loss and gradients equal Hugging Face's LLaMA in float64 on the CPU, as far as the precision goes."""
 
-import numpy as np
 import pytest
 import torch
-from parallel.cases import (
-    huggingface_loss,
-    huggingface_model,
-    join_gradients,
-    losses_and_gradients,
-    make_samples,
-    recipe_for,
-)
+from float64 import in_float64
+from parallel.cases import losses_and_gradients, make_samples, recipe_for
+from parallel.reference import errors, of_ranks, reference
 
 from endprompt_megatron.model.shape import read_shape
 
@@ -22,22 +16,15 @@ CASES = {
 }
 
 
-def errors(rank, model, *overrides: str) -> tuple[float, dict[str, float]]:
+def distances(rank, model, *overrides: str) -> tuple[float, dict[str, float]]:
     """Relative error of the loss, and of each gradient (norm of the difference over the norm)."""
     recipe = recipe_for(*model, *overrides)
     shape = read_shape(recipe.model.hf)
     samples = make_samples(recipe, shape.vocab_size, 8)
     results = rank.run(1, losses_and_gradients, recipe, samples)
-    reference = huggingface_model(recipe)
-    total, _, _ = huggingface_loss(reference, samples)
-    total.backward()
-    gradients = join_gradients(results, shape)
-    expected = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
-    assert set(gradients) == set(expected)
-    found = {
-        name: float(np.linalg.norm(gradients[name] - value) / np.linalg.norm(value)) for name, value in expected.items()
-    }
-    return abs(results[0]["losses"].total / total.item() - 1), found
+    found = errors(of_ranks(results, recipe)[0], in_float64(reference, recipe, samples))
+    gradients = {name: error for name, error in found.items() if not name.startswith("loss")}
+    return found["loss (total)"], gradients
 
 
 def assert_close(found: tuple[float, dict[str, float]], loss: float, gradient: float) -> None:
@@ -49,20 +36,20 @@ def assert_close(found: tuple[float, dict[str, float]], loss: float, gradient: f
 @pytest.mark.without_te
 @pytest.mark.parametrize("case", CASES)
 def test_float32_equals_huggingface(rank, model, case):
-    assert_close(errors(rank, model, *CASES[case]), loss=1e-5, gradient=1e-4)
+    assert_close(distances(rank, model, *CASES[case]), loss=1e-5, gradient=1e-4)
 
 
 @pytest.mark.with_te
 @pytest.mark.parametrize("case", CASES)
 def test_transformer_engine_in_float32_equals_huggingface(rank, model, case):
     """TE multiplies float32 matrices in TF32, which has 10 bits of mantissa."""
-    assert_close(errors(rank, model, *CASES[case]), loss=1e-3, gradient=2e-2)
+    assert_close(distances(rank, model, *CASES[case]), loss=1e-3, gradient=2e-2)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bfloat16_is_close_to_huggingface_in_float32(rank, model, case):
+def test_bfloat16_is_close_to_huggingface(rank, model, case):
     """A wrong phase, norm or mask is off by its whole size; BF16 by a few of its 1/256."""
-    assert_close(errors(rank, model, "precision.dtype=bfloat16", *CASES[case]), loss=1e-2, gradient=0.15)
+    assert_close(distances(rank, model, "precision.dtype=bfloat16", *CASES[case]), loss=1e-2, gradient=0.15)
 
 
 def on_the_gpu() -> tuple[str, bool]:

@@ -8,38 +8,58 @@ import gc
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 from typing import Any
 
 
 class Ranks:
     def __init__(self, size: int, gpu: bool = False) -> None:
+        self.size, self.gpu = size, gpu
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
-        for _ in range(size):
+        for _ in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, gpu), daemon=False)
+            process = context.Process(target=_serve, args=(theirs, self.gpu), daemon=False)
             process.start()
+            theirs.close()  # so that the end of a process is the end of its pipe
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, world: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:
+    def run(self, world: int, function: Callable, *args: Any, timeout: float = 900) -> list[Any]:
+        """Each rank's result.  `timeout`, in seconds, is for ranks that wait for each other for ever."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         for rank, pipe in enumerate(self.pipes[:world]):
             pipe.send((rank, world, port, function, args))
-        results = []
-        for rank, pipe in enumerate(self.pipes[:world]):
-            if not pipe.poll(timeout):
+        results, failures, deadline = {}, [], time.monotonic() + timeout
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes[:world])}
+        while waiting:
+            ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    error, results[rank] = pipe.recv()
+                except EOFError:
+                    error = "its process ended"
+                if error:
+                    failures.append(f"rank {rank}:\n{error}")
+                    # The others may wait for it for ever.
+                    deadline = min(deadline, time.monotonic() + 30)
+            if not ready:
                 self.close()
-                raise TimeoutError(f"rank {rank} of {world} did not answer in {timeout} s")
-            results.append(pipe.recv())
-        failures = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(results) if error]
+                self._start()
+                failures.append(f"no answer from ranks {sorted(waiting.values())} of {world}, which were ended")
+                break
         if failures:
             raise AssertionError("\n".join(failures))
-        return [value for _, value in results]
+        return [results[rank] for rank in range(world)]
 
     def close(self) -> None:
         for process in self.processes:

@@ -17,7 +17,7 @@ def reload(checkpoint: Path, hf: Path, save: Path, layout: tuple[int, int, int],
     """Load `checkpoint` through the model's sharded state dict, strictly, and save it to `save` in this layout.
 
     Strictly: a tensor that the model asks for and the checkpoint lacks, or the other way round, is an error.
-    Returns tokens int64 [2, 24] and logits [2, 24, v] where one rank holds the whole model, otherwise None.
+    Returns tokens int64 [2, 24] and logits float64 [2, 24, v] where one rank holds the whole model, otherwise None.
     """
     import torch
 
@@ -57,6 +57,8 @@ def reload(checkpoint: Path, hf: Path, save: Path, layout: tuple[int, int, int],
     if launch.world_size > 1:
         return None
     tokens = torch.randint(0, shape.vocab_size, (2, 24), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        logits = models[0](tokens, torch.arange(24)[None])[..., : shape.vocab_size].float()
+    from float64 import Float64
+
+    with torch.no_grad(), Float64():
+        logits = models[0].double()(tokens, torch.arange(24)[None])[..., : shape.vocab_size]
     return tokens.numpy(), logits.numpy()

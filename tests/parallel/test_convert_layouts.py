@@ -5,6 +5,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from float64 import Float64
+from parallel.reference import EXACT
 from parallel.reloading import LAYOUTS, reload
 from safetensors.torch import load_file
 from small import small_llama
@@ -41,6 +43,6 @@ def test_megatrons_model_loads_and_saves_a_converted_checkpoint(tmp_path, ranks,
 
         tokens, logits = torch.from_numpy(answer[0]), answer[1]
         reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
-        with torch.no_grad():
-            expected = reference(tokens, attention_mask=torch.ones_like(tokens)).logits.numpy()
-        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=2e-5)
+        with torch.no_grad(), Float64():
+            expected = reference.double()(tokens, attention_mask=torch.ones_like(tokens)).logits.numpy()
+        np.testing.assert_allclose(logits, expected, rtol=EXACT, atol=EXACT)

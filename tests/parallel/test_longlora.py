@@ -1,26 +1,33 @@
-"""LongLoRA: shifted attention and LoRA against transformers with a dense mask and adapters made by hand, in float32."""
+"""LongLoRA: shifted attention and LoRA against transformers with a dense mask and adapters made by hand.
 
+In float64, where both agree to the last digits.  In float32, once a layout, ours are as exact as transformers' are.
+"""
+
+import itertools
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from float64 import Float64, in_float64
+from pairwise import Case, covering, named
 from parallel.cases import (
     build,
-    compare,
     every_target,
     exported,
-    huggingface_model,
     make_samples,
     micro_batches,
     recipe_for,
 )
+from parallel.reference import assert_as_exact, compare, compare_float32, huggingface_model
 from parallel.test_checkpoints import assert_same, everything, train_and_save
 from parallel.test_engine_megatron import ask_megatron
-from small import edit_json, run_tool
+from small import run_tool
 
+from endprompt_megatron.checkpoint.layout import read_manifest, write_manifest
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.convert.describe_checkpoint import inspect
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
@@ -42,7 +49,27 @@ LAYOUTS = {
 }
 SHIFTED = ["longlora.shifted=true"]
 LORA = ["longlora.rank=3", "longlora.alpha=7"]
-WITHOUT = ["longlora.train_embeddings=false", "longlora.train_norms=false"]
+AXES = {
+    "layout": LAYOUTS,
+    "kind": {"shifted": SHIFTED, "lora": LORA, "shifted-lora": [*SHIFTED, *LORA]},
+    "shape": ("gqa", "mha", "odd-vocab-tied", "attention-bias"),
+    "trained": {
+        "all": [],
+        "norms-frozen": ["longlora.train_norms=false"],
+        "adapters-alone": ["longlora.train_embeddings=false", "longlora.train_norms=false"],
+    },
+    "recompute": {"kept": [], "recomputed": ["parallel.recompute=full"]},
+    "groups": {"four-groups": [], "two-groups": ["longlora.groups=2"]},
+    "length": {"prompted": [], "full-length": ["context.method=full", "context.physical=256"]},
+    "rows": {"one-row": [], "two-rows": ["train.micro_batch_size=2"]},
+}
+
+
+def allowed(case: Case) -> bool:
+    """Groups are cut from whole sequences, and without adapters everything is trained."""
+    if "shifted" in case["kind"] and case["layout"] == "cp2":
+        return False
+    return case["kind"] != "shifted" or case["trained"] == "all"
 
 
 def mask_of(heads: int, length: int, groups: int = 4) -> torch.Tensor:
@@ -59,16 +86,20 @@ class Lora(torch.nn.Module):
     def __init__(self, base: torch.nn.Linear, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
         super().__init__()
         self.base, self.scale = base.requires_grad_(False), scale
-        self.down, self.up = torch.nn.Parameter(down), torch.nn.Parameter(up)
+        self.down, self.up = torch.nn.Parameter(down.float()), torch.nn.Parameter(up.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) + self.scale * (x @ self.down.t()) @ self.up.t()
 
 
 def matrices(layer: int, which: str, rank: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of one adapter, both far from zero."""
-    generator = torch.Generator().manual_seed(100 * layer + "qkvo".index(which))
-    return tuple(0.3 * torch.randn(size, generator=generator) for size in ((rank, inputs), (outputs, rank)))
+    """A and B of one adapter, both far from zero; float32, and the same numbers under Float64.
+
+    Were A as large in a wide model, attention would look at one token alone and gradients be lost in rounding.
+    """
+    generator = np.random.default_rng(100 * layer + "qkvo".index(which))
+    down, up = (0.3 * generator.standard_normal(size, np.float32) for size in ((rank, inputs), (outputs, rank)))
+    return torch.from_numpy(down) * (64 / inputs), torch.from_numpy(up)
 
 
 def huggingface_lora(recipe):
@@ -106,46 +137,51 @@ def set_adapters(shape, models) -> None:
             proj.up.copy_(up)
 
 
-def check(ranks, model, world, *keys, rows=8, **options) -> None:
-    recipe = recipe_for(*model, *keys)
-    shape = read_shape(recipe.model.hf)
-    samples = make_samples(recipe, shape.vocab_size, rows)
+def prepared(models, case: Case):
+    """Ranks, recipe, samples, and what makes the ranks' model and transformers' the same."""
+    world, keys = LAYOUTS[case["layout"]]
+    others = (AXES[axis][value] for axis, value in case.items() if axis not in ("layout", "shape"))
+    recipe = recipe_for(*models(case["shape"]), *keys, *(key for keys in others for key in keys))
+    return world, recipe, *samples_and_model(recipe)
+
+
+def samples_and_model(recipe, rows: int = 8) -> tuple[dict, dict]:
+    """Samples, and how transformers and the ranks are to have the same adapters and the same mask."""
+    shape, how = read_shape(recipe.model.hf), {}
     if recipe.longlora.shifted:
-        options["mask"] = mask_of(shape.num_heads, recipe.context.physical, recipe.longlora.groups)
+        how["mask"] = mask_of(shape.num_heads, recipe.context.physical, recipe.longlora.groups)
     if recipe.longlora.rank:
-        options |= {"model": huggingface_lora(recipe), "prepare": partial(set_adapters, shape)}
-    compare(ranks, world, recipe, samples, samples, **options)
+        how |= {"make": huggingface_lora, "prepare": partial(set_adapters, shape)}
+    return make_samples(recipe, shape.vocab_size, rows), how
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "tp2-pp2-sp", "pp2-vpp2"])
-def test_gradients_of_shifted_attention_equal_those_under_a_dense_mask(ranks, models, layout):
-    world, keys = LAYOUTS[layout]
-    check(ranks, models("gqa"), world, *keys, *SHIFTED, "train.micro_batch_size=2")
+@pytest.mark.parametrize("case", covering(AXES, allowed), ids=named)
+def test_gradients_equal_those_of_a_dense_mask_and_adapters_made_by_hand(ranks, models, case):
+    world, recipe, samples, how = prepared(models, case)
+    compare(ranks, world, recipe, samples, samples, **how)
 
 
-def test_gradients_of_shifted_attention_in_two_groups_with_equal_heads_and_recomputed(ranks, models):
-    check(ranks, models("mha"), 1, *SHIFTED, "longlora.groups=2", "parallel.recompute=full")
-
-
-def test_gradients_of_shifted_attention_at_full_length(ranks, models):
-    check(ranks, models("gqa"), 1, *SHIFTED, "context.method=full", "context.physical=256", rows=2)
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", AXES["kind"])
+@pytest.mark.parametrize("shape", AXES["shape"])
+def test_gradients_of_whatever_is_trained_equal_those_of_adapters_made_by_hand(ranks, models, shape, kind, layout):
+    """The product of what is trained, recompute, models, kinds and layouts; the rest takes turns."""
+    turn = list(LAYOUTS).index(layout) + list(AXES["kind"]).index(kind) + AXES["shape"].index(shape)
+    for number, (trained, recompute) in enumerate(itertools.product(AXES["trained"], AXES["recompute"])):
+        rest = {axis: list(AXES[axis])[(turn + number) % 2] for axis in ("groups", "length", "rows")}
+        own = {"layout": layout, "kind": kind, "shape": shape, "trained": trained, "recompute": recompute, **rest}
+        if allowed(own):
+            world, recipe, samples, how = prepared(models, own)
+            compare(ranks, world, recipe, samples, samples, **how)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_of_lora_equal_those_of_adapters_made_by_hand(ranks, models, layout):
+def test_float32_gradients_are_as_exact_as_with_a_dense_mask_and_adapters_made_by_hand(ranks, models, layout):
     world, keys = LAYOUTS[layout]
-    check(ranks, models("gqa"), world, *keys, *LORA, *(SHIFTED if layout != "cp2" else []))
-
-
-@pytest.mark.parametrize("keys", [[], WITHOUT, [*WITHOUT, "parallel.recompute=full"]], ids=["", "alone", "recomputed"])
-@pytest.mark.parametrize("layout", ["one", "pp2"])
-def test_gradients_of_lora_with_tied_embeddings_trained_or_not(ranks, models, layout, keys):
-    world, split = LAYOUTS[layout]
-    check(ranks, models("odd-vocab-tied"), world, *split, *LORA, *keys)
-
-
-def test_gradients_of_lora_beside_biases(ranks, models):
-    check(ranks, models("attention-bias"), 2, "parallel.tensor=2", *LORA)
+    recipe = recipe_for(*models("gqa"), *keys, *LORA, *(SHIFTED if layout != "cp2" else []))
+    samples, how = samples_and_model(recipe)
+    compare_float32(ranks, world, recipe, samples, samples, **how)
 
 
 def started(recipe) -> tuple:
@@ -168,7 +204,7 @@ def test_adapters_start_at_the_base_models_loss_and_alike_in_every_layout(ranks,
         world, keys = LAYOUTS[layout]
         base = ranks.run(world, started, recipe_for(*models("gqa"), *keys))
         with_lora = ranks.run(world, started, recipe_for(*models("gqa"), *keys, *LORA))
-        assert with_lora[0][0] == pytest.approx(base[0][0], rel=1e-6)
+        assert with_lora[0][0] == base[0][0], "B is zero, and so is what it adds"
         whole: dict[str, np.ndarray] = {}
         for _, parts in with_lora:
             for key, shape, offset, value in parts:
@@ -243,21 +279,21 @@ def test_training_with_adapters_resumes_to_the_last_bit(ranks, models, tmp_path)
 
 
 def logits_of(recipe, root, tokens) -> np.ndarray:
-    """On one rank: logits [s, v] of a checkpoint as it is, adapters beside the weights."""
+    """On one rank: logits [s, v] in float64 of a checkpoint as it is, adapters beside the weights."""
     from endprompt_megatron.checkpoint.resume import resume
     from endprompt_megatron.checkpoint.run_state import RunState
 
     _, models, optimizer, scheduler = build(recipe)
     state = RunState(models, optimizer, scheduler)
     assert resume(root, recipe, "test", state) is not None
-    model = models[0].eval()
+    model = models[0].module.eval()
     positions = torch.arange(len(tokens))[None]
-    with torch.no_grad():
-        logits = model(torch.from_numpy(tokens)[None], positions)[0]
-    return logits.numpy()
+    with torch.no_grad(), Float64():
+        return model.double()(torch.from_numpy(tokens)[None], positions)[0].numpy()
 
 
 def test_merged_logits_equal_those_of_the_adapters(ranks, models, trained, tmp_path):
+    """In float64; the export's matrices are rounded to float32, which costs no more than to calculate in it."""
     recipe = recipe_for(*models("odd-vocab"), *LORA, *SHIFTED)
     shape = read_shape(recipe.model.hf)
     convert_megatron_to_hf(trained, tmp_path / "hf", 3)
@@ -271,29 +307,33 @@ def test_merged_logits_equal_those_of_the_adapters(ranks, models, trained, tmp_p
     )
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, 90)
     ids = torch.from_numpy(tokens)[None]
-    with torch.no_grad():
-        expected, before = (
-            m(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0] for m in (merged, base)
-        )
+
+    def logits(model) -> np.ndarray:
+        with torch.no_grad():
+            return model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].numpy()
+
+    rounded, before = logits(merged), logits(base)
+    with Float64():
+        expected = logits(merged.double())
     assert (
         "| LoRA | rank 3, alpha 7.0 on q, k, v and o, merged; embeddings and norms"
         in (tmp_path / "hf" / "README.md").read_text()
     )
     assert inspect(trained, 3).training["adapters"] == "LoRA of rank 3, alpha 7.0, not merged here"
     (found,) = ranks.run(1, logits_of, recipe, trained, tokens)
-    np.testing.assert_allclose(found[:, : shape.vocab_size], expected.numpy(), rtol=1e-5, atol=1e-5)
-    assert (expected - before).abs().max() > 1e-2, "the adapters changed next to nothing"
+    assert_as_exact(found[:, : shape.vocab_size], rounded, expected)
+    assert np.abs(expected - before).max() > 1e-2, "the adapters changed next to nothing"
 
 
 def test_evaluation_in_place_answers_as_the_export_does(ranks, trained, tmp_path):
     convert_megatron_to_hf(trained, tmp_path / "hf", 3)
     convert_hf_to_megatron(tmp_path / "hf", tmp_path / "merged")
-    (found,) = ranks.run(1, ask_megatron, trained / "iter_0000003", (1, 1), 32)
-    split = ranks.run(2, ask_megatron, trained / "iter_0000003", (2, 1), 32)
-    (expected,) = ranks.run(1, ask_megatron, tmp_path / "merged", (1, 1), 32)
-    for answers in (found, *split):
-        np.testing.assert_allclose(answers["whole"][0], expected["whole"][0], rtol=1e-4, atol=1e-4)
-        assert answers["generated"] == expected["generated"]
+    (expected,) = ranks.run(1, in_float64, ask_megatron, tmp_path / "merged", (1, 1), 32)
+    (rounded,) = ranks.run(1, ask_megatron, tmp_path / "merged", (1, 1), 32)
+    for layout in ((1, 1), (2, 1)):
+        for found in ranks.run(layout[0], in_float64, ask_megatron, trained / "iter_0000003", layout, 32):
+            assert_as_exact(found["whole"][0], rounded["whole"][0], expected["whole"][0])
+            assert found["generated"] == expected["generated"]
 
 
 def test_an_export_in_bfloat16_is_the_float32_merge_rounded_once_and_verified(trained, tmp_path):
@@ -320,12 +360,18 @@ def test_training_does_not_start_from_weights_with_adapters_beside_them(ranks, m
             ranks.run(1, started, recipe)
 
 
+def with_recipe(directory: Path, recipe: dict) -> None:
+    """Let the manifest of a checkpoint hold another recipe."""
+    kept = {key: value for key, value in read_manifest(directory).items() if key not in ("format", "crc32")}
+    write_manifest(directory, **{**kept, "recipe": recipe})
+
+
 def test_adapters_without_a_recipe_that_scales_them_are_refused(trained, tmp_path):
     copy = shutil.copytree(trained / "iter_0000003", tmp_path / "iter_0000003")
-    edit_json(copy / "endprompt.json", recipe={}, crc32=None)
+    with_recipe(copy, {})
     with pytest.raises(InputError, match="has no longlora"):
         convert_megatron_to_hf(copy, tmp_path / "hf")
-    edit_json(copy / "endprompt.json", recipe={"longlora": {"rank": 4, "alpha": 16.0}})
+    with_recipe(copy, {"longlora": {"rank": 4, "alpha": 16.0}})
     with pytest.raises(InputError, match=r"longlora\.rank=4"):
         convert_megatron_to_hf(copy, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

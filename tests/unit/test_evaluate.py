@@ -266,7 +266,10 @@ BAD = {
     "nothing to merge": ({"--merge": True}, "nothing was asked of the extended model with these settings"),
     "stride": ({"--stride": "64"}, "--stride 64: should be below the window of 64"),
     "megatron": ({"--hf": None, "--engine": "megatron", "--megatron": "{tmp}/none"}, "none: no such directory"),
-    "both": ({"--megatron": "{tmp}/none", "--engine": "megatron"}, "--hf: give it, or --megatron RUN/checkpoints"),
+    "both": (
+        {"--megatron": "{tmp}/none", "--engine": "megatron"},
+        "--hf: give either it, or --megatron RUN/checkpoints",
+    ),
     "megatron in transformers": ({"--hf": None, "--megatron": "{tmp}"}, "needs --engine megatron"),
     "iteration": ({"--iteration": "3"}, "--iteration 3: applies only to --megatron, which is not given"),
     "pipeline": ({"--pipeline": "0"}, "--pipeline 0: should be at least 1"),

@@ -16,7 +16,7 @@ from endprompt_megatron.config.keys import entry, get, keys_of, section
 from endprompt_megatron.config.load import load_recipe, recipe_of
 from endprompt_megatron.config.recipe import Context, Recipe, Train
 from endprompt_megatron.convert.model_card import model_card
-from endprompt_megatron.data.samples.builder import SampleBuilder
+from endprompt_megatron.data.samples.builder import SampleBuilder, SampleSpec
 from endprompt_megatron.data.samples.terminal_segments import coverage_of, positions_are_shared
 from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.method import map_table
@@ -80,7 +80,7 @@ def test_toy_map_is_a_legal_method_and_unknown_ones_are_answered_with_it(ground)
 
 def test_toy_map_places_samples_and_is_covered(ground):
     recipe = load_recipe("recipe.yaml", ["context.stride=7"], ToyRecipe)
-    built = SampleBuilder("toy", 64, 512, [[1, 2, 3, 4]], 1.0, 7, **recipe.context.knobs)
+    built = SampleBuilder(SampleSpec("toy", 64, 512, [[1, 2, 3, 4]], 1.0, 7, knobs=recipe.context.knobs))
     positions = built.build(np.arange(60), 0)["position_ids"].tolist()
     assert positions == [*range(60), *range(60 + 448 // 7, 64 + 448 // 7)]
     counted = coverage_of(recipe, prompt_len=12)

@@ -148,7 +148,7 @@ def checked(page):
     return " ".join(" ".join(parsed.text).split())
 
 
-def test_page_is_self_contained_nested_and_carries_the_numbers(run):
+def test_report_is_self_contained_nested_and_carries_the_numbers(run):
     evaluated(run, results())
     page = write_report([run]).read_text()
     text = checked(page)
@@ -162,7 +162,7 @@ def test_page_is_self_contained_nested_and_carries_the_numbers(run):
     assert "@media print" in page
 
 
-def test_text_from_files_is_escaped(run):
+def test_report_escapes_text_from_files(run):
     evaluated(run, results())
     page = write_report([run]).read_text()
     assert "<b>model</b>" not in page
@@ -171,7 +171,7 @@ def test_text_from_files_is_escaped(run):
     assert "<script" not in page
 
 
-def test_missing_pieces_are_said_not_failed_over(run):
+def test_report_names_what_is_missing(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(validation=False)))
     text = checked(write_report([run]).read_text())
     for sentence in (
@@ -191,7 +191,7 @@ def test_missing_pieces_are_said_not_failed_over(run):
 
 
 @pytest.mark.parametrize("method", MAPS)
-def test_distances_of_every_method(run, method):
+def test_report_has_distances_of_every_method(run, method):
     (run / "recipe.yaml").write_text(RECIPE.replace("METHOD", method))
     found = distance_coverage.distance_coverage(run_files.read_run(run))
     text = checked(write_report([run]).read_text())
@@ -203,7 +203,7 @@ def test_distances_of_every_method(run, method):
     assert ("no control was given" in text) == method.startswith("end_prompt")
 
 
-def test_control_stands_beside_the_run(run, tmp_path):
+def test_report_shows_the_control_beside_the_run(run, tmp_path):
     evaluated(run, results())
     control = tmp_path / "control"
     control.mkdir()
@@ -221,7 +221,7 @@ def test_control_stands_beside_the_run(run, tmp_path):
     assert "no control was given" not in text
 
 
-def test_a_control_measured_on_other_inputs_is_left_out(run, tmp_path):
+def test_report_leaves_out_a_control_measured_on_other_inputs(run, tmp_path):
     evaluated(run, results())
     control = tmp_path / "control"
     control.mkdir()
@@ -231,7 +231,7 @@ def test_a_control_measured_on_other_inputs_is_left_out(run, tmp_path):
     assert "measured other inputs" in text
 
 
-def test_a_cut_last_line_is_dropped_and_a_broken_one_in_the_middle_is_an_error(run):
+def test_metrics_line_cut_by_a_kill_is_dropped_and_a_broken_one_before_it_is_an_error(run):
     good = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(good + '{"step": 31, "lo')
     assert run_files.read_run(run).steps[-1]["step"] == 30
@@ -240,7 +240,7 @@ def test_a_cut_last_line_is_dropped_and_a_broken_one_in_the_middle_is_an_error(r
         run_files.read_run(run)
 
 
-def test_what_was_read_of_each_source_is_a_table_where_the_run_says_so(run):
+def test_report_has_a_table_of_data_seen_where_the_run_recorded_it(run):
     assert "Data seen" not in checked(write_report([run]).read_text())
     source = {"prefix": "data/<web>", "samples": 12345, "share": 0.75, "context_tokens": 987654, "prompt_tokens": 321}
     (run / "data_seen.json").write_text(json.dumps({"consumed_samples": 16460, "sources": [source | {"epochs": 1.25}]}))
@@ -249,7 +249,7 @@ def test_what_was_read_of_each_source_is_a_table_where_the_run_says_so(run):
         assert needle in text
 
 
-def test_the_tool_prints_the_path_and_refuses_in_one_line(run, tmp_path):
+def test_report_tool_prints_the_path_and_refuses_in_one_line(run, tmp_path):
     done = small.run_tool("report", run)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(run / "report.html")

@@ -59,7 +59,7 @@ def browser(tmp_path_factory):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", LEAST)
-def test_page_fits_desk_and_phone_and_fetches_nothing(pages, browser, name, scheme):
+def test_html_page_fits_desk_and_phone_and_fetches_nothing(pages, browser, name, scheme):
     from PIL import Image
 
     colours, heights = SCHEMES[scheme], {}

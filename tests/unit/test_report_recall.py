@@ -65,7 +65,7 @@ def test_recall_of_another_text_or_form_is_left_out_and_said(recalled, tmp_path)
         assert re.search(r"Left out: [^.]*measured other inputs than", section(page, "recall")), name
 
 
-def test_without_recall_the_page_says_so(tmp_path):
+def test_report_without_recall_says_so(tmp_path):
     (tmp_path / "results.json").write_text(
         json.dumps({"models": {"extended": {}}, "measurements": {"extended": {}}, "settings": {}})
     )

@@ -49,7 +49,7 @@ def part(page, key):
 
 
 @pytest.mark.parametrize("label", ["baseline", "extended"])
-def test_ruler_by_length_and_task_is_evaluates_own_with_samples_and_interval(one, results, label):
+def test_report_has_ruler_by_length_and_task_as_evaluated(one, results, label):
     text = part(one[0], "ruler")
     for task in ("mean", "niah_single_1", "vt", "qa_1"):
         for length in reports.LENGTHS:
@@ -60,7 +60,7 @@ def test_ruler_by_length_and_task_is_evaluates_own_with_samples_and_interval(one
     assert "samples" in text
 
 
-def test_published_ruler_stands_beside_with_what_makes_it_another_measurement(one):
+def test_report_shows_published_ruler_and_how_its_own_differs(one):
     text = part(one[0], "ruler")
     for number in ("90.92", "82.41", "83.48", "82.99", "76.03", "43.65 †"):
         assert number in text
@@ -70,7 +70,7 @@ def test_published_ruler_stands_beside_with_what_makes_it_another_measurement(on
     assert "Meta-Llama-3-8B" in text
 
 
-def test_the_papers_own_setting_is_not_warned_of(measured, tmp_path, results):
+def test_report_does_not_warn_of_the_papers_own_model(measured, tmp_path, results):
     run = tmp_path / "run"
     (run / "evaluation").mkdir(parents=True)
     for label in ("baseline", "extended"):
@@ -84,7 +84,7 @@ def test_the_papers_own_setting_is_not_warned_of(measured, tmp_path, results):
     assert "lengths of 4K and 64K tokens instead of 4K, 8K, 16K, 32K and 64K" in text
 
 
-def test_longbench_says_what_it_lacks(one, results):
+def test_report_says_what_longbench_lacks(one, results):
     text = part(one[0], "longbench")
     for label in ("baseline", "extended"):
         for mean in ("mean_16", "mean_21", "few_shot"):
@@ -95,7 +95,7 @@ def test_longbench_says_what_it_lacks(one, results):
     assert "38.30" in text
 
 
-def test_short_text_is_before_and_after_with_intervals(one, results):
+def test_report_has_short_text_before_and_after_with_intervals(one, results):
     text = part(one[0], "short")
     for label in ("baseline", "extended"):
         for task in ("mmlu", "gsm8k", "hellaswag"):
@@ -107,7 +107,7 @@ def test_short_text_is_before_and_after_with_intervals(one, results):
     assert "after supervised fine-tuning" in text
 
 
-def test_differences_are_marked_where_they_are_larger_than_the_noise(one, results):
+def test_report_marks_differences_that_are_larger_than_the_noise(one, results):
     page, text = one
     beyond = sum(each["beyond_noise"] for each in results["comparisons"])
     assert f"extended minus before: {beyond} of {len(results['comparisons'])} differences are larger" in text
@@ -121,7 +121,7 @@ def test_differences_are_marked_where_they_are_larger_than_the_noise(one, result
     assert f"{value} ▼" in text
 
 
-def test_what_was_measured_is_not_listed_as_missing(one, measured, results, tmp_path):
+def test_report_lists_only_suites_that_were_not_run_as_missing(one, measured, results, tmp_path):
     assert "Not run:" not in part(one[0], "limits")
     assert f"Real inputs between {reports.LENGTHS[-1]:,} and {reports.TARGET:,} tokens" in part(one[0], "limits")
     run = tmp_path / "run"
@@ -137,14 +137,14 @@ def test_what_was_measured_is_not_listed_as_missing(one, measured, results, tmp_
     assert "Asked for and left out: short (needs lm-eval <here>)." in text
 
 
-def test_the_page_forbids_every_request(one):
+def test_report_forbids_every_request(one):
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     assert f'http-equiv="Content-Security-Policy" content="{policy}"' in one[0]
     assert "http://" not in one[0].replace("http://www.w3.org/", "")
     assert "https://" not in one[0]
 
 
-def test_runs_stand_side_by_side_and_other_inputs_stay_apart(measured, tmp_path, results):
+def test_report_of_several_runs_keeps_other_inputs_apart(measured, tmp_path, results):
     made, runs = measured / "made", []
     for name, rope in (("linear", "linear"), ("yarn", "yarn")):
         runs.append(reports.trained(tmp_path / name, made, rope=rope))
@@ -172,7 +172,7 @@ def test_runs_stand_side_by_side_and_other_inputs_stay_apart(measured, tmp_path,
     assert [model.key for model in shown.models] == ["baseline", "control", "extended", "run2"]
 
 
-def test_an_evaluation_alone_is_a_page_too(measured, tmp_path):
+def test_report_of_an_evaluation_alone(measured, tmp_path):
     alone = tmp_path / "measured-alone"
     shutil.copytree(measured / "run" / "evaluation", alone)
     text = checked(write_report([alone]).read_text())
@@ -181,7 +181,7 @@ def test_an_evaluation_alone_is_a_page_too(measured, tmp_path):
     assert read_run(measured / "run" / "evaluation").name == "run"
 
 
-def test_what_cannot_be_a_page_is_one_line(measured, tmp_path):
+def test_report_tool_refuses_wrong_input_in_one_line(measured, tmp_path):
     run = measured / "run"
     small.assert_one_line_error(small.run_tool("report", run, run), "is named twice")
     small.assert_one_line_error(small.run_tool("report", run, "--out", tmp_path), f"--out {tmp_path}: is a directory")
@@ -192,7 +192,7 @@ def test_what_cannot_be_a_page_is_one_line(measured, tmp_path):
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_cost_adds_up_the_steps_that_were_not_logged_too(measured, tmp_path):
+def test_report_cost_includes_steps_that_were_not_logged(measured, tmp_path):
     run = reports.trained(tmp_path / "run", measured / "made")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [line for line in lines if "loss" not in line or line["step"] % 5 == 0]
@@ -203,7 +203,7 @@ def test_cost_adds_up_the_steps_that_were_not_logged_too(measured, tmp_path):
     assert (spent.tokens, spent.processes, spent.gpus) == (60 * 16384, 2, False)
 
 
-def test_the_plan_is_tools_plans(tmp_path):
+def test_report_plan_is_that_of_tools_plan(tmp_path):
     recipe = load_recipe(small.ROOT / "recipes" / "llama3_8b_64k.yaml")
     (tmp_path / "recipe.yaml").write_text(recipe.as_yaml())
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "processes": 8, "step_time_s": 1.0}\n')
@@ -213,7 +213,7 @@ def test_the_plan_is_tools_plans(tmp_path):
     assert found.as_dict() == plan.estimate.as_dict()
 
 
-def test_coverage_takes_every_sources_prompts_by_their_weight(measured, tmp_path):
+def test_report_coverage_weights_the_prompts_of_every_source(measured, tmp_path):
     run = reports.trained(tmp_path / "run", measured / "made")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["data"]["train"] = {"a": 3.0, "b": {"weight": 1.0, "prompts": ["EP_2"]}}
@@ -231,7 +231,7 @@ def test_coverage_takes_every_sources_prompts_by_their_weight(measured, tmp_path
     assert found.gap == (4096 - one, 32768 - 4096)
 
 
-def test_smoothness_is_of_the_recipes_own_frequencies(measured, one):
+def test_report_smoothness_uses_the_frequencies_of_the_recipe(measured, one):
     before, after, attention = distance_coverage.smoothness(read_run(measured / "run"))
     expected = 10000.0 ** -(np.arange(8) / 8)
     np.testing.assert_allclose(before.frequencies, expected, rtol=1e-6)
@@ -242,7 +242,7 @@ def test_smoothness_is_of_the_recipes_own_frequencies(measured, one):
     assert "Over the whole gap it says nothing" in text
 
 
-def test_a_difference_of_two_intervals_is_newcombes():
+def test_difference_of_two_intervals_equals_newcombe_method_10():
     # Newcombe (1998), table II, 56/70 against 48/80, method 10.
     from endprompt_megatron.evaluate.intervals import wilson
 
@@ -257,7 +257,7 @@ def test_a_difference_of_two_intervals_is_newcombes():
 
 
 @pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
-def test_colours_can_be_read_on_their_backgrounds(colours):
+def test_page_colours_have_enough_contrast(colours):
     for text in ("ink", "muted", "extended", "better", "worse"):
         assert contrast(colours[text], colours["paper"]) >= 4.5, text
     for line in ("baseline", "extended", "control", "untrained", *(f"run{number}" for number in range(2, 7))):

@@ -190,6 +190,13 @@ ILLEGAL = {
         ["parallel.recompute=block", "parallel.recompute_layers=33"],
         ["33", "the 32 layers of a stage"],
     ),
+    "recompute-unit": (
+        "8b",
+        H100,
+        8,
+        ["parallel.recompute=full", "parallel.recompute_layers=3"],
+        ["recompute_layers=3", "the 32 layers of a stage"],
+    ),
     "recompute-layers-alone": ("8b", H100, 8, ["parallel.recompute_layers=2"], ["recompute_layers=2", "leave it out"]),
     "world": ("8b", H100, 6, ["parallel.tensor=4"], ["the 6 processes", "multiple of 4"]),
     "batch": ("8b", H100, 24, [], ["train.global_batch_size=64", "1 x 24"]),

@@ -1,9 +1,11 @@
 """Training does not start from what is missing, broken or of another model: one line, exit code 2."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from small import assert_one_line_error, edit_json, run_tool
+from small import ROOT, assert_one_line_error, edit_json, run_tool
 
 
 def checkpoint(place: Path) -> Path:
@@ -141,3 +143,10 @@ def test_command_line_says_one_line_and_exits_2(anywhere, processes):
 def test_ranks_that_fail_together_say_one_line(anywhere):
     result = run_tool("extend", anywhere, "--processes", 2, "model.init_from=nowhere", env={"OMP_NUM_THREADS": "1"})
     assert_one_line_error(result, "model.init_from nowhere", "no such directory")
+
+
+def test_the_training_loop_is_imported_without_megatron_which_would_read_the_environment_too_early():
+    """Transformer Engine takes its variables on import, and the recipe's are set when the loop begins."""
+    code = "import sys, endprompt_megatron.train; print([name for name in sys.modules if name.startswith('megatron')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"

@@ -50,7 +50,7 @@ def test_the_interval_over_seeds_equals_scipys():
     assert t_interval([0.3]) is None
 
 
-def test_a_score_is_the_mean_over_seeds_with_both_intervals(comparison, values):
+def test_study_score_is_the_mean_over_seeds_with_both_intervals(comparison, values):
     (score,) = row(comparison, "full-linear")["scores"]
     trials = np.stack([values[f"full-linear-seed{seed}"] for seed in SEEDS])
     assert score["seeds"] == pytest.approx(trials.mean(axis=1).tolist())
@@ -62,7 +62,7 @@ def test_a_score_is_the_mean_over_seeds_with_both_intervals(comparison, values):
     assert score["samples"] == QUESTIONS
 
 
-def test_a_difference_is_paired_by_seed_and_question(comparison, values):
+def test_study_difference_is_paired_by_seed_and_request(comparison, values):
     (difference,) = row(comparison, "full-linear")["differences"]
     paired = np.stack([values[f"full-linear-seed{s}"] - values[f"short-linear-seed{s}"] for s in SEEDS])
     assert difference["difference"] == pytest.approx(paired.mean())
@@ -91,7 +91,7 @@ def test_trials_that_are_not_done_are_named_and_left_out(comparison):
     assert "short-linear-seed1" not in comparison["missing"]
 
 
-def test_one_seed_has_the_interval_over_questions_alone(tmp_path, values):
+def test_variant_of_one_seed_has_the_interval_over_requests_alone(tmp_path, values):
     found = compare(made_up(tmp_path, {name: v for name, v in values.items() if name.endswith("seed1")}))
     (score,) = row(found, "full-linear")["scores"]
     assert score["over_seeds"] is None
@@ -108,7 +108,7 @@ def test_trials_evaluated_on_other_inputs_are_refused(tmp_path, values):
         compare(study)
 
 
-def test_pages_say_the_same_and_mark_what_is_beyond_the_noise(tmp_path, comparison):
+def test_study_pages_agree_and_mark_what_is_beyond_the_noise(tmp_path, comparison):
     written = write(comparison, tmp_path / "study", tmp_path / "page.md")
     assert [path.name for path in written] == ["study.json", "study.md", "study.html", "page.md"]
     assert json.loads(written[0].read_text()) == json.loads(json.dumps(comparison))
@@ -125,7 +125,7 @@ def test_pages_say_the_same_and_mark_what_is_beyond_the_noise(tmp_path, comparis
     assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org/", "")
 
 
-def test_the_page_says_how_far_budgets_are_apart(tmp_path, values):
+def test_study_page_says_how_far_budgets_are_apart(tmp_path, values):
     text = STUDY.replace("train.tokens: 4096", "train.tokens: 4100").replace(
         "global_batch_size: 2", "global_batch_size: 1"
     )
@@ -145,6 +145,6 @@ def test_a_stored_comparison_makes_its_page_again(comparison, tmp_path):
     assert_one_line_error(run_tool("study", stored, "--list"), "--list: applies only to a study.yaml")
 
 
-def test_paragraphs_of_the_head_stay_apart(comparison):
+def test_paragraphs_above_a_study_stay_apart(comparison):
     page = as_html({**comparison, "about": "One & two.\n\nThree.\n"})
     assert "<p>One &amp; two.</p>\n<p>Three.</p>" in page

@@ -13,7 +13,7 @@ import corpus
 import prepare
 
 
-def test_every_question_of_a_document_was_told_and_its_answer_is_the_last_told():
+def test_study_corpus_queries_only_stated_facts_and_answers_the_last_statement():
     text = corpus.document(random.Random(3), 8192, 1920, 0.2)
     told, asked, values = {}, 0, set(corpus.words()["values"])
     for sentence in text.split("."):
@@ -27,7 +27,7 @@ def test_every_question_of_a_document_was_told_and_its_answer_is_the_last_told()
     assert asked > 100
 
 
-def test_questions_stand_near_and_as_far_as_is_wanted():
+def test_study_corpus_queries_stand_near_and_as_far_as_requested():
     words = re.findall(r"\w+|\.", corpus.document(random.Random(4), 16384, 1920, 0.2))
     told, distances = {}, []
     for at, word in enumerate(words):
@@ -42,7 +42,7 @@ def test_questions_stand_near_and_as_far_as_is_wanted():
 
 
 @pytest.mark.parametrize("keys", [4, 8])
-def test_a_drill_repeats_its_pairs(keys):
+def test_study_corpus_drill_repeats_its_pairs(keys):
     said = corpus.drill(random.Random(5), 2000, keys).split()
     pairs = list(zip(said[::2], said[1::2], strict=True))
     known, unknown = {}, 0
@@ -54,18 +54,18 @@ def test_a_drill_repeats_its_pairs(keys):
     assert set(known) <= set(corpus.words()["keys"])
 
 
-def test_no_word_is_of_two_kinds():
+def test_study_corpus_has_no_word_of_two_kinds():
     every = corpus.every_word()
     assert len(every) == len(set(every))
 
 
-def test_a_document_is_a_function_of_its_seed():
+def test_study_corpus_document_is_a_function_of_its_seed():
     write = (corpus.document, 512, 200, 0.6)
     assert list(corpus.documents(2, 1, *write)) == list(corpus.documents(2, 1, *write))
     assert list(corpus.documents(2, 1, *write)) != list(corpus.documents(2, 2, *write))
 
 
-def test_the_first_layer_of_the_untaught_model_prefers_the_token_before_to_all_other_places():
+def test_first_layer_of_the_untaught_study_model_prefers_the_previous_token():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

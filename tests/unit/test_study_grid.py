@@ -25,7 +25,7 @@ def study(bare):
     return read_study(write_study(bare))
 
 
-def test_the_grid_is_every_combination_one_seed_after_the_other(study):
+def test_study_grid_has_every_combination_one_seed_after_the_other(study):
     names = [trial.name for trial in study.trials]
     variants = ["short-linear", "short-yarn", "full-linear", "end_prompt-linear", "end_prompt-yarn"]
     assert names == ["base", "interpolated", *(f"{variant}-seed{seed}" for seed in (1, 2, 3) for variant in variants)]
@@ -35,7 +35,7 @@ def test_the_grid_is_every_combination_one_seed_after_the_other(study):
     ]
 
 
-def test_a_cell_is_its_levels_over_the_shared_overrides_over_the_base(study):
+def test_trial_recipe_is_its_levels_over_shared_overrides_over_the_base(study):
     trial = study.chosen(["end_prompt-yarn-seed2"])[0]
     recipe = trial.recipe
     assert (recipe.context.method, recipe.context.rope.type, recipe.train.seed) == ("end_prompt", "yarn", 2)
@@ -47,14 +47,14 @@ def test_a_cell_is_its_levels_over_the_shared_overrides_over_the_base(study):
     assert (interpolated.recipe.context.rope.type, interpolated.trained) == ("linear", False)
 
 
-def test_all_trained_cells_get_the_same_tokens_though_full_is_physically_longer(study):
+def test_trained_trials_get_equal_tokens_though_full_is_physically_longer(study):
     tokens = {trial.tokens for trial in study.trials if trial.trained}
     assert tokens == {4096}
     physical = {trial.variant: trial.recipe.context.physical for trial in study.trials if trial.trained}
     assert (physical["full-linear"], physical["short-linear"]) == (256, 64)
 
 
-def test_budgets_that_are_not_a_whole_number_of_batches_may_differ_by_less_than_one(bare):
+def test_study_budgets_may_differ_by_less_than_one_global_batch(bare):
     text = STUDY.replace("train.tokens: 4096", "train.tokens: 4100").replace(
         "global_batch_size: 2", "global_batch_size: 3"
     )
@@ -89,7 +89,7 @@ def test_budgets_that_are_not_a_whole_number_of_batches_may_differ_by_less_than_
         ("title:", "title: [", "not valid YAML"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(bare, old, new, needle):
+def test_wrong_study_yaml_is_refused_in_one_line(bare, old, new, needle):
     path = write_study(bare, **{old: new})
     with pytest.raises(InputError) as raised:
         read_study(path)
@@ -97,7 +97,7 @@ def test_what_is_wrong_is_said_in_one_line(bare, old, new, needle):
     assert needle in str(raised.value)
 
 
-def test_the_tool_lists_cells_and_refuses_what_it_does_not_know(bare):
+def test_study_tool_lists_trials_and_refuses_unknown_names(bare):
     path = write_study(bare, **{"out: study": f"out: {bare / 'study'}"})
     listed = run_tool("study", path, "--list", "--only", "full-linear")
     assert listed.returncode == 0, listed.stderr
@@ -118,7 +118,7 @@ def test_the_tool_lists_cells_and_refuses_what_it_does_not_know(bare):
     assert not (bare / "study").exists()
 
 
-def test_a_cell_that_cannot_train_is_refused_before_anything_runs(place):
+def test_trial_that_cannot_train_is_refused_before_the_study_starts(place):
     (place / "recipe.yaml").write_text((place / "recipe.yaml").read_text().replace("hf: hf", f"hf: {place / 'hf'}"))
     path = write_study(place, **{"out: study": f"out: {place / 'study'}", "physical: 256": "physical: 128"})
     said = run_tool("study", path)
@@ -127,7 +127,7 @@ def test_a_cell_that_cannot_train_is_refused_before_anything_runs(place):
 
 
 @pytest.mark.parametrize("task", [0, 1])
-def test_the_batch_script_takes_the_cell_of_its_task(task):
+def test_slurm_task_runs_the_trial_of_its_number(task):
     import os
 
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
@@ -146,7 +146,7 @@ def test_the_batch_script_takes_the_cell_of_its_task(task):
     assert said.stdout.splitlines()[0].endswith("tools/study.py study.yaml --report-only")
 
 
-def test_the_examples_of_the_documentation_are_studies(bare):
+def test_examples_of_study_runner_page_are_valid_studies(bare):
     import re
 
     text = (ROOT / "docs" / "study_runner.md").read_text()

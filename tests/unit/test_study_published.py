@@ -13,15 +13,15 @@ import table
 STORED = json.loads(table.RESULTS.read_text(encoding="utf-8"))
 
 
-def test_the_page_is_the_stored_comparison():
+def test_study_page_is_the_stored_comparison():
     assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == as_markdown(STORED)
 
 
-def test_the_table_of_the_readme_is_of_the_stored_comparison():
+def test_readme_table_is_the_stored_study_comparison():
     assert table.table(STORED) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_claim_has_three_seeds_and_equal_tokens():
+def test_every_published_study_variant_has_three_seeds_and_equal_tokens():
     trained = [row for row in STORED["rows"] if row["training"]]
     assert not STORED["missing"]
     assert {len(row["cells"]) for row in trained} == {3}

@@ -80,7 +80,7 @@ def test_a_study_trains_exports_and_evaluates_each_trial_and_keeps_the_scores(wh
     assert comparison["rows"][0]["differences"]
 
 
-def test_killed_in_every_stage_the_study_ends_with_the_same_comparison(grounds, whole):
+def test_study_killed_in_every_stage_ends_with_the_same_comparison(grounds, whole):
     directory = grounds / "killed"
     cell = directory / "study" / "cells" / "short-seed1"
     for stage in ("train", "export", "evaluate"):
@@ -100,7 +100,7 @@ def test_killed_in_every_stage_the_study_ends_with_the_same_comparison(grounds, 
     assert [step for step in steps if step] == [1, 2, 3, 4]
 
 
-def test_what_is_done_is_not_done_again_and_what_has_changed_is_refused(whole):
+def test_finished_trials_are_not_run_again_and_changed_ones_are_refused(whole):
     cell = whole / "study" / "cells" / "short-seed1"
     before = (cell / "cell.json").read_bytes()
     done = study(whole)
@@ -123,7 +123,7 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is_refused(whole):
         write_study(whole, STUDY)
 
 
-def test_a_signal_leads_to_exit_code_75_and_wrong_input_of_a_stage_to_one_line(grounds):
+def test_study_ends_with_75_on_a_signal_and_with_one_line_on_wrong_input_of_a_stage(grounds):
     directory = grounds / "killed"
     text = STUDY.replace("out: study", "out: other").replace("text: train", "text: none")
     write_study(directory, text)
@@ -140,7 +140,7 @@ def test_a_signal_leads_to_exit_code_75_and_wrong_input_of_a_stage_to_one_line(g
     )
 
 
-def test_the_tool_has_help():
+def test_study_tool_has_help():
     said = run_tool("study", "--help")
     assert said.returncode == 0
     assert "--report-only" in said.stdout

@@ -1,5 +1,6 @@
 """Options of tools/evaluate.py that choose a variant of a benchmark reach the questions, and results remember them."""
 
+import html
 import json
 import runpy
 import shutil
@@ -71,7 +72,7 @@ def test_ruler_template_asks_in_that_template_and_results_and_report_name_it(set
     assert results["measurements"]["extended"]["ruler"]["sources"]["template"] == "vicuna-chat"
     assert Settings(**results["settings"]) == given
     assert "template: vicuna-chat" in terminal(results)
-    assert "RULER's template vicuna-chat" in write_report([tmp_path / "out"]).read_text()
+    assert "RULER's template vicuna-chat" in html.unescape(write_report([tmp_path / "out"]).read_text())
 
 
 def test_ruler_template_is_of_ruler_alone_and_template_holds_without_it(settings, model):
@@ -132,12 +133,14 @@ def test_longbench_e_asks_its_13_tasks_and_is_reported_by_words(settings, model,
     section = page[page.index('<section id="longbench">') :]
     section = section[: section.index("</section>")]
     assert "<h2>LongBench-E</h2>" in section
-    assert "Not LongBench-E's numbers:" in section
+    assert "LongBench-E: fewer questions than published in 13 of the tasks asked." in page
     assert "mean of 16 tasks" not in section
     for words in ("0-4k", "8k+"):
-        assert f'{words} words</th><td class="extended">{by_words[words]:.1f}</td>' in section
+        assert f"{words} words" in section
+        assert f">{by_words[words]:.1f}<" in section
         assert f"{by_words[words]:.2f}" in said
-    results_table = page[page.index('<section id="results">') : page.index('<section id="text">')]
+    results_table = page[page.index('<section id="results">') :]
+    results_table = results_table[: results_table.index("</section>")]
     assert f"{100 * scores['mean_13']['score']:.1f}*" in results_table
 
 

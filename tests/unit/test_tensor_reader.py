@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import ROOT
 
-from endprompt_megatron.checkpoint import data_files, tensor_reader, torch_dist
+from endprompt_megatron.checkpoint import shard_files, tensor_reader, torch_dist
 
 
 def archive(tensor: torch.Tensor, before: bytes = b"other tensors") -> tuple[io.BytesIO, int, int]:
@@ -117,8 +117,8 @@ def test_a_stored_shard_of_half_a_gigabyte_is_never_held(tmp_path):
     """As a rank without tensor parallelism stores an embedding, all in one."""
     shape = (1 << 15, 1 << 13)
     dtype = torch.bfloat16
-    stored = data_files.Shard("x", shape, (0, 0), shape, dtype, lambda: torch.ones(shape, dtype=dtype))
-    torch_dist.describe(tmp_path, [data_files.write_file(tmp_path, "__0_0.distcp", [stored], {})], {})
+    stored = shard_files.Shard("x", shape, (0, 0), shape, dtype, lambda: torch.ones(shape, dtype=dtype))
+    torch_dist.describe(tmp_path, [shard_files.write_file(tmp_path, "__0_0.distcp", [stored], {})], {})
     script = MEMORY.format(root=str(ROOT), place=str(tmp_path))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -136,6 +136,14 @@ def _check_recompute(p: Parallel, where: str, shape: ModelShape) -> None:
         raise InputError(
             f"{where}: parallel.recompute_layers={p.recompute_layers} is more than the {max_layers} layers of a stage"
         )
+    uneven = [
+        count for stage in chunk_layers(shape.num_layers, p) for count in stage if count % (p.recompute_layers or 1)
+    ]
+    if p.recompute == "full" and uneven:
+        raise InputError(
+            f"{where}: parallel.recompute_layers={p.recompute_layers} with recompute=full does not divide the "
+            f"{uneven[0]} layers of a stage: use a number that does, or leave it out for 1"
+        )
     if p.overlap_param_gather and p.overlap_grad_reduce is False:
         raise InputError(
             f"{where}: parallel.overlap_param_gather=true needs overlap_grad_reduce, which is false: set both or none"

@@ -51,9 +51,10 @@ def _section(suite: Suite, measured: Measured) -> Section:
         blocks += note([_not_published(suite, models, published)])
         blocks.append(_beside_published(suite, models, published))
     asides = [f"† {published.derivation}." if published is not None and published.derivation else ""]
-    asides += [cells.AS_ABOVE if published is not None or _has_more(suite, models) else ""]
+    has_more = _has_more(suite, models, published)
+    asides += [cells.AS_ABOVE if published is not None or has_more else ""]
     blocks += note([*asides, *_left_out_tasks(suite, models), *measured.left_out(suite)])
-    if _has_more(suite, models):
+    if has_more:
         blocks += _every_score(suite, models)
     if published is not None:
         blocks += _published_by_task(suite, published)
@@ -100,7 +101,7 @@ def _not_published(suite: Suite, models: Sequence[Model], published: Published) 
     """In what these scores differ from the published ones, in one paragraph."""
     differ: dict[str, None] = {}
     others = sorted({model.origin for model in models if not _is_model(model.origin, published.model)})
-    if others:
+    if others and published.model:
         differ[f"another model ({enumerate_words(others)})"] = None
     wanted, lengths = _published_lengths(published), _lengths(_keys(suite, models))
     if suite.by_length and lengths != wanted:
@@ -142,7 +143,7 @@ def _beside_published(suite: Suite, models: Sequence[Model], published: Publishe
     """Of a suite by length its mean, a row a model; of another every published task, a column a model."""
     metric = suite.metrics[0].name
     if suite.by_length:
-        mean = suite.means[0]
+        mean = _mean(suite)
         keys = [(mean, length) for length in sorted({*_lengths(_keys(suite, models)), *_published_lengths(published)})]
         rows = []
         for model in models:
@@ -154,15 +155,20 @@ def _beside_published(suite: Suite, models: Sequence[Model], published: Publishe
             rows.append(Row(f"{method}, published", [*scores, cells.NONE], kind="paper"))
         head = [*(short(length) for _, length in keys), "mean", "samples"]
         return Table(head, rows, "Percent; samples are requests for each task and length.", kind="scores")
-    tasks = dict.fromkeys(task for of in published.rows.values() for task, _ in of)
-    shown = [*(task for task in tasks if task not in suite.means), *suite.means]
+    own = {key[1] for key in _keys(suite, models)}
+    tasks = _published_tasks(published)
+    means = [mean for mean in suite.means if mean in own or mean in tasks]
     rows = []
-    for task in shown:
+    for task in [*(task for task in tasks if task not in means), *means]:
         ours = [cells.score(model, (suite.name, task, 0, metric)) for model in models]
         theirs = [_published_text(published, method, (task, 0)) for method in published.rows]
         rows.append(Row(_task(suite, models, task), [*ours, *theirs]))
     head = [*(model.name for model in models), *(Cell(method, small="published") for method in published.rows)]
     return Table(head, rows, "Percent.", [*(model.key for model in models), *["paper"] * len(published.rows)])
+
+
+def _published_tasks(published: Published) -> list[str]:
+    return list(dict.fromkeys(task for of in published.rows.values() for task, _ in of))
 
 
 def _published_by_task(suite: Suite, published: Published) -> list[Details]:
@@ -188,10 +194,15 @@ def _lengths(keys: Sequence[Key]) -> list[int]:
     return sorted({length for _, _, length, _ in keys} - {0})
 
 
+def _mean(suite: Suite) -> str:
+    """The task that stands for the suite."""
+    return (suite.means or suite.quoted_tasks)[0]
+
+
 def _overall(suite: Suite, model: Model) -> Key:
     """The mean over all lengths; that of the only one where there is one."""
     lengths = _lengths(_keys(suite, [model]))
-    return (suite.name, suite.means[0], lengths[0] if len(lengths) == 1 else 0, suite.metrics[0].name)
+    return (suite.name, _mean(suite), lengths[0] if len(lengths) == 1 else 0, suite.metrics[0].name)
 
 
 def _samples(model: Model, suite: Suite) -> list[int]:
@@ -203,10 +214,12 @@ def _samples(model: Model, suite: Suite) -> list[int]:
     ]
 
 
-def _has_more(suite: Suite, models: Sequence[Model]) -> bool:
-    """Whether there are scores that the Results table does not have."""
-    told = {each.key for model in models for each in quoted(suite, model)}
-    return any(key not in told for key in _keys(suite, models))
+def _has_more(suite: Suite, models: Sequence[Model], published: Published | None) -> bool:
+    """Whether there are scores that neither the Results table nor that of published scores has."""
+    shown = {each.key for model in models for each in quoted(suite, model)}
+    if published is not None and not suite.by_length:
+        shown |= {(suite.name, task, 0, suite.metrics[0].name) for task in _published_tasks(published)}
+    return any(key not in shown for key in _keys(suite, models))
 
 
 def _every_score(suite: Suite, models: Sequence[Model]) -> list[Details]:

@@ -1,4 +1,4 @@
-"""The data files of a `torch_dist` checkpoint, written tensor by tensor; torch_dist.describe completes the checkpoint.
+"""The data files of a `torch_dist` checkpoint, written shard by shard; torch_dist.describe completes the checkpoint.
 
 Apart from torch_dist, since torch.distributed.checkpoint takes a second to import and workers need none of it.
 """

@@ -1,0 +1,45 @@
+"""Two sizes of the suite: `make test` covers, `make test-all` (pytest --all) is exhaustive.
+
+A test that is marked `full` runs under --all alone; a test that draws at random does so a few times, and often under
+--all.  The draws have a fresh seed in each run, which the first lines name: --seed repeats them.
+"""
+
+import random
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the exhaustive tests too, and many random draws")
+    parser.addoption("--seed", type=int, help="of the random draws, to repeat those of an earlier run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(1_000_000)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random draws: --seed {config.option.seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.all:
+        return
+    full = [item for item in items if item.get_closest_marker("full")]
+    if full:
+        config.hook.pytest_deselected(items=full)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+@pytest.fixture
+def draws(request: pytest.FixtureRequest) -> random.Random:
+    """Random draws of a test: others in each run, the same ones for the same --seed.  Said where the test fails."""
+    print(f"--seed {request.config.option.seed}")
+    return random.Random(f"{request.config.option.seed} {request.node.nodeid}")
+
+
+@pytest.fixture
+def few_or_many(request: pytest.FixtureRequest):
+    """few_or_many(3, 20): the first number, or the second under --all."""
+    return lambda few, many: many if request.config.option.all else few

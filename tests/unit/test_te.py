@@ -1,0 +1,56 @@
+"""What Transformer Engine is told by its environment, on the GPU that a recipe would run on."""
+
+import os
+import sys
+
+import pytest
+
+from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.distributed import te
+from endprompt_megatron.distributed.hardware import of_kind
+
+HOPPER = of_kind("h100")
+ATTENTION, PICKLES = "NVTE_DPA_FP8_RECIPE", "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    return os.environ
+
+
+def recipe(fp8_recipe: str, attention: bool = False) -> Recipe:
+    made = Recipe()
+    made.precision.fp8, made.precision.fp8_recipe, made.precision.fp8_attention = "hybrid", fp8_recipe, attention
+    return made
+
+
+def test_fp8_attention_with_current_scaling_gets_delayed_scaling_on_hopper(environment):
+    te.set_environment(recipe("tensorwise", attention=True), "test", HOPPER)
+    assert environment[ATTENTION] == "DelayedScaling"
+    assert PICKLES not in environment
+
+
+def test_setting_variables_after_transformer_engine_was_imported_is_an_error(environment, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformer_engine", object())
+    te.set_environment(recipe("tensorwise"), "test", HOPPER)
+    with pytest.raises(RuntimeError, match="imported already"):
+        te.set_environment(recipe("tensorwise", attention=True), "test", HOPPER)
+    environment[ATTENTION] = "DelayedScaling"
+    te.set_environment(recipe("tensorwise", attention=True), "test", HOPPER)
+
+
+def test_an_environment_variable_that_contradicts_the_recipe_is_refused(environment):
+    environment[ATTENTION] = "F16"
+    with pytest.raises(InputError, match=f"{ATTENTION}=F16 is set, and test needs {ATTENTION}=DelayedScaling"):
+        te.set_environment(recipe("tensorwise", attention=True), "test", HOPPER)
+
+
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_scales_of_delayed_scaling_are_loaded_on_resume_unless_the_user_forbids_it(environment, chosen):
+    if chosen is not None:
+        environment[PICKLES] = chosen
+    te.set_environment(recipe("delayed"), "test", HOPPER)
+    assert environment[PICKLES] == (chosen or "1")
