@@ -151,7 +151,7 @@ def predicted(directory: Path, method: str, target: int, short: int) -> dict[str
     from endprompt_megatron.plan.step_time import Clock
 
     recipe, shape, gpu = recipe_of(directory, method, target, short), read_shape(directory), here().gpu
-    (stage,) = memory(shape, recipe, 1, engine=has_transformer_engine())
+    (stage,) = memory(shape, recipe, 1, te=has_transformer_engine())
     flops = flops_per_token(shape, recipe.context.physical, recipe.longlora)
     seconds = Clock(shape, recipe, gpu, 1).step().total if gpu else 0.0
     return {"flops": flops, "seconds": seconds, "gib": stage.allocated / GIB}
