@@ -1,8 +1,8 @@
-"""The planner's time model beside published training speeds, as a table in Markdown.
+"""The planner's time model compared with published training speeds, as a Markdown table.
 
     python benchmarks/plan.py
 
-Where the figures come from, and how they are read: benchmarks/plan.md.
+benchmarks/plan.md says where the figures come from and how they are read.
 """
 
 import sys
@@ -58,7 +58,7 @@ def _shape(row: dict) -> ModelShape:
 
 
 def main() -> None:
-    print("| run | GPUs | layout | precision | published tokens/s a GPU | predicted | difference | source |")
+    print("| run | GPUs | layout | precision | published tokens/s per GPU | predicted | difference | source |")
     print("| --- | ---: | --- | --- | ---: | ---: | ---: | --- |")
     for row in PUBLISHED["rows"]:
         found, known = predicted(row), published_tokens(row)

@@ -49,8 +49,8 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.training.metrics import Recorder
     from endprompt_megatron.training.optimizer import (
         build_optimizer,
+        complete_parameters,
         update,
-        whole_parameters,
         wrap_models,
         zero_grad,
     )
@@ -86,13 +86,13 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         return EXIT_DONE
 
     def save() -> None:
-        with whole_parameters(models):
+        with complete_parameters(models):
             saver.save(progress)
         if runtime.is_rank_zero():
             feed.write_consumed(recipe.run_dir, progress.consumed_samples)
 
     def validate() -> None:
-        with whole_parameters(models):
+        with complete_parameters(models):
             recorder.validated(progress.step, validation.run())
 
     saver = Saver(checkpoints, recipe, export_config, state, progress.step)

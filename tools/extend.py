@@ -14,14 +14,16 @@ from endprompt_megatron.common.errors import InputError, run_cli
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Starts under torchrun, srun or mpirun, or by itself with --processes. SIGTERM, SIGUSR1 and SIGUSR2 "
-        "lead to a checkpoint and exit code 75; the same command then continues. Exit codes: 0 done, 2 wrong input, "
-        "75 stopped and resumable, 1 anything else.",
+        epilog="Start it with torchrun, srun or mpirun, or by itself with --processes. On SIGTERM, SIGUSR1 and SIGUSR2 "
+        "it writes a checkpoint and exits with 75; the same command then resumes. Exit codes: 0 done, 2 wrong input, "
+        "75 stopped, can be resumed, 1 anything else.",
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100 parallel.pipeline=2")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe keys to override, such as train.steps=100"
+    )
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="start N ranks on this machine")
-    args = parser.parse_intermixed_args()  # overrides may stand on both sides of --processes
+    args = parser.parse_intermixed_args()  # overrides may come before and after --processes
 
     from endprompt_megatron.config.constraints.check import load_checked
     from endprompt_megatron.config.load import load_recipe
@@ -31,13 +33,13 @@ def main() -> int:
     if args.processes > 1 and "RANK" not in os.environ:
         from endprompt_megatron.distributed.launch import spawn
 
-        # An error is reported once, here, instead of once a rank.
+        # Check here, so that an error is reported once and not by every rank.
         load_checked(args.recipe, args.overrides, world_size=args.processes)
         return spawn([__file__, args.recipe, *args.overrides, "--processes", str(args.processes)], args.processes)
     recipe = load_recipe(args.recipe, args.overrides)
     from endprompt_megatron.distributed.signals import StopSignal
 
-    # From here on a signal means: checkpoint and exit 75, even while libraries are still being imported.
+    # From here on a signal leads to a checkpoint and exit code 75, even while libraries are still being imported.
     with StopSignal().listening() as stop:
         from endprompt_megatron.distributed.runtime import quiet_libraries
 

@@ -1,4 +1,4 @@
-"""What a recipe costs before it runs: memory a GPU, time of a step, GPU-hours, and what full length would cost.
+"""Plan a recipe before it runs: memory per GPU, time of a step, GPU-hours, and the cost of full-length training.
 
 python tools/plan.py recipes/llama3_70b_64k.yaml --nodes 8
 python tools/plan.py recipes/llama3_70b_64k.yaml --search --nodes 8 --gpu h200
@@ -13,19 +13,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from endprompt_megatron.common.errors import InputError, run_cli
 
-GPUS_A_NODE = 8
+GPUS_PER_NODE = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, dotted")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to override")
     parser.add_argument(
-        "--nodes", type=int, metavar="N", help="nodes of 8 GPUs; default: the fewest GPUs that the layout fits on"
+        "--nodes",
+        type=int,
+        metavar="N",
+        help="number of nodes, with 8 GPUs each; default: the fewest GPUs on which the layout fits",
     )
-    parser.add_argument("--world-size", type=int, metavar="N", help="GPUs, instead of --nodes")
-    parser.add_argument("--gpu", default="h100", metavar="KIND", help="h100 (default), h200, a100 or b200")
-    parser.add_argument("--search", action="store_true", help="list the best legal layouts for --nodes")
+    parser.add_argument("--world-size", type=int, metavar="N", help="number of GPUs, instead of --nodes")
+    parser.add_argument("--gpu", default="h100", metavar="KIND", help="kind of GPU: h100 (default), h200, a100 or b200")
+    parser.add_argument(
+        "--search", action="store_true", help="list the fastest layouts for --nodes that are legal and fit"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the page")
     args = parser.parse_intermixed_args()
     for option, value in (("--nodes", args.nodes), ("--world-size", args.world_size)):
@@ -33,9 +38,9 @@ def main() -> None:
             raise InputError(f"{option} {value}: should be at least 1")
     if args.nodes and args.world_size:
         raise InputError(f"--nodes {args.nodes} and --world-size {args.world_size}: give one of them")
-    gpus = args.world_size or (args.nodes * GPUS_A_NODE if args.nodes else None)
+    gpus = args.world_size or (args.nodes * GPUS_PER_NODE if args.nodes else None)
     if args.search and gpus is None:
-        raise InputError("--search: for how many GPUs? add --nodes N")
+        raise InputError("--search needs the number of GPUs: add --nodes N")
 
     import json
 

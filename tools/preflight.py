@@ -2,7 +2,7 @@
 """Check a recipe, its files and the machines before training: one table, one verdict.
 
 srun --ntasks-per-node=8 python tools/preflight.py recipes/llama3_70b_64k.yaml   (or torchrun: one rank a GPU)
-python tools/preflight.py recipes/llama3_8b_64k.yaml   (alone: what one process can check)
+python tools/preflight.py recipes/llama3_8b_64k.yaml   (one process: what it can check)
 """
 
 import argparse
@@ -19,20 +19,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0 ready, 2 a check failed or the input is wrong. docs/preflight.md says what to do.",
+        epilog="Exit codes: 0 ready, 2 a check failed or the input is wrong. docs/preflight.md explains every check.",
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, dotted")
-    parser.add_argument("--checkpoints", type=int, metavar="N", help="room for N checkpoints; default: what is kept")
-    parser.add_argument("--world-size", type=int, metavar="N", help="processes of the run; default: as started")
-    parser.add_argument("--gpu", metavar="KIND", help="check the recipe for h100, h200, ...; default: what is here")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="where the export will go; default: beside RUN")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to override")
+    parser.add_argument(
+        "--checkpoints", type=int, metavar="N", help="check free space for N checkpoints; default: those that are kept"
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="number of processes of the run; default: those started"
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="KIND",
+        help="check the recipe for this kind of GPU (h100, h200, a100, b200); default: this machine",
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="DIR", help="directory of the export; default: on RUN's file system"
+    )
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait for other ranks; default: 120"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_intermixed_args()
-    # Before torch is loaded: what its sockets log, with C++ frames, is said in one line here.
+    # Before torch is loaded: its sockets log C++ frames about errors that are reported here in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     for name in ("checkpoints", "world_size", "timeout"):
         value = getattr(args, name)
@@ -46,7 +56,7 @@ def main() -> int:
     from endprompt_megatron.preflight.table import as_json, as_table, verdict_line
 
     if args.gpu is not None:
-        of_kind(args.gpu)  # said before anything waits
+        of_kind(args.gpu)  # report a wrong kind before anything waits
     options = Options(args.checkpoints, args.world_size, args.export, args.gpu, args.timeout)
     outcome = run(args.recipe, args.overrides, options)
     if outcome.findings:

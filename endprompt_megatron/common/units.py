@@ -8,6 +8,14 @@ def format_number(value: float) -> str:
     return f"{value:.3g}" if value < 10 else f"{value:.1f}"
 
 
+def format_count(count: int) -> str:
+    """A count of parameters or tokens: 8.03B, 134.5M, 4.0k, 20."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.{2 if unit == 'B' else 1}f}{unit}"
+    return str(count)
+
+
 def format_duration(seconds: float) -> str:
     """Seconds in the unit that suits them: 12.3 ms, 42 s, 12.5 min, 5.1 h, 3.2 days."""
     if seconds < 1:

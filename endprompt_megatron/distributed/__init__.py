@@ -1,1 +1,1 @@
-"""Processes and devices: the only room that asks whether there is a GPU."""
+"""Processes and devices: the only package that asks whether there is a GPU."""

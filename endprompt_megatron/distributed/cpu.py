@@ -1,9 +1,9 @@
 """Everything that lets Megatron-Core run without CUDA, and nothing else.
 
-Megatron-Core asks for CUDA by name in many places: it creates tensors with `device="cuda"`, copies with
+Megatron-Core requests CUDA by name in many places: it creates tensors with `device="cuda"`, copies with
 `.cuda()`, reads and sets the CUDA random state, and compares type names such as torch.cuda.FloatTensor.
-`install` sends each of these to the CPU.  runtime.py calls it, once, and only where there is no CUDA;
-importing this module changes nothing.
+`install` redirects each of these to the CPU.  runtime.py calls it once, and only on machines without CUDA.
+Importing this module changes nothing.
 """
 
 import functools
@@ -20,7 +20,7 @@ _installed = False
 
 
 def install() -> None:
-    """Redirect what Megatron-Core asks of CUDA to the CPU.  Raises RuntimeError where CUDA is available."""
+    """Redirect Megatron-Core's use of CUDA to the CPU.  Raises RuntimeError if CUDA is available."""
     global _installed
     if torch.cuda.is_available():
         raise RuntimeError("cpu.install() on a machine with CUDA would send training to the CPU")
@@ -29,20 +29,20 @@ def install() -> None:
     _installed = True
     _redirect_torch()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # each optional GPU package that is absent announces itself
+        warnings.simplefilter("ignore")  # each missing optional GPU package prints a warning
         _redirect_megatron()
 
 
 def _on_cpu(device: Any) -> Any:
-    """The CPU where a CUDA device was asked for, otherwise the same device."""
+    """The CPU if a CUDA device was requested, otherwise the same device."""
     if isinstance(device, int) or (device is not None and str(device).startswith("cuda")):
         return torch.device("cpu")
     return device
 
 
 def _redirect_torch() -> None:
-    # `with torch.device("meta")`, which transformers loads models under, knows the factories by identity
-    # and remembers them from its first use: let that be before they are wrapped.
+    # `with torch.device("meta")`, which transformers uses to load models, identifies the factories by identity and
+    # caches them at its first use.  Trigger that before they are wrapped.
     torch.utils._device._device_constructors()
     for name in _FACTORIES.split():
         setattr(torch, name, _without_cuda(getattr(torch, name)))
@@ -55,7 +55,7 @@ def _redirect_torch() -> None:
     type_of = torch.Tensor.type
 
     def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The type's name as it would be on a GPU: the distributed optimizer accepts no other."""
+        """The name that the type has on a GPU: the distributed optimizer accepts no other."""
         found = type_of(self, *args, **kwargs)
         return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) and self.is_cpu else found
 
@@ -66,7 +66,7 @@ def _redirect_torch() -> None:
     cuda.device_count = lambda: 1
     for name in "set_device synchronize empty_cache manual_seed manual_seed_all reset_peak_memory_stats".split():
         setattr(cuda, name, lambda *args, **kwargs: None)
-    cuda.current_stream = lambda *args, **kwargs: None  # asked for and, without CUDA graphs, not used
+    cuda.current_stream = lambda *args, **kwargs: None  # requested but, without CUDA graphs, not used
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -75,7 +75,7 @@ def _redirect_torch() -> None:
 
 
 def _without_cuda(function: Any) -> Any:
-    """`function` with a CUDA device among its arguments replaced, and without pinned memory."""
+    """`function` with the CPU instead of a CUDA device among its arguments, and without pinned memory."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -102,9 +102,9 @@ def _redirect_megatron() -> None:
 
 
 def _unless_alone(collective: Any) -> Any:
-    """`collective` of DDP's buffers, skipped where the group has one rank.
+    """`collective` of DDP's buffers, skipped if the group has one rank.
 
-    Its input and output are then the same memory: NCCL does nothing, Gloo copies the whole model twice.
+    Its input and output are then the same memory: NCCL does nothing, but Gloo copies the complete model twice.
     """
 
     @functools.wraps(collective)

@@ -1,7 +1,7 @@
-"""The place a recipe runs on, as far as a rule or an estimate depends on it.  No torch until it is asked.
+"""The hardware that a recipe runs on, as far as rules and estimates depend on it.  Imports torch only when needed.
 
-`here()` is this machine; `of_kind("h100")` is a machine that a plan is made for.  The numbers of GPUS are
-NVIDIA's data sheets: dense peaks without sparsity, link rates of one direction.
+`here()` is this machine; `of_kind("h100")` is a machine that a plan is made for.  The numbers in GPUS come from
+NVIDIA's data sheets: dense peaks without sparsity, link rates in one direction.
 """
 
 import functools
@@ -20,10 +20,10 @@ class Gpu:
     capability: tuple[int, int]
     memory_gib: float
     bf16: float
-    fp8: float | None  # None where there is none
+    fp8: float | None  # None if it has no FP8
     bandwidth: float  # of its own memory
     nvlink: float  # to the other GPUs of its node, one direction
-    network: float  # to other nodes, one direction, a GPU's share
+    network: float  # to other nodes, one direction, per GPU
 
     @property
     def hopper(self) -> bool:
@@ -44,7 +44,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where a recipe runs.  `gpu` is None on CPUs, `te` Transformer Engine's version or None."""
+    """What a recipe runs on.  `gpu` is None on CPUs; `te` is Transformer Engine's version, or None."""
 
     gpu: Gpu | None
     te: tuple[int, ...] | None
@@ -53,13 +53,13 @@ class Hardware:
 def of_kind(kind: str, option: str = "--gpu") -> Hardware:
     """A node of that kind of GPU with Transformer Engine.  Raises InputError for an unknown kind."""
     if kind.lower() not in GPUS:
-        raise InputError(f"{option} {kind}: not known; use one of {', '.join(GPUS)}")
+        raise InputError(f"{option} {kind}: unknown GPU; use one of {', '.join(GPUS)}")
     return Hardware(GPUS[kind.lower()], (2, 9))
 
 
 @functools.cache
 def here() -> Hardware:
-    """This machine.  Looks for a GPU only where Transformer Engine is installed or torch is imported already."""
+    """This machine.  Looks for a GPU only if Transformer Engine is installed or torch is already imported."""
     import sys
 
     te = te_version()
@@ -73,7 +73,7 @@ def here() -> Hardware:
 
 
 def _this_gpu(properties: object) -> Gpu:
-    """The GPU of the table that this one is; one that is not there gets its own memory and no peaks."""
+    """The entry of the table for this GPU; an unknown GPU gets its own memory and no peaks."""
     name, memory = properties.name, properties.total_memory / 2**30
     for gpu in sorted(GPUS.values(), key=lambda gpu: -gpu.memory_gib):
         if gpu.name in name:
@@ -109,14 +109,14 @@ def visible_gpus() -> list[VisibleGpu]:
 
 
 def free_memory_gib(number: int) -> float:
-    """Memory of a visible GPU, by its number, that no process holds."""
+    """Free memory of the visible GPU with this number."""
     import torch
 
     return torch.cuda.mem_get_info(number)[0] / 2**30
 
 
 def cuda_libraries() -> dict[str, str]:
-    """Versions of cuDNN (91900 for 9.19.0) and NCCL as they are loaded; empty where there is no GPU."""
+    """Versions of cuDNN (91900 for 9.19.0) and NCCL as they are loaded; empty if there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -135,7 +135,7 @@ def _cudnn_version() -> str:
 
 
 def te_version() -> tuple[int, ...] | None:
-    """Transformer Engine's version as numbers, (2, 13, 0); None where it cannot be imported."""
+    """Transformer Engine's version as numbers, (2, 13, 0); None if it is not installed."""
     if not has_transformer_engine():
         return None
     for name in ("transformer-engine", "transformer-engine-cu13", "transformer-engine-cu12"):

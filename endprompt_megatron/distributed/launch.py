@@ -1,7 +1,7 @@
 """Start several processes of a tool on one machine, without torchrun: signals and exit codes pass through.
 
-For laptops and tests.  On a cluster srun and torchrun do this; they replace a child's exit code (2, 75) by
-their own, which is why the demo does not use them.
+For laptops and tests.  On a cluster srun and torchrun do this, but they replace a child's exit code (2, 75) by
+their own; therefore the demo does not use them.
 """
 
 import os
@@ -17,7 +17,7 @@ _GRACE_SECONDS = 30.0
 
 
 def spawn(argv: list[str], processes: int) -> int:
-    """Run `python argv...` in `processes` ranks; returns the exit code that tells most (2, then 1, then 75, then 0).
+    """Run `python argv...` in `processes` ranks; returns the most serious exit code (2, then 1, then 75, then 0).
 
     SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are forwarded.  When a rank fails the others are stopped, since they
     would wait for it forever.
@@ -48,7 +48,7 @@ def spawn(argv: list[str], processes: int) -> int:
             "OMP_NUM_THREADS": threads,
         }
         if received:
-            break  # a signal came before all were there: those that are have it
+            break  # a signal arrived before all had started; those that have started received it
         children.append(subprocess.Popen([sys.executable, *argv], env=environment))
     while any(child.poll() is None for child in children):
         if any(child.poll() not in (None, 0, EXIT_RESUMABLE) for child in children):
@@ -64,7 +64,7 @@ def spawn(argv: list[str], processes: int) -> int:
 
 
 def _stop(children: list[subprocess.Popen]) -> None:
-    """Let ranks that fail for the same reason finish saying so, then end those that wait for a lost one."""
+    """Let ranks that fail for the same reason finish reporting it, then end those that wait for a lost rank."""
     deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline and any(child.poll() is None for child in children):
         time.sleep(0.05)

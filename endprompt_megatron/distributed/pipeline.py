@@ -1,7 +1,7 @@
-"""How layers are split over pipeline stages and virtual stages.  Pure arithmetic, as Megatron-Core does it.
+"""How layers are split over pipeline stages and virtual stages.  Pure arithmetic, identical to Megatron-Core.
 
 Embedding and loss may count as a layer each, so that the first and the last stage, which hold them, get one
-transformer layer less: the 126 layers of LLaMA-3.1-405B and those two make 128.
+transformer layer fewer: with them, the 126 layers of LLaMA-3.1-405B count as 128.
 """
 
 from endprompt_megatron.config.recipe import Parallel
@@ -10,8 +10,8 @@ from endprompt_megatron.config.recipe import Parallel
 def chunk_layers(num_layers: int, parallel: Parallel) -> list[list[int]]:
     """Transformer layers of each virtual stage of each pipeline stage, [pipeline][virtual].
 
-    Chunk v of stage p is the (v * pipeline + p)-th piece of the model.  Raises ValueError with what the
-    counted layers should be a multiple of.
+    Chunk v of stage p is the (v * pipeline + p)-th chunk of the model.  Raises ValueError, naming the number of
+    which the counted layers must be a multiple.
     """
     stages, virtual = parallel.pipeline, parallel.virtual_pipeline or 1
     counted = num_layers + parallel.count_embedding + parallel.count_loss

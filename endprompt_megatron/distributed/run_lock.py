@@ -1,16 +1,16 @@
 """RUN/lock: one job at a time in a run directory.
 
-The first rank holds it for all the others.  What tells whether a holder still lives, and why each is needed:
+Rank 0 holds it for all ranks.  Three things tell whether a holder still lives, and each is needed:
 
-- An OS lock (flock).  The kernel frees it when its process ends in whatever way, so a killed job blocks
-  nobody.  Local disks have it; NFS has it across nodes, but a dead node's lock stays for its lease
-  (90 s with NFSv4); Lustre has it across nodes only when mounted with `flock`, within a node with
+- An OS lock (flock).  The kernel releases it when its process ends for whatever reason, so a killed job blocks
+  nobody.  Local disks support it.  NFS supports it across nodes, but the lock of a dead node stays for its lease
+  (90 s with NFSv4).  Lustre supports it across nodes only when mounted with `flock`, within a node with
   `localflock`, and otherwise refuses it.
-- So the file also says who holds it: host, process, Slurm job.  The same Slurm job, requeued, is the
-  successor of a holder that is gone, since Slurm never runs a job twice at once.
-- And a heartbeat, a number that the holder counts up in the file.  Whoever finds a holder of another node
-  that the OS lock cannot speak for watches for a while whether it counts.  Nobody's clock is compared
-  with anybody else's.
+- The file therefore also names the holder: host, process, Slurm job.  The same Slurm job, requeued, is the
+  successor of a holder that has ended, since Slurm never runs a job twice at once.
+- And there is a heartbeat, a number in the file that the holder increments.  If the holder is on another node
+  and the OS lock proves nothing, a new job watches for a while whether the number changes.  No clocks of
+  different nodes are compared.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import disk_errors
 
 BEAT_SECONDS = 5.0
-_WATCH_BEATS = 4  # without a count for so many, a holder is taken for dead
-_GHOST_SECONDS = 120.0  # how long a dead node's OS lock can outlive it
-_RECORD_BYTES = 512  # padded, so that each beat overwrites the one before
+_WATCH_BEATS = 4  # a holder whose heartbeat does not change for this many beats counts as dead
+_GHOST_SECONDS = 120.0  # how long the OS lock of a dead node can remain
+_RECORD_BYTES = 512  # padded, so that each write replaces the one before
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
 
 
 class RunLock:
-    """Context manager on all ranks; the first one takes the lock, the others learn whether it could.
+    """Context manager on all ranks; rank 0 takes the lock.
 
-    Raises InputError on all of them, naming the holder, if another job uses the directory.
+    Raises InputError on all ranks, naming the holder, if another job uses the directory.
     """
 
     def __init__(self, run: Path, beat_seconds: float = BEAT_SECONDS) -> None:
@@ -60,7 +60,7 @@ class RunLock:
         self.release()
 
     def acquire(self) -> None:
-        """Take the lock, or raise InputError.  Returns at once unless a holder's life is in doubt."""
+        """Take the lock, or raise InputError.  Returns at once unless it is unclear whether a holder still lives."""
         with disk_errors(self.run, "checkpoint.dir"):
             self.run.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -74,12 +74,12 @@ class RunLock:
         self._beating.start()
 
     def release(self) -> None:
-        """Give the lock back; does nothing on ranks that do not hold it."""
+        """Release the lock; does nothing on ranks that do not hold it."""
         if self._descriptor is None:
             return
         self._ended.set()
         self._beating.join()
-        # Emptied and not removed: whoever opened the old file and whoever made a new one would both have a lock.
+        # Emptied, not removed: otherwise one job could lock the old file while another locks a new one.
         os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
         self._descriptor = None
@@ -89,27 +89,27 @@ class RunLock:
         holder = self._holder()
         same_job = bool(self.job) and (holder or {}).get("job") == self.job
         if locked is False:
-            # Only of this very job can the holder be a ghost; any other is what the lock is there for.
+            # The OS lock can only be a leftover if it belongs to this same job; otherwise another job really holds it.
             if not same_job or not self._freed():
                 raise self._refusal()
             locked = True
         elif holder and not same_job:
             here = holder.get("host") == self.host
-            gone = locked if here else False  # within a node the OS lock tells all there is to know
+            gone = locked if here else False  # within a node the OS lock is conclusive
             if here and locked is None:
                 gone = not _alive(holder.get("pid"))
-            if not gone and self._counts():
+            if not gone and self._shows_life():
                 raise self._refusal()
         self._count = 0
         self._write()
         if locked is None:
-            # Without an OS lock two may have come this far: the one whose record stays has won.
+            # Without an OS lock two jobs may have come this far: the one whose record remains wins.
             time.sleep(min(1.0, self.beat_seconds))
             if (self._holder() or {}).get("pid") != os.getpid() or self._holder().get("host") != self.host:
                 raise self._refusal()
 
     def _lock(self) -> bool | None:
-        """Whether the OS lock is ours now; None where the file system has none."""
+        """Whether the OS lock is ours now; None if the file system does not support it."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -119,7 +119,7 @@ class RunLock:
         return True
 
     def _freed(self) -> bool:
-        """Whether the OS lock becomes ours while its holder does not count."""
+        """Whether the OS lock becomes ours while its holder's heartbeat does not change."""
         before = self._holder()
         deadline = time.monotonic() + _GHOST_SECONDS
         while time.monotonic() < deadline:
@@ -130,10 +130,10 @@ class RunLock:
             time.sleep(self.beat_seconds / 5)
         return False
 
-    def _counts(self) -> bool:
-        """Whether the holder counts while it is watched."""
+    def _shows_life(self) -> bool:
+        """Whether the holder's heartbeat changes while it is watched."""
         before = self._holder()
-        print(f"{self.path}: {_name(before)} did not give it back; watching for a sign of life", flush=True)
+        print(f"{self.path}: {_name(before)} did not release it; watching whether it still runs", flush=True)
         deadline = time.monotonic() + _WATCH_BEATS * self.beat_seconds
         while time.monotonic() < deadline:
             time.sleep(self.beat_seconds / 5)
@@ -142,9 +142,9 @@ class RunLock:
         return False
 
     def _holder(self) -> dict | None:
-        """Who holds it, as the file says; None if nobody, or if it cannot be made out."""
+        """The holder that the file names; None if there is none or the file cannot be read."""
         with contextlib.suppress(OSError, ValueError):
-            value = json.loads(self.path.read_text(encoding="utf-8"))  # opened anew: NFS then asks its server
+            value = json.loads(self.path.read_text(encoding="utf-8"))  # opened again: NFS then asks its server
             return value if isinstance(value, dict) else None
         return None
 
@@ -157,7 +157,7 @@ class RunLock:
     def _beat(self) -> None:
         while not self._ended.wait(self.beat_seconds):
             self._count += 1
-            with contextlib.suppress(OSError):  # a full disk is the checkpoint's to say
+            with contextlib.suppress(OSError):  # saving a checkpoint reports a full disk
                 self._write()
 
     def _refusal(self) -> InputError:

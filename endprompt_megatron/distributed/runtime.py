@@ -1,7 +1,7 @@
 """Processes, devices, seeds and signals: what differs between NCCL on GPUs and Gloo on CPUs.
 
-`start` brings a rank up whichever of torchrun, srun or mpirun launched it; everything after it is the
-same on both.  No other module but cpu.py asks which device it is on.
+`start` sets up a rank that torchrun, srun or mpirun launched; after it, everything is the same on both.  Only
+this package asks which device a process runs on.
 """
 
 import contextlib
@@ -33,27 +33,27 @@ def device() -> torch.device:
 
 
 def backend() -> str:
-    """What this process's collectives run on: NCCL between GPUs, Gloo between CPUs."""
+    """The backend of this process's collectives: NCCL between GPUs, Gloo between CPUs."""
     return "nccl" if has_cuda() else "gloo"
 
 
 def overlaps_communication() -> bool:
-    """Whether messages travel while the rank computes: NCCL has streams for that, Gloo has none."""
+    """Whether communication can overlap computation: NCCL has streams for that, Gloo has none."""
     return has_cuda()
 
 
 def synchronize() -> None:
-    """Wait until this rank's device has done all that was asked of it; a CPU has at once."""
+    """Wait until this rank's device has finished its work; returns at once on a CPU."""
     if has_cuda():
         torch.cuda.synchronize()
 
 
 def device_options(*, virtual_pipeline: bool) -> dict[str, bool]:
-    """Those arguments of Megatron's TransformerConfig that follow from the device."""
+    """The arguments of Megatron's TransformerConfig that depend on the device."""
     cuda = has_cuda()
     return {
         "use_cpu_initialization": not cuda,
-        # Between virtual stages sends and receives go on behind the computation; Gloo has no batches of them.
+        # Between virtual stages sends and receives overlap computation; Gloo cannot batch them.
         "overlap_p2p_comm": cuda and virtual_pipeline,
         "batch_p2p_comm": cuda and not virtual_pipeline,
     }
@@ -61,7 +61,7 @@ def device_options(*, virtual_pipeline: bool) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class Launch:
-    """Where this process stands among those started together."""
+    """The place of this process among those that were started together."""
 
     rank: int
     world_size: int
@@ -69,9 +69,9 @@ class Launch:
 
 
 def launched_as() -> Launch:
-    """Rank and world size from torchrun's, srun's or mpirun's environment; a single process otherwise.
+    """Rank and world size from the environment of torchrun, srun or mpirun; otherwise a single process.
 
-    Raises InputError if a variable is there but not a number.
+    Raises InputError if a variable is set but not a number.
     """
     families = (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -80,7 +80,7 @@ def launched_as() -> Launch:
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     )
     for names in families:
-        # A batch script without srun carries SLURM_PROCID=0 and SLURM_NTASKS=n: it is one process, not n.
+        # A batch script without srun has SLURM_PROCID=0 and SLURM_NTASKS=n: it is one process, not n.
         if names[0] == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
             continue
         if names[0] in os.environ and names[1] in os.environ:
@@ -92,16 +92,15 @@ def launched_as() -> Launch:
 
 
 def take_device(launch: Launch) -> None:
-    """Give this process its own GPU among those of its host.  A scheduler may show each task its own alone."""
+    """Give this process its own GPU of its host.  A scheduler may show each task only its own GPU."""
     if has_cuda():
         torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
 
 
 def start(tensor: int, pipeline: int, virtual_pipeline: int | None, context: int, seed: int) -> Launch:
-    """Process group, Megatron's parallel state and seeds for this rank.
+    """Set up the process group, Megatron's parallel state and the seeds of this rank.
 
-    Gloo on CPUs, NCCL on GPUs.  `seed` seeds Python, numpy and torch alike on every rank (weights come from
-    a checkpoint; dropout is off).
+    Gloo on CPUs, NCCL on GPUs.  `seed` is the same on every rank (weights come from a checkpoint; dropout is off).
     """
     quiet_libraries()
     launch = launched_as()
@@ -144,7 +143,7 @@ def _initialise_process_group(launch: Launch) -> None:
 
 
 def finish() -> None:
-    """Tear the process groups down, so that no rank hangs or complains at exit; leave garbage to Python again."""
+    """Destroy the process groups, so that no rank hangs or warns at exit; let Python collect garbage again."""
     gc.enable()
     if dist.is_initialized():
         from megatron.core import parallel_state
@@ -155,9 +154,9 @@ def finish() -> None:
 
 @contextlib.contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """An InputError that any rank meets inside is raised on all of them.  All ranks must enter and leave.
+    """Raise an InputError of any rank inside on all ranks.  All ranks must enter and leave.
 
-    Alone, it would leave the others waiting in the next collective for a rank that is gone.
+    Raised on one rank only, it would leave the others waiting in the next collective.
     """
     mine = None
     try:
@@ -173,7 +172,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def is_rank_zero() -> bool:
-    """Whether this rank is the one that writes and speaks."""
+    """Whether this rank is the one that writes files and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -182,19 +181,19 @@ def world_size() -> int:
 
 
 def print_rank_zero(line: str) -> None:
-    """Print from one rank."""
+    """Print, on rank 0 only."""
     if is_rank_zero():
         print(line, flush=True)
 
 
 def peak_flops() -> float | None:
-    """Dense BF16 peak of this rank's device in FLOP/s, which MFU is stated against; None where it is not known."""
+    """Dense BF16 peak of this rank's device in FLOP/s, the reference for MFU; None if unknown."""
     gpu = here().gpu if has_cuda() else None
     return gpu.bf16 or None if gpu else None
 
 
 def quiet_libraries() -> None:
-    """Silence what third parties print on every rank and no user can act on."""
+    """Silence third-party messages that appear on every rank and that no user can act on."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", module=r"torch\.distributed\..*")
     for name in ("megatron", "torch.distributed", "torch._dynamo", "torch.utils.cpp_extension"):
@@ -212,9 +211,9 @@ def peak_memory_gib() -> float:
 
 
 def collect_garbage(step: int, interval: int) -> None:
-    """Collect Python's garbage every `interval` steps, on all ranks in the same one; 0 leaves it to Python.
+    """Collect Python's garbage every `interval` steps, on all ranks in the same step; 0 leaves it to Python.
 
-    Left to itself each rank pauses at a moment of its own, and the others wait for it.
+    Otherwise each rank pauses at a different moment, and the others wait for it.
     """
     if interval == 0:
         return
@@ -225,7 +224,7 @@ def collect_garbage(step: int, interval: int) -> None:
 
 
 def agreed(stop: StopSignal) -> int:
-    """The number of a signal that any rank received, the same on all ranks; 0 if none.  All ranks must call."""
+    """The number of a signal that any rank received, the same on all ranks; 0 if none.  All ranks must call this."""
     number = torch.tensor([stop.received or 0], device=device())
     dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop.  No torch: a tool listens before it imports anything that takes seconds."""
+"""Signals that ask a run to stop.  No torch: a tool listens before its slow imports."""
 
 import contextlib
 import signal
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 and SIGUSR2 ask for a stop; the loop asks back each step, on all ranks (runtime.agreed)."""
+    """SIGTERM, SIGUSR1 and SIGUSR2 ask for a stop; all ranks check for it in each step (runtime.agreed)."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -1,6 +1,6 @@
-"""What Transformer Engine must be told outside its layers: environment variables and shared buffers.
+"""What Transformer Engine needs outside its layers: environment variables and shared buffers.
 
-The layers themselves are Megatron-Core's (model/llama.py); config/constraints/precision_rules.py says what is legal.
+The layers are built in model/llama.py; config/constraints/precision_rules.py says what is legal.
 """
 
 import os
@@ -17,9 +17,9 @@ _PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def set_environment(recipe: Recipe, where: str, hardware: Hardware) -> None:
-    """Set and announce the variables that the recipe needs, before Transformer Engine or CUDA reads them.
+    """Set and print the variables that the recipe needs, before Transformer Engine or CUDA reads them.
 
-    Raises InputError if one is set to something that would make another run of it.
+    Raises InputError if one is already set to a value that would change the run.
     """
     if hardware.gpu is None or hardware.te is None:
         return
@@ -36,7 +36,7 @@ def set_environment(recipe: Recipe, where: str, hardware: Hardware) -> None:
     if recipe.precision.fp8 and recipe.precision.fp8_recipe == "delayed" and _PICKLES not in os.environ:
         wanted[_PICKLES] = "1"
     if p.sequence and not hardware.gpu.blackwell and "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
-        # Kernels then start in the order they are launched in, so a gather is on its way before the GEMM.
+        # Kernels then start in the order in which they are launched, so a gather starts before the GEMM.
         wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     os.environ.update(wanted)
     if wanted and launched_as().rank == 0:
@@ -44,10 +44,10 @@ def set_environment(recipe: Recipe, where: str, hardware: Hardware) -> None:
 
 
 def attention_environment(recipe: Recipe, hardware: Hardware) -> dict[str, str]:
-    """Environment variables that make a legal combination work; to be set before Transformer Engine is imported.
+    """Environment variables that a legal combination needs; set them before Transformer Engine is imported.
 
-    On Hopper there is no FP8 attention with current scaling: the switch keeps current scaling for the matrix
-    products and gives the attention delayed scaling.  Blackwell has both, and keeps what the recipe says.
+    Hopper has no FP8 attention with current scaling: the variable keeps current scaling for the matrix products
+    and gives attention delayed scaling.  Blackwell has both, so the recipe applies unchanged.
     """
     p = recipe.precision
     hopper = hardware.gpu is not None and hardware.gpu.hopper
@@ -59,7 +59,7 @@ def attention_environment(recipe: Recipe, hardware: Hardware) -> dict[str, str]:
 def share_buffers(recipe: Recipe, shape: ModelShape) -> None:
     """Allocate the user buffers through which tensor-parallel ranks exchange activations during GEMMs.
 
-    Only for parallel.overlap_tensor.  All ranks call it, after the process groups are there and before the
+    Only for parallel.overlap_tensor.  All ranks call it, after the process groups exist and before the
     model is built.
     """
     p = recipe.parallel

@@ -1,18 +1,18 @@
-"""Slow ranks are named and hung runs are ended: both cheap enough to leave on.
+"""Name slow ranks and end hung runs, both cheaply enough to leave on.
 
-Stragglers.  The collectives of a step make every rank as slow as the slowest, so whole steps tell nothing.
-A rank is alone in three things, and those are timed:
-- data: from the beginning of the step until its batch is there; nothing in it waits for another rank;
-- compute: forward and backward, until its gradients are about to be reduced.  Ranks of one tensor, pipeline
-  and context parallel group wait for each other in it, so it names the slow replica; in a run that is
-  data-parallel alone, the slow rank.  It is timed in one step of an interval, since the device has to
-  come to rest before and after;
-- probe: a few matrix products of fixed size, once an interval, on this rank's device alone: what names the
-  GPU within a replica that is hot, throttled or shared with somebody.
+Stragglers.  The collectives of a step make every rank as slow as the slowest, so the time of a step says nothing.
+Three things do not depend on other ranks, and those are timed:
+- data: from the start of the step until its batch has been read;
+- compute: forward and backward, until gradients are about to be reduced.  The ranks of one tensor, pipeline
+  and context parallel group wait for each other in it, so it identifies the slow replica; in a purely
+  data-parallel run, the slow rank.  It is timed in one step per interval, since the device must be idle
+  before and after;
+- probe: a few matrix products of fixed size, once per interval, on this rank's device only.  It identifies the
+  GPU within a replica that is hot, throttled or shared.
 
-Hangs.  Each rank's watchdog has its own thread and its own clock, so that one rank that stops (in a read, in
-a collective, by SIGSTOP) does not keep the others from noticing.  Should the hung code never let go of
-Python's lock, faulthandler's own thread, which needs no lock, dumps the stacks and ends the process later.
+Hangs.  Each rank's watchdog has its own thread and its own clock, so that a rank that stops (in a read, in a
+collective, by SIGSTOP) does not prevent the others from noticing.  If the hung code never releases Python's
+lock, faulthandler's own thread, which needs no lock, dumps the stacks and ends the process somewhat later.
 """
 
 import faulthandler
@@ -37,15 +37,15 @@ from endprompt_megatron.common.errors import EXIT_FAILED
 from endprompt_megatron.distributed import runtime
 
 FLOOR_SECONDS = 60.0
-_PATIENCE = 30  # floors: what the first steps, saves and validations may take at least
-_FIRST_STEPS = 3  # of a run: kernels are chosen, connections are made
+_PATIENCE = 30  # floors that the first steps, saves and validations may always take
+_FIRST_STEPS = 3  # of a run, in which kernels are chosen and connections made
 _REMEMBERED = 100  # steps, for the median
 
 
 class Watch:
-    """Context manager around the loop.  All ranks call all of it, in the same order.
+    """Context manager around the loop.  All ranks call all methods, in the same order.
 
-    `report(values, line)` takes what was found about slow ranks, on the first rank.
+    `report(values, line)` receives what was found about slow ranks, on rank 0.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Watch:
             self.compute = time.perf_counter() - self.began
 
     def step_ends(self) -> None:
-        """The end of what a step has in common with every other: saves and validations come after it."""
+        """The end of what every step does: saves and validations come after it."""
         if self._timed():
             self._compare()
         self.watchdog.step_ends()
@@ -104,17 +104,17 @@ class Watch:
         return bool(self.interval) and self.step % self.interval == 0
 
     def _compare(self) -> None:
-        mine = torch.tensor([self.data / self.counted, self.compute, self.probe()], dtype=torch.float64)
+        own = torch.tensor([self.data / self.counted, self.compute, self.probe()], dtype=torch.float64)
         self.data, self.counted = 0.0, 0
-        mine = mine.to(runtime.device())
-        all_ranks = [torch.empty_like(mine) for _ in self.names]
-        dist.all_gather(all_ranks, mine)
+        own = own.to(runtime.device())
+        all_ranks = [torch.empty_like(own) for _ in self.names]
+        dist.all_gather(all_ranks, own)
         if runtime.is_rank_zero():
             self.report(*slowest(torch.stack(all_ranks).tolist(), self.names, self.step))
 
 
 def slowest(times: list[list[float]], names: list[str], step: int) -> tuple[dict[str, Any], str]:
-    """Which rank is slowest, by how much, and in what: for metrics.jsonl, and in one line.
+    """Which rank is slowest, by how much and in what, for metrics.jsonl and as one line.
 
     times [ranks, 3]: seconds of data, compute and probe.  Ratios are to the (lower) median of all ranks.
     """
@@ -134,9 +134,9 @@ def slowest(times: list[list[float]], names: list[str], step: int) -> tuple[dict
         "probe_ratio": probe_ratio,
     }
     line = (
-        f"step {step}  slowest rank {rank} ({names[rank]}): {own[rank]:.3f} s of its own, {ratio:.2f} x the median "
-        f"(data {data:.3f} s, compute {compute:.3f} s); slowest device rank {probe_rank} ({names[probe_rank]}): "
-        f"{probe_ratio:.2f} x"
+        f"step {step}  slowest rank {rank} ({names[rank]}): {own[rank]:.3f} s of its own time, "
+        f"{ratio:.2f} x the median (data {data:.3f} s, compute {compute:.3f} s); "
+        f"slowest device rank {probe_rank} ({names[probe_rank]}): {probe_ratio:.2f} x"
     )
     return {"stragglers": values}, line
 
@@ -148,7 +148,7 @@ def _largest(seconds: list[float]) -> tuple[int, float]:
 
 
 def _rest() -> None:
-    """Wait for what this rank computes; not for what it communicates beside that."""
+    """Wait for what this rank computes, but not for its communication."""
     if runtime.has_cuda():
         torch.cuda.current_stream().synchronize()
 
@@ -158,7 +158,7 @@ def _probe_seconds() -> float:
     size, dtype = (4096, torch.bfloat16) if runtime.has_cuda() else (256, torch.float32)
     matrix = torch.ones(size, size, dtype=dtype, device=runtime.device())
     best = float("inf")
-    for _ in range(4):  # the first one pays for the start; the best is free of what the host does beside
+    for _ in range(4):  # the first includes start-up; the best is least disturbed by the host
         _rest()
         begin = time.perf_counter()
         torch.mm(matrix, matrix)
@@ -168,16 +168,16 @@ def _probe_seconds() -> float:
 
 
 class Watchdog:
-    """Ends this rank, with the stacks of all its threads in `stacks`/rank_N.txt, when a step takes too long.
+    """Ends this rank when a step takes too long; the stacks of all its threads are in `stacks`/rank_N.txt.
 
-    Too long is `factor` times the median of the steps before, and at least `floor` seconds; 30 floors for the
-    first steps and for what comes between steps (saves, validations).  A factor of 0 watches nothing.
+    The limit is `factor` times the median of the previous steps, and at least `floor` seconds; at least 30 floors
+    for the first steps and for what comes between steps (saves, validations).  With a factor of 0 there is none.
     """
 
     def __init__(self, stacks: Path, rank: int, names: list[str], factor: float, floor: float) -> None:
         self.stacks, self.rank, self.names, self.factor, self.floor = stacks, rank, names, factor, floor
         self.seconds: deque[float] = deque(maxlen=_REMEMBERED)
-        self.settle = min(5.0, floor)  # the others' clocks end about now too: time for them to write
+        self.settle = min(5.0, floor)  # time for the others, which reach their limit at about the same moment, to write
         self.loop = threading.get_ident()
         self.ended = threading.Event()
         self.now: tuple[float, str, float] = (time.monotonic(), "the first step", self._limit(between=True))
@@ -207,7 +207,7 @@ class Watchdog:
     def step_ends(self) -> None:
         began, what, _ = self.now
         self.seconds.append(time.monotonic() - began)
-        self._begin(f"what follows {what}", self._limit(between=True))
+        self._begin(f"the time after {what}", self._limit(between=True))
 
     def _begin(self, what: str, limit: float) -> None:
         self.now = (time.monotonic(), what, limit)
@@ -238,15 +238,15 @@ class Watchdog:
             if self.rank == min(found, default=self.rank):
                 print(self._verdict(found, what, taken, limit), file=sys.stderr, flush=True)
         finally:
-            # No clean-up: it would wait for the thread that hangs, or for the ranks that do.
+            # No clean-up: it would wait for the thread or the ranks that hang.
             os._exit(EXIT_FAILED)
 
     def _places(self) -> dict[int, str]:
-        """Where each rank is that wrote its stacks about now, by the files' own clock."""
+        """Where each rank is that wrote its stacks at about the same time, by the times of the files."""
         now = self.path.stat().st_mtime
         found = {}
         for path in self.stacks.glob("rank_*.txt"):
-            # With different medians the ranks' limits differ a little.
+            # The limits of the ranks differ a little, as their medians do.
             if path.stat().st_mtime < now - 2 * self.settle - self.floor:
                 continue
             heads = re.findall(rf"^{_HEADER}(\d+) .*: in (.*)$", path.read_text(errors="replace"), re.MULTILINE)
@@ -261,7 +261,7 @@ class Watchdog:
         ranks = "; ".join(f"rank {_ranges(ranks)} in {place}" for place, ranks in by_place.items())
         silent = [rank for rank in range(len(self.names)) if rank not in found]
         if silent:
-            ranks += f"; no word from rank {_ranges(silent)} ({self.names[silent[0]]})"
+            ranks += f"; nothing from rank {_ranges(silent)} ({self.names[silent[0]]})"
         return (
             f"watchdog: {what} has taken {taken:.1f} s, more than {limit:.1f} s (train.watchdog_factor="
             f"{self.factor:g}): {ranks}; stacks in {self.stacks}; ending with exit code {EXIT_FAILED}"
@@ -288,11 +288,11 @@ def place_of(frame: FrameType | None) -> str:
 
 
 def _ranges(ranks: list[int]) -> str:
-    """Ranks in few words: 0-2,5."""
-    parts: list[list[int]] = []
+    """Ranks as ranges: 0-2,5."""
+    ranges: list[list[int]] = []
     for rank in ranks:
-        if parts and parts[-1][-1] == rank - 1:
-            parts[-1] = [parts[-1][0], rank]
+        if ranges and ranges[-1][-1] == rank - 1:
+            ranges[-1] = [ranges[-1][0], rank]
         else:
-            parts.append([rank])
-    return ",".join("-".join(map(str, part)) for part in parts)
+            ranges.append([rank])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)

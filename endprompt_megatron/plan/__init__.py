@@ -1,1 +1,1 @@
-"""What a recipe costs before it runs: memory a GPU, time, GPU-hours; layouts that fit.  No torch."""
+"""What a recipe will cost: memory per GPU, time, GPU-hours; layouts that fit.  No torch."""

@@ -15,14 +15,14 @@ from endprompt_megatron.plan.step_time import Clock, Work
 
 @dataclass(frozen=True)
 class Estimate:
-    """A recipe on so many GPUs: the fullest GPU and the time of a step."""
+    """A recipe on a number of GPUs: memory of each stage and time of a step."""
 
     recipe: Recipe
     gpus: int
     gpu: Gpu
     stages: list[StageMemory]
     work: Work
-    flops: float  # of a token
+    flops: float  # per token
 
     @property
     def replicas(self) -> int:
@@ -51,12 +51,12 @@ class Estimate:
 
     @property
     def tflops(self) -> float:
-        """Model TFLOP/s a GPU: recomputation is not counted."""
+        """Model TFLOP/s per GPU; recomputation is not counted."""
         return self.tokens_per_gpu_second * self.flops / 1e12
 
     @property
     def tokens(self) -> int:
-        """Of the whole run."""
+        """Tokens of the complete run."""
         return self.recipe.train.steps * self.recipe.tokens_per_step
 
     @property
@@ -99,9 +99,9 @@ class Estimate:
 def estimate(
     shape: ModelShape, recipe: Recipe, gpu: Gpu, gpus: int, stages: list[StageMemory] | None = None
 ) -> Estimate:
-    """Memory (`stages`, where it is known) and time of a legal recipe on so many GPUs of that kind.
+    """Memory and time of a legal recipe on `gpus` GPUs of one kind.  `stages`: the memory, if already computed.
 
-    Raises InputError for a GPU whose speed is not known.
+    Raises InputError for a GPU of unknown speed.
     """
     return Estimate(
         recipe=recipe,
@@ -114,6 +114,6 @@ def estimate(
 
 
 def min_gpus(recipe: Recipe) -> int:
-    """What the recipe's layout needs: one data-parallel replica."""
+    """The GPUs that the recipe's layout needs at least: one data-parallel replica."""
     p = recipe.parallel
     return p.tensor * p.pipeline * p.context

@@ -1,9 +1,8 @@
-"""Memory of a GPU of each pipeline stage, in bytes, by what it is for.  Arithmetic; no torch, no Megatron.
+"""Memory of a GPU of each pipeline stage, in bytes, by purpose.  Arithmetic; no torch, no Megatron.
 
-Counted is what the framework allocates (torch.cuda.max_memory_allocated): weights, gradients, optimizer,
-activations, logits, working space, communication buffers.  What the driver and NCCL take beside it is an
-assumption and kept apart.  Tensors are named by their dimensions: n tokens of a rank, h hidden, f ffn, q and
-kv the width of all query heads and of all key heads.
+It counts what the framework allocates (torch.cuda.max_memory_allocated): weights, gradients, optimizer,
+activations, logits, working space, communication buffers.  What the driver and NCCL take in addition is an
+assumption and stated separately.
 """
 
 from dataclasses import dataclass
@@ -15,20 +14,20 @@ from endprompt_megatron.model.shape import ModelShape
 
 GIB = 2**30
 # Assumptions about what torch does not count, in GiB.
-CONTEXT_GIB = 1.0  # CUDA context, kernels' code, cuBLAS and cuDNN handles
-NCCL_GIB = 0.4  # channels of each kind of communicator that this rank belongs to
+CONTEXT_GIB = 1.0  # CUDA context, kernel code, cuBLAS and cuDNN handles
+NCCL_GIB = 0.4  # channels, for each kind of communicator that this rank belongs to
 FRAGMENTATION = 0.03  # of what is allocated, with expandable segments
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """A GPU of one pipeline stage.  Bytes, but for parameters (elements) and `in_flight` (micro-batches)."""
+    """A GPU of one pipeline stage.  All in bytes, except parameters (elements) and `in_flight` (micro-batches)."""
 
     stage: int
     layers: list[int]  # of each virtual stage
     parameters: int
-    trained: int  # of them
-    in_flight: float  # micro-batches whose activations are held at the peak, in parts where stages are virtual
+    trained: int  # of these parameters
+    in_flight: float  # micro-batches whose activations are held at the peak; a fraction with virtual stages
     weights: float
     gradients: float
     optimizer: float
@@ -40,14 +39,14 @@ class StageMemory:
 
     @property
     def allocated(self) -> float:
-        """What torch.cuda.max_memory_allocated should say."""
-        # Logits live while the last layer's activations do; a layer's backward pass works when they are gone.
+        """What torch.cuda.max_memory_allocated should report."""
+        # Logits are freed before the backward pass of the layers needs its working space.
         peak = max(self.logits, self.working)
         return self.weights + self.gradients + self.optimizer + self.activations + peak + self.buffers
 
     @property
     def overhead(self) -> float:
-        """What torch does not count, by the assumptions above."""
+        """What torch does not count, from the assumptions above."""
         return (CONTEXT_GIB + NCCL_GIB * self.communicators) * GIB + FRAGMENTATION * self.allocated
 
     @property
@@ -68,7 +67,7 @@ class StageMemory:
 
 
 def layer_parameters(shape: ModelShape, tensor: int) -> int:
-    """Elements of one transformer layer on a tensor-parallel rank; norms and some biases are on all of them."""
+    """Elements of one transformer layer on a tensor-parallel rank; norms and some biases are on every rank."""
     matrices = shape.hidden_size * shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
     matrices += 3 * shape.hidden_size * shape.ffn_size
     return (matrices + shape.split_biases) // tensor + shape.whole_vectors
@@ -84,13 +83,13 @@ def stage_parameters(shape: ModelShape, p: Parallel, stage: int) -> int:
         count += table
     if last:
         count += shape.hidden_size
-        if not (shape.tied_embeddings and first):  # a tie over two stages is kept twice
+        if not (shape.tied_embeddings and first):  # tied embeddings on two stages are kept twice
             count += table
     return count
 
 
 def stage_elements(shape: ModelShape, recipe: Recipe, stage: int) -> tuple[int, int]:
-    """Elements that a rank of this pipeline stage holds, adapters included, and those of them that are trained."""
+    """Elements that a rank of this pipeline stage holds, adapters included, and how many of them are trained."""
     p, longlora = recipe.parallel, recipe.longlora
     held = stage_parameters(shape, p, stage)
     if not longlora.rank:
@@ -106,16 +105,16 @@ def stage_elements(shape: ModelShape, recipe: Recipe, stage: int) -> tuple[int, 
 
 
 def optimizer_bytes(recipe: Recipe) -> float:
-    """Of AdamW for each parameter in a rank's share: float32 master weight (where weights are BF16), two moments."""
+    """Bytes of AdamW per parameter in a rank's share: two moments, and a float32 master weight for BF16 weights."""
     moment = {"float32": 4, "bfloat16": 2, "fp8": 1}[recipe.optim.moments_dtype]
     return (4 if recipe.precision.dtype == "bfloat16" else 0) + 2 * moment
 
 
-def layer_activations(shape: ModelShape, recipe: Recipe, engine: bool = True) -> float:
+def layer_activations(shape: ModelShape, recipe: Recipe, te: bool = True) -> float:
     """Bytes that one layer keeps for its backward pass, for one micro-batch, on a rank.
 
-    `engine`: with Transformer Engine's layers; without them attention keeps keys and values expanded to all
-    heads, SwiGLU and RoPE what they make on the way.  Attention scores are kept by neither.
+    `te`: with Transformer Engine's layers.  Without them attention keeps keys and values expanded to all
+    heads, and SwiGLU and RoPE keep their intermediate results.  Neither keeps attention scores.
     """
     p, precision = recipe.parallel, recipe.precision
     size = 4 if precision.dtype == "float32" else 2
@@ -126,17 +125,17 @@ def layer_activations(shape: ModelShape, recipe: Recipe, engine: bool = True) ->
     keys = shape.num_kv_heads * shape.head_dim / p.tensor
     ffn = shape.ffn_size / p.tensor
     log_sum = 4 * shape.num_heads / p.tensor  # of the softmax, float32
-    norms = 2 * 4 / split  # one float32 a token and norm
-    # Shifted attention expands keys and values, with TE too, and joins its groups' outputs; LoRA keeps A x twice, and
-    # neither the input of fc1 nor that of fc2, whose weights have no gradient.
+    norms = 2 * 4 / split  # one float32 per token and norm
+    # Shifted attention expands keys and values, even with TE, and joins the outputs of its groups.  LoRA keeps A x
+    # twice, but not the inputs of fc1 and fc2, whose weights have no gradient.
     shifted, rank = recipe.longlora.shifted, recipe.longlora.rank
-    if not engine:
-        # Norms' inputs and outputs; q, expanded k and v, the output; gate and up, up again, silu, product; cosines and
-        # sines for q and for k.
+    if not te:
+        # Inputs and outputs of norms; q, expanded k and v, the output; gate and up, up again, silu, product; cosines
+        # and sines for q and for k.
         kept = 4 * hidden + 4 * queries + 5 * ffn + 4 * shape.head_dim + shifted * queries
         kept += (3 * rank + rank / split - hidden - ffn) if rank else 0
         return tokens * (size * kept + log_sum + norms)
-    # In FP8 the inputs of the four matrices are kept in one byte; what norms, RoPE, attention and SwiGLU keep is not.
+    # In FP8 the inputs of the four matrices take one byte; what norms, RoPE, attention and SwiGLU keep does not.
     fp8 = precision.fp8 is not None
     matrix_input = 1 if fp8 else size
     kept = 2 * hidden * (size + matrix_input)  # norms' inputs; the inputs of qkv and fc1
@@ -148,35 +147,35 @@ def layer_activations(shape: ModelShape, recipe: Recipe, engine: bool = True) ->
 
 
 def layer_input(shape: ModelShape, recipe: Recipe) -> float:
-    """Bytes of a layer's input for one micro-batch on a rank: all that full recompute keeps."""
+    """Bytes of a layer's input for one micro-batch on a rank: full recompute keeps nothing else."""
     p = recipe.parallel
     size = 4 if recipe.precision.dtype == "float32" else 2
     tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
     return tokens * size * shape.hidden_size / (p.tensor if p.sequence else 1)
 
 
-def chunk_activations(layers: int, shape: ModelShape, recipe: Recipe, engine: bool = True) -> float:
-    """Bytes that a (virtual) stage of so many layers keeps for one micro-batch, under the recipe's recompute."""
+def chunk_activations(layers: int, shape: ModelShape, recipe: Recipe, te: bool = True) -> float:
+    """Bytes that a (virtual) stage of `layers` layers keeps for one micro-batch, with the recipe's recompute."""
     p = recipe.parallel
-    whole, entry = layer_activations(shape, recipe, engine), layer_input(shape, recipe)
+    layer, entry = layer_activations(shape, recipe, te), layer_input(shape, recipe)
     if p.recompute == "full":
         return -(-layers // (p.recompute_layers or 1)) * entry
     if p.recompute == "block":
         recomputed = min(p.recompute_layers or 0, layers)
-        return recomputed * entry + (layers - recomputed) * whole
-    return layers * whole
+        return recomputed * entry + (layers - recomputed) * layer
+    return layers * layer
 
 
 def peak_in_flight(stage: int, p: Parallel, micro_batches: int, sizes: list[float]) -> tuple[float, float]:
-    """Bytes held at the peak of a step on a stage, and how many whole micro-batches that is.
+    """Bytes held at the peak of a step on a stage, and how many micro-batches that is.
 
-    sizes: bytes a micro-batch of each of the stage's virtual stages.  Follows Megatron's 1F1B, and its
-    interleaved schedule where there are several.
+    sizes: bytes per micro-batch of each of the stage's virtual stages.  Follows Megatron's 1F1B schedule, and
+    its interleaved schedule if there are several.
     """
-    virtual, whole = len(sizes), sum(sizes)
+    virtual, per_micro_batch = len(sizes), sum(sizes)
     if virtual == 1:
         count = min(micro_batches, p.pipeline - stage)
-        return count * whole, float(count)
+        return count * per_micro_batch, float(count)
     total = micro_batches * virtual
     warmup = min(total, 2 * (p.pipeline - stage - 1) + (virtual - 1) * p.pipeline)
 
@@ -184,29 +183,29 @@ def peak_in_flight(stage: int, p: Parallel, micro_batches: int, sizes: list[floa
         return number % (p.pipeline * virtual) // p.pipeline
 
     live = peak = 0.0
-    # After the warm-up the schedule repeats: the peak is in its first two rounds.
+    # After the warm-up the schedule repeats, so its first two rounds contain the peak.
     for number in range(min(total + warmup, warmup + 2 * p.pipeline * virtual)):
         if number < total:
             live += sizes[chunk(number)]
             peak = max(peak, live)
         if number >= warmup:
             live -= sizes[virtual - 1 - chunk(number - warmup)]
-    return peak, peak / whole
+    return peak, peak / per_micro_batch
 
 
-def memory(shape: ModelShape, recipe: Recipe, world_size: int, engine: bool = True) -> list[StageMemory]:
-    """What a GPU of each pipeline stage needs.  `engine`: as `layer_activations` has it."""
+def memory(shape: ModelShape, recipe: Recipe, world_size: int, te: bool = True) -> list[StageMemory]:
+    """What a GPU of each pipeline stage needs.  `te`: see `layer_activations`."""
     p = recipe.parallel
     replicas = world_size // (p.tensor * p.pipeline * p.context)
     micro_batches = max(1, recipe.train.global_batch_size // (recipe.train.micro_batch_size * replicas))
     return [
-        _stage(stage, layers, shape, recipe, replicas, micro_batches, engine)
+        _stage(stage, layers, shape, recipe, replicas, micro_batches, te)
         for stage, layers in enumerate(chunk_layers(shape.num_layers, p))
     ]
 
 
 def _stage(
-    stage: int, layers: list[int], shape: ModelShape, recipe: Recipe, replicas: int, micro_batches: int, engine: bool
+    stage: int, layers: list[int], shape: ModelShape, recipe: Recipe, replicas: int, micro_batches: int, te: bool
 ) -> StageMemory:
     p, precision = recipe.parallel, recipe.precision
     size = 4 if precision.dtype == "float32" else 2
@@ -215,22 +214,22 @@ def _stage(
     matrices = sum(layers) * (layer_parameters(shape, p.tensor) - 2 * shape.hidden_size)
     weights = float(parameters * size)
     if precision.fp8 is not None:
-        # TE keeps each matrix in FP8 over the step's micro-batches, and its transpose where GEMMs read one order.
+        # TE keeps each matrix in FP8 over the micro-batches of a step, and its transpose for GEMMs that need it.
         weights += 2 * matrices * fp8_share(shape, recipe)
     gradient = 2 if precision.grad_reduce == "bfloat16" else 4
-    sizes = [chunk_activations(count, shape, recipe, engine) for count in layers]
+    sizes = [chunk_activations(count, shape, recipe, te) for count in layers]
     activations, in_flight = peak_in_flight(stage, p, micro_batches, sizes)
     last = stage == p.pipeline - 1
     logits = 0.0
     if last:
         vocab = shape.padded_vocab(p.tensor) / p.tensor
-        # The loss writes its gradient over the logits; the final norm's input and output are kept, and the gradient
-        # of the output is whole before it is scattered.
+        # The loss overwrites the logits with its gradient; the input and output of the final norm are kept, and the
+        # gradient of the output exists for all tokens before it is scattered.
         logits = tokens * size * (vocab + shape.hidden_size) + 2 * layer_input(shape, recipe)
         if p.sequence:
-            logits += tokens * size * shape.hidden_size  # gathered anew for the weights' gradient
-        if not engine:
-            logits += vocab * shape.hidden_size * size  # without Apex that gradient is a tensor of its own
+            logits += tokens * size * shape.hidden_size  # gathered again for the gradient of the weights
+        if not te:
+            logits += vocab * shape.hidden_size * size  # without Apex that gradient is a separate tensor
     return StageMemory(
         stage=stage,
         layers=layers,
@@ -242,7 +241,7 @@ def _stage(
         optimizer=trained * optimizer_bytes(recipe) / (p.context * replicas),
         activations=activations,
         logits=logits,
-        working=_working(shape, recipe, engine),
+        working=_working(shape, recipe, te),
         buffers=_buffers(shape, recipe),
         communicators=sum(ranks > 1 for ranks in (p.tensor, p.pipeline, p.context, replicas)),
     )
@@ -255,35 +254,35 @@ def fp8_share(shape: ModelShape, recipe: Recipe) -> float:
     return max(0.0, 1 - 2 * recipe.precision.bf16_edge_layers / shape.num_layers)
 
 
-def _working(shape: ModelShape, recipe: Recipe, engine: bool) -> float:
+def _working(shape: ModelShape, recipe: Recipe, te: bool) -> float:
     """Bytes of a layer's backward pass beyond what is kept: the gradients in SwiGLU, the gathered sequence.
 
-    A recomputed unit's activations come back whole.
+    For recomputed layers, also all activations of one unit.
     """
     p = recipe.parallel
     size = 4 if recipe.precision.dtype == "float32" else 2
     tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
     work = tokens * size * (3 * shape.ffn_size / p.tensor + 2 * shape.hidden_size)
-    if not engine:  # without fused accumulation a weight's gradient is a tensor of its own for a moment
+    if not te:  # without fused accumulation the gradient of a weight is a separate tensor for a moment
         work += 2 * shape.ffn_size / p.tensor * shape.hidden_size * size
     if p.recompute in ("full", "block"):
         unit = (p.recompute_layers or 1) if p.recompute == "full" else 1
-        work += unit * layer_activations(shape, recipe, engine)
+        work += unit * layer_activations(shape, recipe, te)
     return work
 
 
 def _buffers(shape: ModelShape, recipe: Recipe) -> float:
-    """Bytes for communication: Transformer Engine's user buffers, keys and values on their way round the ring."""
+    """Bytes for communication: Transformer Engine's user buffers, keys and values in transit around the ring."""
     p = recipe.parallel
     size = 4 if recipe.precision.dtype == "float32" else 2
     tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
     total = 0.0
     if p.overlap_tensor:
-        total += 4 * tokens * size * shape.hidden_size  # a whole sequence for each of the four matrices
+        total += 4 * tokens * size * shape.hidden_size  # the complete sequence for each of the four matrices
     if p.context > 1:
         keys = 2 * shape.num_kv_heads * shape.head_dim / p.tensor
         others = p.context - 1 if p.context_comm == "all_gather" else 2
-        total += 2 * others * tokens * size * keys  # received ones, and their gradients
+        total += 2 * others * tokens * size * keys  # those that are received, and their gradients
     if p.pipeline > 1:
         total += 2 * layer_input(shape, recipe)
     return total

@@ -1,7 +1,7 @@
-"""The plan of a recipe: its estimate, what full-length training would cost, changes after which it fits, warnings.
+"""The plan of a recipe: its estimate, what full-length training would cost, changes that make it fit, warnings.
 
-The one module of the planner that others import.  estimate.py puts memory.py and step_time.py together, search.py
-looks for layouts, plan_page.py prints.  Arithmetic; no torch, no Megatron.
+Other packages import only this module of the planner.  estimate.py combines memory.py and step_time.py, search.py
+finds layouts, plan_page.py prints.  Arithmetic; no torch, no Megatron.
 """
 
 from dataclasses import asdict, dataclass
@@ -22,14 +22,14 @@ __all__ = ["GIB", "Estimate", "Plan", "StageMemory", "estimate", "make_plan", "m
 
 @dataclass(frozen=True)
 class Plan:
-    """An estimate with what belongs around it on the page."""
+    """An estimate with everything that the page shows."""
 
     where: str
     shape: ModelShape
-    published: bool  # the shape is the published one, model.hf is not here
+    published: bool  # the shape is the published one, because model.hf was not found
     estimate: Estimate
-    full: Estimate | None  # full-length training for the same target in its best layout; None where it is the recipe
-    remedies: list[tuple[list[str], Estimate]]  # keys to change, what they give; nearest first
+    full: Estimate | None  # full-length training to the same target in its best layout; None if that is the recipe
+    remedies: list[tuple[list[str], Estimate]]  # keys to set and the resulting estimate; nearest first
     warnings: list[str]
 
     def as_dict(self) -> dict:
@@ -61,9 +61,9 @@ class Plan:
 def make_plan(
     recipe: Recipe, where: str, shape: ModelShape, hardware: Hardware, gpus: int | None = None, published: bool = False
 ) -> Plan:
-    """The plan of a recipe on `gpus` GPUs, by default on the fewest that its layout fits on.
+    """The plan of a recipe on `gpus` GPUs, by default on the fewest on which its layout fits.
 
-    Raises InputError where the recipe is not legal on them.
+    Raises InputError if the recipe is not legal on them.
     """
     if hardware.gpu is None:
         raise InputError(f"{where}: a plan is for GPUs; choose a kind with --gpu")
@@ -86,7 +86,7 @@ def make_plan(
 
 
 def _on_more(shape: ModelShape, recipe: Recipe, hardware: Hardware) -> Estimate | None:
-    """The estimate with the fewest data-parallel replicas, a power of two, that share the optimizer well enough."""
+    """The estimate with the fewest data-parallel replicas, a power of two, with which the recipe fits; None if none."""
     replicas = 2
     while replicas <= recipe.train.global_batch_size // recipe.train.micro_batch_size:
         count = replicas * min_gpus(recipe)
@@ -111,26 +111,26 @@ def _warnings(ours: Estimate, gpus: int | None) -> list[str]:
         )
     free = ours.gpu.memory_gib - ours.fullest.total / GIB
     if ours.fits and free < 4:
-        found.append(f"{free:.1f} GiB to spare on the fullest GPU is less than this estimate is sure of")
+        found.append(f"{free:.1f} GiB to spare on the fullest GPU is within this estimate's uncertainty")
     if ours.gpus > NODE and ours.gpus % NODE:
-        found.append(f"{ours.gpus} GPUs are not whole nodes of {NODE}")
+        found.append(f"{ours.gpus} GPUs do not fill nodes of {NODE}")
     if p.tensor > NODE:
-        found.append(f"parallel.tensor={p.tensor} leaves the node: its communication goes over the network")
+        found.append(f"parallel.tensor={p.tensor} exceeds a node: its communication crosses the network")
     share = ours.work.bubble / ours.work.total
     if share > 0.1:
-        remedy = "more micro-batches a replica or more virtual stages make it smaller"
-        found.append(
-            f"the pipeline stands still for {share:.0%} of a step ({ours.micro_batches} micro-batches): {remedy}"
-        )
+        remedy = "more micro-batches per replica or more virtual stages reduce that"
+        found.append(f"the pipeline is idle for {share:.0%} of a step ({ours.micro_batches} micro-batches): {remedy}")
     share = ours.work.tensor / ours.work.total
     if share > 0.1 and not p.overlap_tensor:
-        found.append(f"tensor-parallel communication is {share:.0%} of a step: parallel.overlap_tensor=true hides most")
+        found.append(
+            f"tensor-parallel communication is {share:.0%} of a step: parallel.overlap_tensor=true hides most of it"
+        )
     if p.recompute == "selective":
-        found.append("parallel.recompute=selective saves next to nothing: flash attention keeps no scores")
+        found.append("parallel.recompute=selective saves almost nothing: flash attention keeps no scores")
     if p.recompute == "full" and ours.fullest.total < 0.6 * ours.gpu.memory_gib * GIB:
         found.append("there is memory to spare: parallel.recompute=block or none would be faster")
     if precision.fp8 is None and ours.gpu.fp8 and precision.dtype == "float32":
         found.append("precision.dtype=float32 leaves the tensor cores unused: bfloat16 is many times faster")
     if precision.fp8_attention:
-        found.append("FP8 attention is timed at 1.4 times BF16's speed, which no published table here confirms")
+        found.append("FP8 attention is timed at 1.4 times the speed of BF16, which no published measurement confirms")
     return found

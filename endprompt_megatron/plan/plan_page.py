@@ -1,4 +1,4 @@
-"""The plan as one page of text: what an engineer reads before spending the GPU-hours."""
+"""The plan as one page of text, to read before spending the GPU-hours."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def page(plan: Plan) -> str:
         _assumptions(plan),
     ]
     if plan.warnings:
-        sections.append(["Mind", *_wrapped(plan.warnings)])
+        sections.append(["Warnings", *_wrapped(plan.warnings)])
     return "\n".join("\n".join([*section, ""]) for section in sections).rstrip("\n")
 
 
@@ -49,7 +49,7 @@ def _head(plan: Plan) -> list[str]:
     what = f"{c.original:,} -> {c.target:,} tokens by {_method(recipe)}"
     if c.rope.type == "keep":
         trained = "conversations" if recipe.data.kind == "chat" else _method(recipe)
-        what = f"a window of {c.target:,} tokens, kept; {trained}"
+        what = f"keeps its window of {c.target:,} tokens; {trained}"
     lines = [
         f"{name}: {what}".ljust(WIDTH - 1 - len(plan.where)) + f" {plan.where}",
         f"{format_number(shape.parameters / 1e9)} billion parameters: {shape.num_layers} layers, "
@@ -60,22 +60,22 @@ def _head(plan: Plan) -> list[str]:
         count = format_number(trained_parameters(shape, recipe.longlora) / 1e6)
         lines.append(f"LoRA of rank {recipe.longlora.rank}: {count} million parameters are trained")
     if plan.published:
-        lines.append(f"The shape is the published one: {recipe.model.hf} is not here.")
-    fullest, room = ours.fullest, ours.gpu.memory_gib
+        lines.append(f"The shape is the published one: {recipe.model.hf} was not found.")
+    fullest, available = ours.fullest, ours.gpu.memory_gib
     verdict = "FITS" if ours.fits else "DOES NOT FIT"
     lines += [
         "",
-        f"{verdict}: {fullest.total / GIB:.1f} of {room:.1f} GiB on the fullest GPU.  {_gpus(ours)}: "
-        f"{format_duration(ours.step_seconds)} a step, {format_duration(3600 * ours.hours)} in all, "
+        f"{verdict}: {fullest.total / GIB:.1f} of {available:.1f} GiB on the fullest GPU.  {_gpus(ours)}: "
+        f"{format_duration(ours.step_seconds)} per step, {format_duration(3600 * ours.hours)} in total, "
         f"{format_number(ours.gpu_hours)} GPU-hours.",
     ]
     if not ours.fits:
         if plan.remedies:
-            lines.append("Nearest that fits:")
+            lines.append("Smallest changes that make it fit:")
         for keys, given in plan.remedies:
             lines.append(
                 f"  {' '.join(keys)}: {given.fullest.total / GIB:.1f} GiB, "
-                f"{format_duration(given.step_seconds)} a step, {format_number(given.gpu_hours)} GPU-hours"
+                f"{format_duration(given.step_seconds)} per step, {format_number(given.gpu_hours)} GPU-hours"
             )
         if not plan.remedies:
             lines.append("No small change makes it fit; --search --nodes N looks for other layouts.")
@@ -105,8 +105,12 @@ def _layout(ours: Estimate) -> list[str]:
         )
         if on
     ]
-    again = {"none": "nothing recomputed", "selective": "core attention recomputed", "full": "all layers recomputed"}
-    options.append(again.get(p.recompute, f"{p.recompute_layers} layers of each virtual stage recomputed"))
+    recomputed = {
+        "none": "nothing recomputed",
+        "selective": "core attention recomputed",
+        "full": "all layers recomputed",
+    }
+    options.append(recomputed.get(p.recompute, f"{p.recompute_layers} layers of each virtual stage recomputed"))
     return [
         "Layout",
         f"  GPUs       {_gpus(ours)}: {layout(p, ours.replicas)}",
@@ -114,7 +118,7 @@ def _layout(ours: Estimate) -> list[str]:
         f"  precision  {kind}; gradients in {grads}, master weights in float32, moments in "
         f"{recipe.optim.moments_dtype}",
         f"  step       {t.global_batch_size} sequences x {recipe.context.physical:,} tokens = "
-        f"{recipe.tokens_per_step:,} tokens, in {ours.micro_batches} micro-batches of {t.micro_batch_size} a replica",
+        f"{recipe.tokens_per_step:,} tokens, in {ours.micro_batches} micro-batches of {t.micro_batch_size} per replica",
         f"  run        {t.steps:,} steps, {_tokens(ours.tokens)}",
     ]
 
@@ -126,9 +130,9 @@ def layout(p: Parallel, replicas: int) -> str:
 
 
 def _memory(ours: Estimate) -> list[str]:
-    """A row a stage."""
+    """A table with one row per stage."""
     lines = [
-        "Memory a GPU, GiB",
+        "Memory per GPU, GiB",
         "  stage  layers  parameters  weights  gradients  optimizer  activations (in flight)  logits  working  "
         "allocated  total",
     ]
@@ -148,22 +152,22 @@ def _memory(ours: Estimate) -> list[str]:
         ]
         lines.append("  ".join(columns))
     lines.append(
-        "  in flight: micro-batches held; allocated: what torch.cuda.max_memory_allocated shows; total: with the driver"
+        "  in flight: micro-batches held; allocated: as torch.cuda.max_memory_allocated; total: with driver and NCCL"
     )
     return lines
 
 
 def _time(ours: Estimate) -> list[str]:
-    whole = ours.work.total
+    step = ours.work.total
     lines = ["Time of a step"]
-    shown = [(name, seconds) for name, seconds in ours.work.as_dict().items() if seconds / whole >= 0.0005]
+    shown = [(name, seconds) for name, seconds in ours.work.as_dict().items() if seconds / step >= 0.0005]
     for name, seconds in sorted(shown, key=lambda entry: -entry[1]):
-        lines.append(f"  {_KINDS[name]:<54} {format_duration(seconds):>9}  {seconds / whole:>6.1%}")
+        lines.append(f"  {_KINDS[name]:<54} {format_duration(seconds):>9}  {seconds / step:>6.1%}")
     flops = ours.flops * ours.recipe.tokens_per_step
-    lines.append(f"  {'whole step':<54} {format_duration(whole):>9}")
+    lines.append(f"  {'complete step':<54} {format_duration(step):>9}")
     lines.append(
-        f"  {format_number(flops / 1e15)} PFLOP a step: {ours.tokens_per_gpu_second:,.0f} tokens/s and "
-        f"{ours.tflops:,.0f} TFLOP/s a GPU, {ours.tflops * 1e12 / ours.gpu.bf16:.0%} of its BF16 peak"
+        f"  {format_number(flops / 1e15)} PFLOP per step: {ours.tokens_per_gpu_second:,.0f} tokens/s and "
+        f"{ours.tflops:,.0f} TFLOP/s per GPU, {ours.tflops * 1e12 / ours.gpu.bf16:.0%} of its BF16 peak"
     )
     return lines
 
@@ -172,24 +176,24 @@ def _savings(plan: Plan) -> list[str]:
     ours, full = plan.estimate, plan.full
     c = ours.recipe.context
     if c.rope.type == "keep":
-        return ["Nothing is extended: there is no full-length training to compare with."]
+        return ["The window is kept: there is no full-length training to compare with."]
     if c.physical >= c.target:
         return [f"This is full-length training at {c.target:,} tokens."]
     if full is None:
-        return [f"Full-length training at {c.target:,} tokens fits no layout that was tried."]
+        return [f"Full-length training at {c.target:,} tokens does not fit in any layout that was tried."]
     samples = ours.recipe.train.steps * ours.recipe.train.global_batch_size
     rows = [
         ("GPUs", _gpus(ours), _gpus(full), None),
         ("layout (full length: the cheapest found)", _short(ours), _short(full), None),
-        ("GFLOP a token", f"{ours.flops / 1e9:,.1f}", f"{full.flops / 1e9:,.1f}", full.flops / ours.flops),
+        ("GFLOP per token", f"{ours.flops / 1e9:,.1f}", f"{full.flops / 1e9:,.1f}", full.flops / ours.flops),
         (
-            "GPU-milliseconds a token",
+            "GPU-milliseconds per token",
             f"{1e3 / ours.tokens_per_gpu_second:,.3f}",
             f"{1e3 / full.tokens_per_gpu_second:,.3f}",
             ours.tokens_per_gpu_second / full.tokens_per_gpu_second,
         ),
         (
-            "GPU-seconds a sample",
+            "GPU-seconds per sample",
             format_number(c.physical / ours.tokens_per_gpu_second),
             format_number(c.target / full.tokens_per_gpu_second),
             c.target / full.tokens_per_gpu_second / (c.physical / ours.tokens_per_gpu_second),
@@ -208,11 +212,11 @@ def _savings(plan: Plan) -> list[str]:
         ),
     ]
     lines = [
-        f"What is saved: sequences of {c.physical:,} tokens instead of {c.target:,}, as many a step",
+        f"What is saved: sequences of {c.physical:,} tokens instead of {c.target:,}, the same number per step",
         f"  {'':<40} {c.method:>22} {'full length':>26}  ratio",
     ]
-    for what, here, there, ratio in rows:
-        lines.append(f"  {what:<40} {here:>22} {there:>26}" + (f"  {ratio:.1f}x" if ratio else ""))
+    for what, own, other, ratio in rows:
+        lines.append(f"  {what:<40} {own:>22} {other:>26}" + (f"  {ratio:.1f}x" if ratio else ""))
     return lines
 
 
@@ -227,10 +231,10 @@ def _assumptions(plan: Plan) -> list[str]:
     e, ours = EFFICIENCY, plan.estimate
     lines = [
         f"matrix products reach {e.gemm_bf16:.0%} of the peak in BF16 and {e.gemm_fp8:.0%} in FP8, small ones less; "
-        f"attention {e.attention:.0%} of BF16's; memory {e.memory:.0%}; NVLink and network {e.network:.0%} of "
-        f"{ours.gpu.nvlink / 1e9:.0f} and {ours.gpu.network / 1e9:.0f} GB/s a GPU. The same for all models: "
+        f"attention {e.attention:.0%} of the BF16 peak; memory {e.memory:.0%}; NVLink and network {e.network:.0%} of "
+        f"{ours.gpu.nvlink / 1e9:.0f} and {ours.gpu.network / 1e9:.0f} GB/s per GPU. The same for all models: "
         "benchmarks/plan.md compares them with published speeds.",
-        f"driver and libraries take {CONTEXT_GIB:.1f} GiB, NCCL {NCCL_GIB:.1f} GiB a kind of group, fragmentation "
+        f"driver and libraries take {CONTEXT_GIB:.1f} GiB, NCCL {NCCL_GIB:.1f} GiB per kind of group, fragmentation "
         f"{FRAGMENTATION:.0%}. Transformer Engine and Apex are installed (NVIDIA's container), nodes have {NODE} GPUs.",
         f"a checkpoint with its optimizer is {format_bytes(plan.checkpoint_bytes)}; "
         f"{ours.recipe.checkpoint.keep or 'all'} are kept, every {ours.recipe.checkpoint.interval} steps "
@@ -239,8 +243,8 @@ def _assumptions(plan: Plan) -> list[str]:
     ]
     if plan.full:
         lines.append(
-            "attention's rate is that of 2024's kernels; with faster ones full length gains more than short sequences. "
-            "By FLOPs alone a token is "
+            "the rate of attention is that of kernels of 2024; faster ones speed up full-length training more. "
+            "By FLOPs alone, a token is "
             f"{plan.full.flops / ours.flops:.1f} times cheaper, a sample "
             f"{plan.full.flops * ours.recipe.context.target / (ours.flops * ours.recipe.context.physical):.1f} times."
         )
@@ -248,12 +252,12 @@ def _assumptions(plan: Plan) -> list[str]:
 
 
 def search_table(recipe: Recipe, where: str, found: list[Estimate], gpus: int, gpu: str) -> str:
-    """The layouts that a search found, fastest first, and how to use the first."""
+    """The layouts that a search found, fastest first, and the overrides for the first."""
     c = recipe.context
     title = f"{Path(recipe.model.hf).name} at {c.physical:,} tokens on {gpus} {gpu}: layouts that are legal and fit"
     lines = [
         title,
-        "  tensor  pipeline  virtual  context  data  recompute     GiB  s a step  tokens/s/GPU  TFLOP/s  GPU-hours",
+        "  tensor  pipeline  virtual  context  data  recompute     GiB  s / step  tokens/s/GPU  TFLOP/s  GPU-hours",
     ]
     for e in found:
         p = e.recipe.parallel
@@ -263,12 +267,12 @@ def search_table(recipe: Recipe, where: str, found: list[Estimate], gpus: int, g
             f"{again:<10} {e.fullest.total / GIB:>6.1f}  {e.step_seconds:>8.2f}  {e.tokens_per_gpu_second:>12,.0f}  "
             f"{e.tflops:>7.0f}  {format_number(e.gpu_hours):>9}"
         )
-    lines += ["", "The first one:", f"  {where} {' '.join(layout_keys(recipe, found[0].recipe))}"]
+    lines += ["", "To use the first one:", f"  {where} {' '.join(layout_keys(recipe, found[0].recipe))}"]
     return "\n".join(lines)
 
 
 def layout_keys(recipe: Recipe, other: Recipe) -> list[str]:
-    """Overrides that give a recipe the other's layout."""
+    """Overrides that give a recipe the layout of the other."""
     keys = []
     for name, value in vars(other.parallel).items():
         if getattr(recipe.parallel, name) != value:
@@ -292,7 +296,7 @@ def _wrapped(lines: list[str]) -> list[str]:
     import textwrap
 
     return [
-        part
+        row
         for line in lines
-        for part in textwrap.wrap(line, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
+        for row in textwrap.wrap(line, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
     ]

@@ -1,4 +1,4 @@
-"""The best legal layouts for a number of GPUs, the nearest one that fits, and the best for full-length training."""
+"""The best legal layouts for a number of GPUs, the nearest that fits, and the best for full-length training."""
 
 import copy
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from endprompt_megatron.plan.memory import GIB, memory, optimizer_bytes, stage_e
 from endprompt_megatron.plan.step_time import NODE
 
 MAX_GPUS = 16384
-SPARE_GIB = 2.0  # left free by every proposed layout: the estimate is no better than that
+SPARE_GIB = 2.0  # that every proposed layout leaves free: the estimate is not more precise
 
 
 def search(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, limit: int = 8) -> list[Estimate]:
-    """The fastest layouts that are legal and fit, fastest first, the best of each (tensor, pipeline, context).
+    """The fastest layouts that are legal and fit, fastest first, one for each (tensor, pipeline, context).
 
-    Batch, precision and optimizer stay the recipe's.  Empty where nothing fits.
+    Batch, precision and optimizer are the recipe's.  Empty if nothing fits.
     """
     best: dict[tuple[int, int, int], Estimate] = {}
     for candidate in _layouts(shape, recipe, hardware, gpus):
@@ -46,7 +46,7 @@ def _legal(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -> 
 
 
 def _layouts(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -> Iterator[Recipe]:
-    """Recipes that differ in their layout alone; most are legal, and weights and optimizer fit."""
+    """Recipes that differ only in their layout; most are legal, and in all of them weights and optimizer fit."""
     available = hardware.gpu.memory_gib * GIB
     for tensor in _divisors(min(NODE, gpus)):
         for context in _divisors(gpus // tensor):
@@ -75,7 +75,7 @@ def _layouts(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -
 
 
 def _with_recompute(recipe: Recipe, parallel: object, layers: int) -> Iterator[Recipe]:
-    """The layout without recomputation, with a part of each virtual stage recomputed, and with all of it."""
+    """The layout without recomputation, with some layers of each virtual stage recomputed, and with all."""
     for recompute, count in (("none", None), ("block", layers // 4), ("block", layers // 2), ("full", None)):
         if recompute == "block" and not count:
             continue
@@ -100,14 +100,14 @@ def _splits(layers: int, pipeline: int) -> Iterator[tuple[bool, int]]:
 
 
 def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int) -> Estimate | None:
-    """Training at the target's full length, as cheap as it gets: the best layout on as many GPUs, or on more.
+    """The cheapest training at the full target length: the best layout on `gpus` GPUs, or on more.
 
-    As many sequences a step as the recipe's, which keeps its pipeline as busy, and as many tokens in all.  None
-    where no number of GPUs is enough.
+    It has as many sequences per step as the recipe, so the pipeline is as busy, and as many tokens in total.
+    None if no number of GPUs is enough.
     """
     full = copy.deepcopy(recipe)
     full.context.method, full.context.physical = "full", recipe.context.target
-    # What belongs to the recipe's method alone would be refused with this one.
+    # Keys that only apply to the recipe's method would be refused here.
     full.context.recall, full.context.content_skip = Recall(), False
     full.data.packing, full.data.align = "stream", None
     full.longlora = LongLora()
@@ -120,7 +120,7 @@ def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int
     count = gpus
     while count <= MAX_GPUS and (best is None or count <= 4 * best.gpus):
         found = search(shape, full, hardware, count, limit=1)
-        # More GPUs may spare the recomputation; they should be worth it.
+        # More GPUs may make recomputation unnecessary; they must be worth it.
         if found and (best is None or found[0].tokens_per_gpu_second > 1.02 * best.tokens_per_gpu_second):
             best = found[0]
         count *= 2
@@ -130,9 +130,9 @@ def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int
 def remedies(
     shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int, limit: int = 3
 ) -> list[tuple[list[str], Estimate]]:
-    """Changes after which a recipe fits: (keys to set, what they give).  Fewest changes first, then the fastest.
+    """Changes that make a recipe fit: (keys to set, the resulting estimate).  Fewest changes first, then the fastest.
 
-    A change may need more GPUs; the first key then says how many.
+    If a change needs more GPUs, the first key says how many.
     """
     found = []
     for keys, count, changed in _changes(recipe, gpus, shape.num_layers):
@@ -144,7 +144,7 @@ def remedies(
     found.sort(key=lambda entry: (entry[1].gpus > gpus, len(entry[0]), entry[1].gpus * entry[1].step_seconds))
     kept: list[tuple[list[str], Estimate]] = []
     for keys, given in found:
-        # One number of recomputed layers is enough, the fastest; and no more keys than make it fit.
+        # Keep only the fastest number of recomputed layers, and no superset of keys that already make it fit.
         if not any(set(_names(other)) <= set(_names(keys)) for other, _ in kept):
             kept.append((keys, given))
     return kept[:limit]

@@ -1,6 +1,6 @@
-"""Time of a training step, from what a GPU computes and moves and from how fast it does each in practice.
+"""Time of a training step, from what a GPU computes and moves and how fast it does each in practice.
 
-One set of efficiencies for every model, layout and precision; benchmarks/plan.md compares the result with
+One set of efficiencies applies to every model, layout and precision; benchmarks/plan.md compares the result with
 published speeds.  Times are seconds of the slowest pipeline stage.  Arithmetic; no torch, no Megatron.
 """
 
@@ -14,14 +14,14 @@ from endprompt_megatron.model.longlora import adapter_elements, output_is_traine
 from endprompt_megatron.model.shape import ModelShape
 from endprompt_megatron.plan.memory import fp8_share, layer_input, layer_parameters, stage_elements
 
-NODE = 8  # GPUs that NVLink joins
+NODE = 8  # GPUs connected by NVLink
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What is reached of the data sheet's figures.  A statement about kernels and networks, not about a model."""
+    """The share of the data sheet's figures that is reached: a property of kernels and networks, not of a model."""
 
-    # Of the dense peak by a GEMM without end.  cuBLAS reaches 1,380 of 1,979 TFLOP/s in FP8 at 32,768 cubed, and
+    # Of the dense peak by an infinitely large GEMM.  cuBLAS reaches 1,380 of 1,979 TFLOP/s in FP8 at 32,768 cubed, and
     # under a training step's power limit about three quarters of the peak in BF16.
     gemm_bf16: float = 0.74
     gemm_fp8: float = 0.71
@@ -37,11 +37,11 @@ class Efficiency:
     # Of a link's rate in one direction by NCCL's collectives on large messages.
     nvlink: float = 0.75
     network: float = 0.75
-    # Share of tensor-parallel communication that goes on behind GEMMs with overlap_tensor.
+    # Share of tensor-parallel communication that GEMMs hide with overlap_tensor.
     hidden_tensor: float = 0.65
-    # Seconds that the host needs to launch a layer's kernels, forward or backward: about 40 of 7 microseconds.
+    # Seconds that the host needs to launch a layer's kernels, forward or backward: about 40, at 7 microseconds each.
     launch: float = 0.28e-3
-    # Of the step, for what is not counted: slower ranks, clocks, the data loader, logging.
+    # Of the step, for everything not counted: slower ranks, clocks, the data loader, logging.
     other: float = 0.03
 
 
@@ -56,7 +56,7 @@ class Work:
     attention: float = 0.0
     memory: float = 0.0  # norms, RoPE, SwiGLU, casts, gradient accumulation: bound by memory
     launch: float = 0.0  # GPU idle because the host launches too slowly
-    tensor: float = 0.0  # exposed communication, each
+    tensor: float = 0.0  # exposed communication, as the next three
     context: float = 0.0
     pipeline: float = 0.0
     data: float = 0.0
@@ -82,20 +82,20 @@ KINDS = tuple(entry.name for entry in fields(Work))
 
 
 class Clock:
-    """Times of the parts of a step of this recipe on this GPU."""
+    """Times of a step of this recipe on this GPU, by layer, stage and kind."""
 
     def __init__(
         self, shape: ModelShape, recipe: Recipe, gpu: Gpu, world_size: int, efficiency: Efficiency = EFFICIENCY
     ) -> None:
         if not gpu.bf16:
-            raise InputError(f"{gpu.name}: the speed of this GPU is not known; plan with --gpu")
+            raise InputError(f"{gpu.name}: the speed of this GPU is unknown; choose a kind with --gpu")
         self.shape, self.recipe, self.gpu, self.eff = shape, recipe, gpu, efficiency
         p = recipe.parallel
         self.replicas = world_size // (p.tensor * p.pipeline * p.context)
         self.micro_batches = recipe.train.global_batch_size // (recipe.train.micro_batch_size * self.replicas)
-        self.tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context  # of a rank
+        self.tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context  # per rank
         self.size = 4 if recipe.precision.dtype == "float32" else 2
-        self.chunks: dict[int, Work] = {}  # by number of layers: most are alike
+        self.chunks: dict[int, Work] = {}  # by number of layers: most stages have the same
 
     # What a device does
 
@@ -111,11 +111,11 @@ class Clock:
         return 2 * self.tokens * outputs * inputs / rate * (1 + small / extent)
 
     def move(self, count: float) -> float:
-        """Seconds to read or write so many bytes of the GPU's own memory."""
+        """Seconds to read or write `count` bytes of the GPU's own memory."""
         return count / (self.gpu.bandwidth * self.eff.memory)
 
     def send(self, count: float, group: int) -> float:
-        """Seconds for a rank to send so many bytes within `group` neighbouring ranks: NVLink if a node has them all."""
+        """Seconds for a rank to send `count` bytes among `group` neighbouring ranks: by NVLink if in one node."""
         if group <= NODE:
             return count / (self.gpu.nvlink * self.eff.nvlink)
         return count / (self.gpu.network * self.eff.network)
@@ -144,19 +144,19 @@ class Clock:
         scores = 2 * 2 * n * seen_tokens(self.recipe.longlora, self.recipe.context.physical) * queries
         rate = self.gpu.bf16 * self.eff.attention
         if self.recipe.precision.fp8_attention and self.gpu.fp8:
-            # The forward pass and the scores double their rate, the softmax between them does not.
+            # The matrix products run twice as fast, the softmax between them does not.
             rate *= 1.4
         if self.size == 4:
             rate /= 16
         attention = scores / rate
         moved = self.move(n * self._bytes())
-        # Casts to FP8: norms and their gradients write FP8 at once, the other inputs and the gradients of all
-        # outputs are read in BF16 and written in both orders.
+        # Casts to FP8: norms write FP8 directly; the other inputs and the gradients of all outputs are read in BF16
+        # and written in both orders.
         (outputs, inputs) = zip(*self.matrices(), strict=True)
         cast_inputs = self.move(n * 4 * (inputs[1] + inputs[3])) if fp8 else 0.0
         cast_gradients = self.move(n * 4 * sum(outputs)) if fp8 else 0.0
         forward = Work(gemm=gemm, attention=attention, memory=moved + cast_inputs, tensor=self._tensor(forward=True))
-        # Weight gradients are added to their float32 (or BF16) sum by each micro-batch.
+        # Each micro-batch adds its weight gradients to the float32 (or BF16) sum.
         gradient = 2 if self.recipe.precision.grad_reduce == "bfloat16" else 4
         rank = self.recipe.longlora.rank
         adapters = self._adapters() if rank else Work()
@@ -176,17 +176,17 @@ class Clock:
         return forward, backward
 
     def _adapters(self) -> Work:
-        """Forward pass of a layer's adapters: thin products, and the outputs that they are added to, in and out."""
+        """Forward pass of a layer's adapters: thin products, and adding them to the outputs of the matrices."""
         s, rank, tensor = self.shape, self.recipe.longlora.rank, self.recipe.parallel.tensor
         queries, keys = s.num_heads * s.head_dim / tensor, s.num_kv_heads * s.head_dim / tensor
         products = [(3 * rank, s.hidden_size), (queries + 2 * keys, 3 * rank), (rank, queries), (s.hidden_size, rank)]
         gemm = sum(self.gemm(outputs, inputs, False) for outputs, inputs in products)
-        # The wide side of each is read or written: bound by memory, whatever the products take.
+        # The wide side of each is read or written, which is bound by memory.
         wide = s.hidden_size + 2 * (queries + 2 * keys) + queries + 2 * s.hidden_size
         return Work(gemm=gemm, memory=self.move(self.tokens * self.size * wide))
 
     def _bytes(self) -> float:
-        """Bytes a token that a layer's forward pass reads and writes outside GEMMs and attention."""
+        """Bytes per token that a layer's forward pass reads and writes outside GEMMs and attention."""
         s, p = self.shape, self.recipe.parallel
         hidden = s.hidden_size / (p.tensor if p.sequence else 1)
         queries = s.num_heads * s.head_dim / p.tensor
@@ -202,22 +202,22 @@ class Clock:
         p = self.recipe.parallel
         if p.tensor == 1:
             return 0.0
-        whole = self.tokens * self.size * self.shape.hidden_size
+        activations = self.tokens * self.size * self.shape.hidden_size
         # Two all-reduces each way, each a reduce-scatter and an all-gather; sequence parallelism gathers the inputs
         # of its two column-parallel matrices once more for their weight gradients.
         passes = 4 if forward or not p.sequence else 6
-        seconds = self.send(passes * whole * (p.tensor - 1) / p.tensor, p.tensor)
+        seconds = self.send(passes * activations * (p.tensor - 1) / p.tensor, p.tensor)
         return seconds * (1 - self.eff.hidden_tensor if p.overlap_tensor else 1)
 
     def _context(self, attention: float, times: int) -> float:
-        """Exposed seconds of keys and values (and, backward, their gradients) on their way between ranks."""
+        """Exposed seconds of sending keys and values (backward, their gradients too) between ranks."""
         p, s = self.recipe.parallel, self.shape
         if p.context == 1:
             return 0.0
         keys = 2 * s.num_kv_heads * s.head_dim / p.tensor * self.size * self.tokens
         group = p.tensor * p.context
         if p.context_comm == "p2p":
-            # A round of the ring goes on behind a step of attention; the first step has nothing to hide behind.
+            # A step of attention hides each round of the ring.
             travel = self.send(times * keys, group)
             return (p.context - 1) * max(0.0, travel - attention / p.context)
         if p.context_comm == "a2a":
@@ -226,21 +226,21 @@ class Clock:
         return self.send(times * keys * (p.context - 1), group)
 
     def chunk(self, layers: int) -> Work:
-        """Forward and backward of one micro-batch through a (virtual) stage of so many layers."""
+        """Forward and backward of one micro-batch through a (virtual) stage of `layers` layers."""
         p = self.recipe.parallel
         share = fp8_share(self.shape, self.recipe)
         total = Work()
-        for fp8, part in ((True, share), (False, 1 - share)):
-            if part == 0:
+        for fp8, fraction in ((True, share), (False, 1 - share)):
+            if fraction == 0:
                 continue
             forward, backward = self.layer(fp8)
             again = {"full": layers, "block": min(p.recompute_layers or 0, layers)}.get(p.recompute, 0)
             work = (forward + backward) * layers + forward * again
             if p.recompute == "selective":
                 work = work + Work(attention=forward.attention, context=forward.context) * layers
-            total = total + work * part
+            total = total + work * fraction
         if p.pipeline > 1:
-            # Out and back.  Between virtual stages they go on behind the computation.
+            # Activations out and gradients back.  Between virtual stages the computation hides them.
             seconds = self.send(2 * layer_input(self.shape, self.recipe), NODE + 1)
             total.pipeline = max(0.0, seconds - total.total) if self._virtual > 1 else seconds
         return total
@@ -250,12 +250,12 @@ class Clock:
         return self.recipe.parallel.virtual_pipeline or 1
 
     def head(self) -> Work:
-        """Logits and loss of one micro-batch: three products in BF16, and the vocabulary read and written."""
+        """Logits and loss of one micro-batch: up to three products in BF16, and reading and writing the logits."""
         p, s = self.recipe.parallel, self.shape
         vocab = s.padded_vocab(p.tensor) / p.tensor
         trained = output_is_trained(s, self.recipe.longlora)
         summed = 2 * (2 if self.recipe.precision.grad_reduce == "bfloat16" else 4) * vocab * s.hidden_size
-        # Written, read for the largest and the sum, read and written as a gradient.
+        # Written, read for the maximum and the sum, read and written as a gradient.
         moved = self.tokens * vocab * self.size * 4
         products = 3 if trained else 2
         return Work(gemm=products * self.gemm(vocab, s.hidden_size, False), memory=self.move(moved + trained * summed))
@@ -272,12 +272,12 @@ class Clock:
         return total + self.head() if stage == self.recipe.parallel.pipeline - 1 else total
 
     def step(self) -> Work:
-        """A whole step, of the slowest stage."""
+        """A complete step of the slowest stage."""
         p = self.recipe.parallel
         stages = [self.stage(number, layers) for number, layers in enumerate(chunk_layers(self.shape.num_layers, p))]
         slowest = max(range(p.pipeline), key=lambda number: stages[number].total)
         step = stages[slowest] * self.micro_batches
-        # Filling and emptying the pipeline; a virtual stage is that much shorter.
+        # Filling and draining the pipeline; virtual stages shorten it.
         mean = sum(work.total for work in stages) / p.pipeline
         step.bubble = (p.pipeline - 1) * mean / self._virtual
         step.data = self._data(slowest, stages[slowest])
@@ -300,7 +300,7 @@ class Clock:
         gradient = 2 if self.recipe.precision.grad_reduce == "bfloat16" else 4
         reduce = self.send(trained * gradient, p.tensor * group)
         gather = self.send(trained * self.size, p.tensor * group)
-        # Behind the last micro-batch's backward pass, and the first one's forward pass.  Never the first bucket.
+        # Hidden by the last backward pass and the first forward pass, except for the first bucket.
         exposed = 0.0
         for seconds, overlapped, shield in (
             (reduce, p.overlap_grad_reduce, work.total * 2 / 3),

@@ -1,4 +1,4 @@
-"""The datasets: .idx and .bin consistent, token ids that the model knows, and enough of them for the budget."""
+"""The datasets: whether .idx and .bin agree, the model knows the token ids, and there are enough for the budget."""
 
 import struct
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.units import format_count
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.data.compatibility import refuse_other_kind, refuse_other_template, refuse_other_tokenizer
 from endprompt_megatron.data.describe.document_lengths import reach, verdict
@@ -14,17 +15,17 @@ from endprompt_megatron.data.samples.blend import Source, is_split, sources_of
 from endprompt_megatron.data.samples.windows import Windows
 from endprompt_megatron.model.shape import ModelShape
 from endprompt_megatron.preflight.model_files import context_lengths
-from endprompt_megatron.preflight.table import OK, WARN, Finding, many
+from endprompt_megatron.preflight.table import OK, WARN, Finding
 
 _WINDOW = 1 << 16  # tokens
-_WINDOWS = 256  # of the sample; a smaller dataset is read whole
+_WINDOWS = 256  # in the sample; a smaller dataset is read completely
 _HEADER = 34  # bytes of an .idx before its lengths
 
 
 def datasets(recipe: Recipe, shape: ModelShape) -> list[Finding]:
-    """A finding for data.train and one for data.valid, where it is a dataset of its own."""
+    """A finding for data.train, and one for data.valid if it is a separate dataset."""
     if not recipe.data.train:
-        raise InputError("data.train is missing; give the PREFIX that tools/prepare_data.py wrote")
+        raise InputError("data.train is missing; set it to the PREFIX that tools/prepare_data.py wrote")
     findings = [_dataset("data.train", sources_of(recipe.data.train, "data.train"), recipe, shape)]
     valid = recipe.data.valid
     if valid is not None and not is_split(valid):
@@ -33,7 +34,7 @@ def datasets(recipe: Recipe, shape: ModelShape) -> list[Finding]:
 
 
 def _long_documents(recipe: Recipe) -> list[Finding]:
-    """A finding for a method that wants long documents; none for the others."""
+    """A finding for a method that needs long documents; none for the others."""
     c = recipe.context
     if not reach(c.method, c.physical, c.target):
         return []
@@ -47,13 +48,13 @@ def _long_documents(recipe: Recipe) -> list[Finding]:
 
 
 def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape) -> Finding:
-    """Check each PREFIX of a blend, and say how often its tokens are seen."""
+    """Check each PREFIX of a blend, and count how often its tokens are seen."""
     samples = recipe.train.steps * recipe.train.global_batch_size if key == "data.train" else recipe.train.valid_samples
     context = max(context_lengths(recipe, shape))
     ends = "single" if recipe.context.content_skip else recipe.data.document_ends
-    least = recipe.data.min_document_tokens
+    min_len = recipe.data.min_document_tokens
     shares = sum(source.weight for source in sources)
-    said, epochs = [], []
+    sizes, epochs = [], []
     for source in sources:
         prefix = source.prefix
         index = read_idx(prefix)
@@ -63,9 +64,9 @@ def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape)
             read_mask(prefix, index)
         highest = _highest_token(key, prefix, index, shape.vocab_size)
         tokens = int(index.lengths.sum(dtype=np.int64))
-        windows = Windows(index, context, recipe.train.seed, ends=ends, min_len=least)
+        windows = Windows(index, context, recipe.train.seed, ends=ends, min_len=min_len)
         count = windows.count
-        if recipe.data.packing == "documents":  # rows of an epoch, about: their prompts and padding are not counted
+        if recipe.data.packing == "documents":  # roughly: prompts and padding are not counted
             count = -(-windows.tokens // recipe.context.physical) if index.lengths.max(initial=0) > 1 else 0
         if not count:
             short = (
@@ -77,14 +78,14 @@ def _dataset(key: str, sources: list[Source], recipe: Recipe, shape: ModelShape)
                 f"{key}={prefix}: {windows.tokens} tokens{short} are less than one sample, which takes {context}"
             )
         epochs.append(samples * source.weight / shares / count)
-        said.append(f"{prefix} {many(tokens)} tokens (ids to {highest})")
+        sizes.append(f"{prefix} {format_count(tokens)} tokens (ids to {highest})")
     prefixes = [(key, source.prefix) for source in sources]
     refuse_other_tokenizer(prefixes, recipe.model.hf)
     if recipe.data.kind == CHAT:
         refuse_other_template(prefixes, recipe.model.hf)
-    found = f"{', '.join(said)}; vocabulary {shape.vocab_size}; {max(epochs):.2f} epochs in {recipe.train.steps} steps"
+    found = f"{', '.join(sizes)}; vocabulary {shape.vocab_size}; {max(epochs):.2f} epochs in {recipe.train.steps} steps"
     if key == "data.train" and max(epochs) > 1:
-        return Finding(key, f"{found}: tokens are seen again", WARN)
+        return Finding(key, f"{found}: tokens are repeated", WARN)
     return Finding(key, found, OK)
 
 
@@ -99,7 +100,9 @@ def _consistent(prefix: str, index: Index) -> None:
     ends = np.cumsum(index.lengths, dtype=np.int64)
     right = (index.lengths >= 0).all() and (pointers == (ends - index.lengths) * index.dtype.itemsize).all()
     if not right or not len(bounds) or bounds[0] != 0 or bounds[-1] != count or (np.diff(bounds) < 0).any():
-        raise InputError(f"{path}: its pointers do not follow from its lengths; make it again (tools/prepare_data.py)")
+        raise InputError(
+            f"{path}: its pointers do not follow from its lengths; prepare it again (tools/prepare_data.py)"
+        )
 
 
 def _read(path: Path, offset: int, count: int) -> bytes:
@@ -109,7 +112,7 @@ def _read(path: Path, offset: int, count: int) -> bytes:
 
 
 def _highest_token(key: str, prefix: str, index: Index, vocab_size: int) -> int:
-    """The largest id of the dataset, or of an even sample of a large one.  Raises InputError if it is too large."""
+    """The largest id of the dataset, or of an evenly spread sample of a large one.  Raises InputError if too large."""
     path = path_of(prefix, ".bin")
     manifest = read_manifest(prefix) or {}
     highest, lowest = -1, 0

@@ -1,7 +1,7 @@
-"""The run's directory: no other job uses it, every node can write it and sees what the others write.
+"""The run's directory: no other job uses it, every node can write to it and sees what the others write.
 
-Each node's first rank writes and fsyncs a file of its own under RUN and then looks for everyone else's.
-Nothing stays behind: neither the files nor a directory that was made for them.
+The first rank of each node writes and fsyncs a file of its own under RUN and then looks for the others'.
+Nothing is left behind: neither the files nor a directory that was created for them.
 """
 
 import contextlib
@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 
 from endprompt_megatron.preflight.rendezvous import Meeting
-from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN, Finding, some
+from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN, Finding, join_names
 
 WRITING, SHARED, HELD = "run directory", "shared file system", "run lock"
 _SLOW = 5.0  # seconds of one small write with fsync
-_PATIENCE = 5.0  # seconds until a network file system may show what another node wrote
+_PATIENCE = 5.0  # seconds that a network file system may take to show what another node wrote
 
 
 def share(meeting: Meeting, run_dir: Path, patience: float = _PATIENCE) -> list[Finding]:
-    """Write, look, clear.  Each node's leader calls; rank 0 gets the findings, the others an empty list."""
+    """Write, look, clean up.  The leader of each node calls; rank 0 gets the findings, the others an empty list."""
     place = run_dir.absolute() / f".preflight-{meeting.key}"
     made: list[Path] = []
     try:
@@ -27,8 +27,8 @@ def share(meeting: Meeting, run_dir: Path, patience: float = _PATIENCE) -> list[
         if meeting.rank == 0:
             meeting.tell("look", meeting.gather("wrote", meeting.leaders.values()))
         wrote = {int(rank): answer for rank, answer in meeting.hear("look", 2 * meeting.seconds).items()}
-        there = [rank for rank, answer in wrote.items() if "error" not in answer]
-        meeting.post("unseen", _unseen(place, meeting.key, there, patience) if meeting.rank in there else None)
+        written = [rank for rank, answer in wrote.items() if "error" not in answer]
+        meeting.post("unseen", _unseen(place, meeting.key, written, patience) if meeting.rank in written else None)
         unseen = {}
         if meeting.rank == 0:
             unseen = meeting.gather("unseen", wrote, meeting.seconds + patience)
@@ -36,7 +36,7 @@ def share(meeting: Meeting, run_dir: Path, patience: float = _PATIENCE) -> list[
         meeting.hear("looked", 2 * meeting.seconds + patience)
     finally:
         for remove in (_file(place, meeting.rank).unlink, place.rmdir):
-            with contextlib.suppress(OSError):  # the last node to clear finds the directory empty
+            with contextlib.suppress(OSError):  # only the last node to clean up finds the directory empty
                 remove()
     meeting.post("cleared", None)
     if meeting.rank == 0:
@@ -50,19 +50,19 @@ def share(meeting: Meeting, run_dir: Path, patience: float = _PATIENCE) -> list[
 
 
 def lock(run_dir: Path) -> Finding:
-    """Whether a job that starts now could have RUN: taken and given back where another has been.
+    """Whether a job that starts now could use RUN: the lock is taken and released if another job has held it.
 
-    Raises InputError, naming the holder.  It may watch a holder that went without a word for some seconds.
+    Raises InputError, naming the holder.  It may take some seconds to see whether the holder still lives.
     """
     from endprompt_megatron.distributed.run_lock import RunLock
 
     if not (run_dir / "lock").exists():
         return Finding(HELD, "no other job uses it")
     taken = RunLock(run_dir)
-    with contextlib.redirect_stdout(sys.stderr):  # what it says while it watches is not part of the table
+    with contextlib.redirect_stdout(sys.stderr):  # messages while it waits are not part of the table
         taken.acquire()
     taken.release()
-    return Finding(HELD, "no other job uses it any more")
+    return Finding(HELD, "no other job uses it; the last one has ended")
 
 
 def _file(place: Path, rank: int) -> Path:
@@ -70,7 +70,7 @@ def _file(place: Path, rank: int) -> Path:
 
 
 def _write(place: Path, meeting: Meeting, made: list[Path]) -> dict:
-    """Write this node's file; directories that had to be made are added to `made`, outermost first."""
+    """Write this node's file; directories that had to be created are added to `made`, outermost first."""
     started = time.perf_counter()
     try:
         for directory in [*reversed(place.parents), place]:
@@ -93,7 +93,7 @@ def _write(place: Path, meeting: Meeting, made: list[Path]) -> dict:
 
 
 def _unseen(place: Path, key: str, ranks: list[int], patience: float) -> list[int]:
-    """The ranks whose file cannot be read here with what they wrote, after `patience` seconds."""
+    """The ranks whose file does not show its content here after `patience` seconds."""
     deadline = time.monotonic() + patience
     missing = ranks
     while True:
@@ -114,11 +114,12 @@ def _writing(meeting: Meeting, run_dir: Path, wrote: dict[int, dict]) -> Finding
     broken = {meeting.nodes[rank]: answer["error"] for rank, answer in wrote.items() if "error" in answer}
     silent = [node for node, rank in meeting.leaders.items() if rank not in wrote]
     if broken or silent:
-        said = [
-            f"{error} on {some(n for n in broken if broken[n] == error)}" for error in dict.fromkeys(broken.values())
+        problems = [
+            f"{error} on {join_names(n for n in broken if broken[n] == error)}"
+            for error in dict.fromkeys(broken.values())
         ]
-        said += [f"no answer from {some(silent)}"] if silent else []
-        return Finding(WRITING, f"checkpoint.dir: {run_dir} cannot be written: {'; '.join(said)}", FAIL)
+        problems += [f"no answer from {join_names(silent)}"] if silent else []
+        return Finding(WRITING, f"checkpoint.dir: {run_dir} cannot be written: {'; '.join(problems)}", FAIL)
     slowest = max(answer["seconds"] for answer in wrote.values())
     found = f"{run_dir}: written and synced in {slowest * 1e3:.0f} ms"
     if len(wrote) > 1:
@@ -128,17 +129,17 @@ def _writing(meeting: Meeting, run_dir: Path, wrote: dict[int, dict]) -> Finding
 
 def _sharing(meeting: Meeting, wrote: dict[int, dict], unseen: dict[int, list[int] | None]) -> Finding:
     if len(meeting.leaders) == 1:
-        return Finding(SHARED, "one node: there is no other that could see what it writes", NOT_RUN)
-    there = [rank for rank, answer in wrote.items() if "error" not in answer]
-    if len(there) < 2:
+        return Finding(SHARED, "one node: nothing to compare with", NOT_RUN)
+    written = [rank for rank, answer in wrote.items() if "error" not in answer]
+    if len(written) < 2:
         return Finding(SHARED, "fewer than two nodes could write, see above", NOT_RUN)
-    said = []
+    problems = []
     for reader, missing in unseen.items():
         if missing:
-            others = len(missing) == len(there) - 1 and len(there) > 2
-            writers = "any other node" if others else some(meeting.nodes[rank] for rank in missing)
-            said.append(f"{meeting.nodes[reader]} does not see what {writers} wrote")
-    said += [f"no answer from {meeting.nodes[rank]}" for rank in there if rank not in unseen]
-    if said:
-        return Finding(SHARED, f"checkpoint.dir is not the same place on all nodes: {some(said)}", FAIL)
-    return Finding(SHARED, f"{len(there)} nodes see each other's files", OK)
+            others = len(missing) == len(written) - 1 and len(written) > 2
+            writers = "any other node" if others else join_names(meeting.nodes[rank] for rank in missing)
+            problems.append(f"{meeting.nodes[reader]} does not see what {writers} wrote")
+    problems += [f"no answer from {meeting.nodes[rank]}" for rank in written if rank not in unseen]
+    if problems:
+        return Finding(SHARED, f"checkpoint.dir is not the same directory on all nodes: {join_names(problems)}", FAIL)
+    return Finding(SHARED, f"{len(written)} nodes see each other's files", OK)

@@ -1,4 +1,4 @@
-"""Whether the plan's memory fits the GPUs that are there: the fullest pipeline stage on the smallest GPU."""
+"""Whether the memory of the plan fits the GPUs: the fullest pipeline stage on the smallest GPU."""
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe
@@ -8,25 +8,25 @@ from endprompt_megatron.plan.plan import GIB, memory
 from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN, Finding
 
 CHECK = "memory by the plan"
-_SURE = 4.0  # GiB that the estimate may be off by, as tools/plan.py says
+_UNCERTAINTY = 4.0  # GiB by which the estimate may be wrong, as tools/plan.py says
 
 
-def fits(recipe: Recipe, world_size: int, parts: dict[int, dict], kind: str | None) -> list[Finding]:
-    """The finding; none where there is no GPU and none (`kind`) was named.  `parts`: node.process_facts."""
-    held = [part["visible"][part["own"]][1] for part in parts.values() if part["own"]]
-    if not held and kind is None:
+def fits(recipe: Recipe, world_size: int, gpus: dict[int, dict], kind: str | None) -> list[Finding]:
+    """The finding; none if there is no GPU and no `kind` was named.  `gpus`: node.process_facts by rank."""
+    sizes = [seen["visible"][seen["own"]][1] for seen in gpus.values() if seen["own"]]
+    if not sizes and kind is None:
         return []
-    smallest, name = (min(held), "the smallest GPU") if held else (of_kind(kind).gpu.memory_gib, f"--gpu {kind}")
+    smallest, name = (min(sizes), "the smallest GPU") if sizes else (of_kind(kind).gpu.memory_gib, f"--gpu {kind}")
     try:
-        engine = not held or te_version() is not None
-        stages = memory(read_shape(recipe.model.hf), recipe, world_size, engine)
-    except (InputError, ValueError, ZeroDivisionError):  # of a layout that the recipe's own check refuses
+        te = not sizes or te_version() is not None
+        stages = memory(read_shape(recipe.model.hf), recipe, world_size, te)
+    except (InputError, ValueError, ZeroDivisionError):  # from a layout that the check of the recipe refuses
         return [Finding(CHECK, "needs a legal recipe, see above", NOT_RUN)]
     stage = max(stages, key=lambda stage: stage.total)
     needed = stage.total / GIB
     found = f"{needed:.1f} GiB on pipeline stage {stage.stage}, {smallest:.1f} GiB on {name}"
     if needed > smallest:
-        return [Finding(CHECK, f"{found}; tools/plan.py names layouts that fit", FAIL)]
-    if needed > smallest - _SURE:
-        return [Finding(CHECK, f"{found}; closer than the plan is sure of", WARN)]
+        return [Finding(CHECK, f"{found}; tools/plan.py proposes layouts that fit", FAIL)]
+    if needed > smallest - _UNCERTAINTY:
+        return [Finding(CHECK, f"{found}; within the plan's uncertainty of {_UNCERTAINTY:g} GiB", WARN)]
     return [Finding(CHECK, found, OK)]

@@ -1,7 +1,7 @@
-"""The model's files: Hugging Face weights complete, the converted checkpoint complete, the tokenizer the model's.
+"""The model's files: whether the Hugging Face weights and the converted checkpoint are complete; the tokenizer.
 
-Nothing is loaded: a safetensors file says in its header how long it is (a .bin file in its list), a checkpoint in its
-manifest how long every file is.
+No weights are loaded: the header of a safetensors file (or the list in a .bin file) says how long it is, the manifest
+of a checkpoint how long each of its files is.
 """
 
 from dataclasses import replace
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from endprompt_megatron.checkpoint import integrity, layout
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.common.units import format_bytes
+from endprompt_megatron.common.units import format_bytes, format_count
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.convert.hf_weights import HfWeights, entries_of, weight_files
 from endprompt_megatron.convert.mapping import mapped_tensors, tied_copy
@@ -18,20 +18,20 @@ from endprompt_megatron.data.samples.terminal_segments import recall_of
 from endprompt_megatron.method.positions import MAPS, copies, segment_lengths
 from endprompt_megatron.method.prompts import tokenise_prompts
 from endprompt_megatron.model.shape import ModelShape, read_shape
-from endprompt_megatron.preflight.table import FAIL, OK, WARN, Finding, many, some
+from endprompt_megatron.preflight.table import FAIL, OK, WARN, Finding, join_names
 from endprompt_megatron.tokenizer.vocabulary import check_vocabulary
 
 HF, CONVERTED, TOKENIZER = "HF checkpoint", "converted checkpoint", "tokenizer"
 
 
 def hf_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
-    """Every shard there, as long as its header says, and holding what config.json promises.
+    """Whether every shard exists, is as long as its header says and holds the tensors that config.json implies.
 
-    Training needs no weights here once they are converted: then their absence is a warning.
+    Once the weights are converted, training does not need them here: then missing weights are a warning.
     """
     directory = Path(recipe.model.hf)
     if not weight_files(directory) and converted_at(recipe) is not None:
-        return Finding(HF, f"{directory}: config and tokenizer alone; its weights are converted already", WARN)
+        return Finding(HF, f"{directory}: only config and tokenizer; the weights are converted already", WARN)
     return _of_files(HF, directory, shape)
 
 
@@ -46,14 +46,14 @@ def _of_files(check: str, directory: Path, shape: ModelShape) -> Finding:
             except ValueError as error:
                 damaged.append(f"{name} ({error})")
     if missing or damaged:
-        said = [f"{len(missing)} of {len(files)} shards missing: {some(missing)}"] if missing else []
-        said += [f"{len(damaged)} damaged: {some(damaged)}"] if damaged else []
-        return Finding(check, f"{directory}: {'; '.join(said)}; download them again", FAIL)
+        problems = [f"{len(missing)} of {len(files)} shards missing: {join_names(missing)}"] if missing else []
+        problems += [f"{len(damaged)} damaged: {join_names(damaged)}"] if damaged else []
+        return Finding(check, f"{directory}: {'; '.join(problems)}; download them again", FAIL)
     weights = HfWeights(directory)
     weights.check(list(mapped_tensors(shape)), tied_copy(shape))
     total = format_bytes(sum((directory / name).stat().st_size for name in files))
     found = f"{len(files)} file{'s' * (len(files) > 1)}, {len(weights.tensors)} tensors, {total}"
-    return Finding(check, f"{directory}: {found}, {many(shape.parameters)} parameters")
+    return Finding(check, f"{directory}: {found}, {format_count(shape.parameters)} parameters")
 
 
 def converted_at(recipe: Recipe) -> Path | None:
@@ -66,7 +66,7 @@ def converted_at(recipe: Recipe) -> Path | None:
 
 
 def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
-    """What training starts from: the run's newest checkpoint, or the converted one; whole, and this model's."""
+    """What training starts from, the run's newest checkpoint or the converted one: complete, and of this model."""
     root = recipe.run_dir / "checkpoints"
     newest = layout.newest_iteration(root)
     if newest is not None:
@@ -80,48 +80,52 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
             before = layout.complete_iterations(root)[-2:-1]
             if not before:
                 raise
-            return Finding(CONVERTED, f"{error}: the run goes back to step {before[0]}", WARN)
-        goes_on = f"the run goes on from step {newest} of {recipe.train.steps}"
-        return Finding(CONVERTED, f"{directory}: {format_bytes(held)}; {goes_on}")
+            return Finding(CONVERTED, f"{error}: the run falls back to step {before[0]}", WARN)
+        resumes = f"the run resumes from step {newest} of {recipe.train.steps}"
+        return Finding(CONVERTED, f"{directory}: {format_bytes(held)}; {resumes}")
     if recipe.model.init_from is None:
         raise InputError(
-            "model.init_from is missing; give what tools/convert_hf_to_megatron.py wrote, or model.hf's directory"
+            "model.init_from is missing; set it to what tools/convert_hf_to_megatron.py wrote, or to that of model.hf"
         )
     source = Path(recipe.model.init_from)
     if layout.is_hugging_face(source):
         layout.refuse_other_model(read_shape(source), shape, f"model.init_from={source}")
         found = _of_files(CONVERTED, source, shape)
-        return found if found.verdict == FAIL else replace(found, found=f"none: every rank reads its own of {source}")
+        return (
+            found
+            if found.verdict == FAIL
+            else replace(found, found=f"not needed: every rank reads its own shards of {source}")
+        )
     directory = converted_at(recipe)
     if directory is None:
         return Finding(
             CONVERTED,
-            f"model.init_from={source} is not there yet: tools/convert_hf_to_megatron.py --hf {recipe.model.hf} "
-            f"--out {source} makes it; or give {recipe.model.hf} itself",
+            f"model.init_from={source} does not exist yet: tools/convert_hf_to_megatron.py --hf {recipe.model.hf} "
+            f"--out {source} writes it; or set it to {recipe.model.hf} itself",
             WARN,
         )
     layout.refuse_other_model(read_shape(directory / layout.HF_DIRECTORY), shape, f"model.init_from={source}")
     try:
         held = _bytes_of(directory)
     except InputError as error:
-        raise InputError(f"{error}; make it again with tools/convert_hf_to_megatron.py") from None
+        raise InputError(f"{error}; convert it again with tools/convert_hf_to_megatron.py") from None
     return Finding(CONVERTED, f"{directory}: {format_bytes(held)}, {shape.num_layers} layers, as model.hf")
 
 
 def _bytes_of(directory: Path) -> int:
-    """Bytes of a checkpoint's files.  Raises InputError if one is missing or cut."""
+    """Bytes of a checkpoint's files.  Raises InputError if one is missing or has another size."""
     found = list(integrity.damage(directory, only_sizes=True))
     if found:
-        raise InputError(f"{directory}: {some(found)}; the checkpoint is damaged")
+        raise InputError(f"{directory}: {join_names(found)}; the checkpoint is damaged")
     return sum(file["bytes"] for file in layout.read_manifest(directory)["files"].values())
 
 
 def tokenizer(recipe: Recipe, shape: ModelShape) -> Finding:
-    """Its ids have embeddings, and the recipe's end prompts fit the sequence."""
+    """Whether its ids have embeddings, and the recipe's end prompts fit the sequence."""
     directory = Path(recipe.model.hf)
     check_vocabulary(directory, shape.vocab_size)
     lengths = context_lengths(recipe, shape)
-    prompts = f", end prompts of {some(recipe.context.physical - a for a in lengths)} tokens"
+    prompts = f", end prompts of {join_names(recipe.context.physical - a for a in lengths)} tokens"
     return Finding(
         TOKENIZER,
         f"fits the vocabulary of {shape.vocab_size}" + (prompts if MAPS[recipe.context.method].has_prompt else ""),
@@ -130,7 +134,7 @@ def tokenizer(recipe: Recipe, shape: ModelShape) -> Finding:
 
 
 def context_lengths(recipe: Recipe, shape: ModelShape) -> list[int]:
-    """Context tokens of a sample, for each prompt of the recipe and its sources.  Raises InputError."""
+    """Context tokens of a sample, for each prompt of the recipe and its sources.  Raises InputError if none fit."""
     c = recipe.context
     prompts: list[list[int]] = [[]]
     if MAPS[c.method].has_prompt:
@@ -142,7 +146,7 @@ def context_lengths(recipe: Recipe, shape: ModelShape) -> list[int]:
     if highest >= shape.vocab_size:
         raise InputError(
             f"context.prompts: token id {highest} is outside the model's vocabulary of {shape.vocab_size}; "
-            "the tokenizer is not this model's"
+            "the tokenizer belongs to another model"
         )
     try:
         return [segment_lengths(c.method, c.physical, count * len(prompt), c.target)[0] for prompt in prompts]

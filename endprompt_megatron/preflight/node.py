@@ -1,6 +1,6 @@
-"""What a process sees of its node: GPUs, versions, limits, files.  Facts only, as JSON can hold them.
+"""What a process sees of its node: GPUs, versions, limits, files.  Only facts, as JSON values.
 
-cluster.py judges the facts of all nodes.  Nothing here raises: what cannot be found out is None.
+cluster.py judges the facts of all nodes.  Nothing here raises: a fact that cannot be determined is None.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any
 from endprompt_megatron.distributed import hardware
 from endprompt_megatron.distributed.runtime import Launch
 
-# What a GPU run wants from the environment beside what runtime.py sets, and what is left over from debugging.
+# Variables that a GPU run needs beside those that te.py sets, and those that are often left over from debugging.
 ENVIRONMENT = (
     *("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_LAUNCH_BLOCKING"),
     *("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NVTE_DPA_FP8_RECIPE"),
@@ -38,7 +38,7 @@ def process_facts(launch: Launch) -> dict[str, Any]:
 
 
 def node_facts(paths: dict[str, Path]) -> dict[str, Any]:
-    """What a node has once.  `paths` names the run's inputs by the recipe's key, looked up here."""
+    """Facts that a node has once.  `paths`: the run's inputs by recipe key, as this node sees them."""
     found, broken = versions()
     return {
         "versions": found,
@@ -49,13 +49,13 @@ def node_facts(paths: dict[str, Path]) -> dict[str, Any]:
         },
         "shm": _free(Path("/dev/shm")),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "inputs": {key: input_sign(path) for key, path in paths.items()},
+        "inputs": {key: input_summary(path) for key, path in paths.items()},
         "ecc": _ecc_errors(),
     }
 
 
 def versions() -> tuple[dict[str, str | None], dict[str, str]]:
-    """Versions by name, None for what is not there; and what is installed but cannot be imported, with why."""
+    """Versions by name, None if not installed; and, with the reason, what is installed but cannot be imported."""
     import torch
 
     te = hardware.te_version()
@@ -70,16 +70,16 @@ def versions() -> tuple[dict[str, str | None], dict[str, str]]:
         "our code": code_digest(),
     }
     imports = {"Megatron-Core": "megatron.core"}
-    if te is not None and hardware.visible_gpus():  # built for another torch or CUDA, it is there and does not load
+    if te is not None and hardware.visible_gpus():  # built for another torch or CUDA, it may not load
         imports["Transformer Engine"] = "transformer_engine.pytorch"
     broken = {}
     for name, module in imports.items():
         try:
             imported = importlib.import_module(module)
-        except Exception as error:  # of an extension that was built for something else, anything can come
+        except Exception as error:  # an extension that was built for something else can raise anything
             broken[name] = " ".join(str(error).split())[:150] or type(error).__name__
         else:
-            # A checkout on PYTHONPATH, as containers have it, has no metadata but says its version.
+            # A checkout on PYTHONPATH, as in containers, has no metadata but knows its version.
             found[name] = found[name] or getattr(imported, "__version__", None)
     # After the imports: asked first, torch loads its own cuDNN, and Transformer Engine, which prefers the system's,
     # meets a mixture of the two.
@@ -94,7 +94,7 @@ def _distribution(name: str) -> str | None:
 
 
 def driver() -> str | None:
-    """Version of NVIDIA's kernel driver; None where there is none."""
+    """Version of NVIDIA's kernel driver; None if there is none."""
     path = Path("/sys/module/nvidia/version")
     try:
         return path.read_text().strip()
@@ -104,7 +104,7 @@ def driver() -> str | None:
 
 
 def _nvidia_smi(field: str) -> list[str]:
-    """One field of every GPU, in nvidia-smi's words; empty where it is not there or does not answer."""
+    """One field of every GPU as nvidia-smi prints it; empty if it is not installed or does not answer."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
@@ -122,7 +122,7 @@ def _ecc_errors() -> int:
 
 
 def code_digest() -> str:
-    """A short digest of endprompt_megatron's sources: nodes with different checkouts differ in it."""
+    """A short digest of the sources of endprompt_megatron: it differs between different checkouts."""
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parent.parent
     for path in sorted(package.rglob("*.py")):
@@ -137,14 +137,14 @@ def _free(directory: Path) -> int | None:
         return None
 
 
-def input_sign(path: Path) -> str:
-    """Enough to tell whether two nodes see the same input: a file's size, or names and sizes in a directory."""
+def input_summary(path: Path) -> str:
+    """Enough to tell whether two nodes see the same input: a file's size, or a directory's names and sizes."""
     try:
         if path.is_dir():
             entries = sorted((entry.name, entry.stat().st_size) for entry in path.iterdir() if entry.is_file())
             return f"{len(entries)} files, {hashlib.sha256(repr(entries).encode()).hexdigest()[:8]}"
         return f"{path.stat().st_size} bytes"
     except FileNotFoundError:
-        return "not there"
+        return "missing"
     except OSError as error:
         return f"cannot be read ({(error.strerror or type(error).__name__).lower()})"

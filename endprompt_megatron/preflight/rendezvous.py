@@ -1,8 +1,7 @@
-"""How the ranks of a preflight find each other and talk: small messages through a TCP store, rank 0 collects.
+"""How the ranks of a preflight exchange small messages: through a TCP store, and rank 0 collects them.
 
-Not a process group: one that cannot be built is what preflight is there to find, and the other checks must
-still be reported.  A rank that does not come is named, and the rest goes on.  A process that was started
-alone talks to itself.
+Not a process group: preflight must find out when one cannot be built, and still report the other checks.  A
+rank that does not arrive is named, and the rest continues.  A single process exchanges messages with itself.
 """
 
 import json
@@ -15,7 +14,7 @@ from typing import Any
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.distributed.runtime import Launch
 
-_ROUNDS = 3  # of the clock's measurement; the quickest delivery counts
+_ROUNDS = 3  # of measuring clocks; the fastest delivery counts
 
 
 def node_name() -> str:
@@ -24,17 +23,17 @@ def node_name() -> str:
 
 
 class Meeting:
-    """The ranks that came.
+    """The ranks that take part, and their messages.
 
-    `nodes` maps each rank that takes part to its node, `leaders` each node to its lowest rank, `absent` lists
-    the ranks that did not come, `refused` what ranks said that came but cannot take part.  `key` is a word
-    that no other preflight has.
+    `nodes` maps each rank that takes part to its node, and `leaders` each node to its lowest rank.  `absent` lists
+    the ranks that did not arrive, `refused` maps ranks that cannot take part to their node and the reason.
+    `key` is unique to this preflight.
     """
 
     def __init__(self, launch: Launch, problem: str | None, seconds: float) -> None:
-        """Wait up to `seconds` for all ranks.  `problem`: why this rank cannot take part, said by rank 0.
+        """Wait up to `seconds` for all ranks.  `problem`: why this rank cannot take part, which rank 0 reports.
 
-        Raises InputError if the rendezvous cannot be reached or went on without this rank.
+        Raises InputError if the rendezvous cannot be reached or has started without this rank.
         """
         self.rank, self.world_size, self.seconds = launch.rank, launch.world_size, seconds
         self.node = node_name()
@@ -45,26 +44,26 @@ class Meeting:
             fine = {rank: came["node"] for rank, came in here.items() if came["problem"] is None}
             refused = {rank: [came["node"], came["problem"]] for rank, came in here.items() if rank not in fine}
             self.tell("roster", {"key": f"{time.time_ns():x}", "fine": fine, "refused": refused})
-        # Rank 0 may have started to wait as much later as it is allowed to be.
+        # Rank 0 may itself arrive up to `seconds` late and then wait.
         roster = self.hear("roster", 2 * seconds + 5)
         self.key: str = roster["key"]
         self.nodes: dict[int, str] = {int(rank): node for rank, node in roster["fine"].items()}
-        self.refused: dict[int, list[str]] = {int(rank): said for rank, said in roster["refused"].items()}
+        self.refused: dict[int, list[str]] = {int(rank): answer for rank, answer in roster["refused"].items()}
         self.absent = [r for r in range(self.world_size) if r not in self.nodes and r not in self.refused]
         self.leaders: dict[str, int] = {}
         for rank, node in sorted(self.nodes.items()):
             self.leaders.setdefault(node, rank)
         if self.rank in self.absent:
-            raise InputError(f"rank {self.rank} on {self.node} came after preflight had begun without it")
+            raise InputError(f"rank {self.rank} on {self.node} arrived after preflight had started without it")
 
     @property
-    def whole(self) -> bool:
+    def all_present(self) -> bool:
         """Whether every rank takes part."""
         return len(self.nodes) == self.world_size
 
     @property
-    def leads(self) -> bool:
-        """Whether this rank is the one that looks at what its node has once."""
+    def is_leader(self) -> bool:
+        """Whether this rank collects the facts of its node."""
         return self.leaders.get(self.node) == self.rank
 
     def post(self, name: str, value: Any) -> None:
@@ -72,32 +71,32 @@ class Meeting:
         self._store.set(f"{name}/{self.rank}", json.dumps(value))
 
     def gather(self, name: str, ranks: Any, seconds: float | None = None) -> dict[int, Any]:
-        """Messages of `ranks`; those that do not come in time are not in it."""
+        """Messages of `ranks` by rank; those that do not arrive in time are left out."""
         keys = {rank: f"{name}/{rank}" for rank in ranks}
         try:
             self._store.wait(list(keys.values()), timedelta(seconds=seconds or self.seconds))
             come = keys
-        except RuntimeError:  # torch's error for a wait that ended
+        except RuntimeError:  # torch's error for a timeout
             come = {rank: key for rank, key in keys.items() if self._store.check([key])}
         return {rank: json.loads(self._store.get(key)) for rank, key in come.items()}
 
     def tell(self, name: str, value: Any) -> None:
-        """Say something to all, from rank 0."""
+        """Send a message from rank 0 to all."""
         self._store.set(name, json.dumps(value))
 
     def hear(self, name: str, seconds: float | None = None) -> Any:
-        """What rank 0 told.  Raises InputError if it says nothing."""
+        """The message that rank 0 sent to all.  Raises InputError if none arrives."""
         try:
             self._store.wait([name], timedelta(seconds=seconds or self.seconds))
             return json.loads(self._store.get(name))
         except RuntimeError:
-            raise InputError(f"rank {self.rank} on {self.node}: rank 0 went away or said nothing ({name})") from None
+            raise InputError(f"rank {self.rank} on {self.node}: rank 0 ended or did not answer ({name})") from None
 
     def clock_offsets(self) -> dict[str, float]:
-        """Seconds that each node's clock is ahead of rank 0's.  Leaders call; rank 0 gets the answer.
+        """Seconds by which each node's clock is ahead of rank 0's.  Leaders call; only rank 0 gets the result.
 
-        All wait for one message and look at their clocks when it comes; the time it takes only adds, so the
-        least of a few rounds is the closest.
+        All wait for one message and read their clocks when it arrives.  The delivery only adds time, so the
+        minimum of a few rounds is the best estimate.
         """
         offsets = []
         for number in range(_ROUNDS):
@@ -112,31 +111,31 @@ class Meeting:
         return {self.nodes[rank]: value for rank, value in self.gather("offset", self.leaders.values()).items()}
 
     def leave(self) -> None:
-        """The last call of every rank: rank 0, which may hold the store, goes when the others are gone."""
+        """The last call of every rank: rank 0, which may host the store, waits until the others have left."""
         self.post("left", None)
         if self.rank == 0:
             self.gather("left", self.nodes, seconds=min(10.0, self.seconds))
 
 
 def connect(launch: Launch, seconds: float, *, serve: bool = True) -> Any:
-    """A connection to the store at MASTER_ADDR:MASTER_PORT, which rank 0 holds unless torchrun does.
+    """A connection to the store at MASTER_ADDR:MASTER_PORT, which rank 0 hosts unless torchrun does.
 
-    `serve=False` is a further connection to a store that is there.  Raises InputError, with the address.
+    `serve=False`: a further connection to a store that exists.  Raises InputError, with the address.
     """
     import torch.distributed as dist
 
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = os.environ.get("MASTER_PORT")
     if port is None or not port.isdigit():
-        said = "is not set" if port is None else f"={port} is not a number"
-        raise InputError(f"MASTER_PORT {said}: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
+        problem = "is not set" if port is None else f"={port} is not a number"
+        raise InputError(f"MASTER_PORT {problem}: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
     serves = serve and launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     who = f"rank {launch.rank} on {node_name()}: the rendezvous at {address}:{port} (MASTER_ADDR, MASTER_PORT)"
     refusal = None if serves else _refusal(address, int(port), seconds)
     if refusal:
         raise InputError(
-            f"{who} cannot be reached within {seconds:g} s ({refusal}); is rank 0 there, and the port open between "
-            "nodes?"
+            f"{who} cannot be reached within {seconds:g} s ({refusal}); check that rank 0 runs and that the "
+            "port is open between nodes"
         )
     try:
         store = dist.TCPStore(
@@ -150,7 +149,7 @@ def connect(launch: Launch, seconds: float, *, serve: bool = True) -> Any:
 
 
 def _refusal(address: str, port: int, seconds: float) -> str | None:
-    """Why nothing could be connected to within `seconds`; None if it could."""
+    """Why no connection could be made within `seconds`; None if one could."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -168,7 +167,7 @@ def _now() -> float:
 
 
 class _Alone:
-    """A store for one process: what is waited for is there, or never comes."""
+    """A store for one process: a message has been set, or will never be."""
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
@@ -184,4 +183,4 @@ class _Alone:
 
     def wait(self, keys: list[str], _timeout: timedelta) -> None:
         if not self.check(keys):
-            raise RuntimeError("nobody else is there")
+            raise RuntimeError("no other process can answer")

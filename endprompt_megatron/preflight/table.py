@@ -1,7 +1,7 @@
-"""What preflight found: one line a check, one verdict, and how nodes that differ are named compactly.
+"""What preflight found: one line per check, one verdict, and a compact way to name the nodes that differ.
 
-A check is a function that gives Findings, or raises InputError with what is wrong; `checked` turns that, and
-whatever no one foresaw, into a finding too, so that no check keeps the others from running.
+A check is a function that returns Findings, or raises InputError with what is wrong.  `checked` turns this error, and
+any unexpected one, into a finding too, so that no check prevents the others from running.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,14 +30,14 @@ def checked(name: str, function: Callable[..., Findings], *arguments: object) ->
         found = function(*arguments)
     except InputError as error:
         return [Finding(name, str(error), FAIL)]
-    except Exception as error:  # a check that breaks is no reason to leave out the others
+    except Exception as error:  # a check that breaks must not stop the others
         reason = " ".join(str(error).split())[:200]
         return [Finding(name, f"could not be checked ({type(error).__name__}: {reason})", FAIL)]
     return found if isinstance(found, list) else [found]
 
 
 def worst(verdicts: Iterable[str]) -> str:
-    """The verdict that counts of several; ok if there is none."""
+    """The worst of several verdicts; ok if there is none."""
     return max(verdicts, key=(NOT_RUN, OK, WARN, FAIL).index, default=OK)
 
 
@@ -63,7 +63,7 @@ def verdict_line(findings: list[Finding]) -> str:
 
 
 def as_table(findings: list[Finding]) -> str:
-    """The table: check, verdict, what was found.  The last column is as long as it is, one line a check."""
+    """The table: check, verdict, what was found; one line per check, however long."""
     rows = [("check", "verdict", "found"), *((f.check, f.verdict, f.found) for f in findings)]
     width = max(len(name) for name, _, _ in rows)
     lines = [f"{name:<{width}}  {verdict:<7}  {found}".rstrip() for name, verdict, found in rows]
@@ -79,27 +79,19 @@ def as_json(findings: list[Finding]) -> dict:
     }
 
 
-def some(names: Iterable[object], max_names: int = 4) -> str:
-    """Names as a sentence has them, the first `max_names` of many: n1, n2, n3, n4 and 12 more."""
+def join_names(names: Iterable[object], max_names: int = 4) -> str:
+    """Names for a sentence, at most `max_names` of them: n1, n2, n3, n4 and 12 more."""
     listed = [str(name) for name in names]
     rest = f" and {len(listed) - max_names} more" if len(listed) > max_names else ""
     return ", ".join(listed[:max_names]) + rest
 
 
-def many(count: int) -> str:
-    """A count of parameters or tokens: 8.03B, 134.5M, 4.0k, 20."""
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= size:
-            return f"{count / size:.{2 if unit == 'B' else 1}f}{unit}"
-    return str(count)
-
-
-def by_node(values: dict[str, object]) -> str:
-    """What nodes have: the value alone where all have the same; else each value with its nodes, most first."""
+def group_by_node(values: dict[str, object]) -> str:
+    """The value if all nodes have the same; otherwise each value with its nodes, the most common first."""
     nodes: dict[str, list[str]] = {}
     for node, value in values.items():
         nodes.setdefault(str(value), []).append(node)
     if len(nodes) <= 1:
         return next(iter(nodes), "")
     groups = sorted(nodes.items(), key=lambda group: -len(group[1]))
-    return ", ".join(f"{value} on {some(names)}" for value, names in groups)
+    return ", ".join(f"{value} on {join_names(names)}" for value, names in groups)

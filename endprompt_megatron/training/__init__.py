@@ -1,1 +1,1 @@
-"""What stands around the loop: the optimizer, metrics.jsonl, validation."""
+"""What the training loop calls: a step, the optimizer, metrics.jsonl, validation."""

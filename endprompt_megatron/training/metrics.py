@@ -1,6 +1,6 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard, W&B, a progress bar or plain lines.
+"""What a run reports: metrics.jsonl, TensorBoard, W&B, a progress bar or plain lines.
 
-Only rank 0 writes.  A resumed run continues the same files: lines past the checkpoint are cut first.
+Only rank 0 writes.  A resumed run continues the same files, after lines past the checkpoint are removed.
 """
 
 import json
@@ -40,7 +40,7 @@ class Recorder:
             self.board = _tensorboard(run / "tensorboard", progress.step)
         if recipe.log.wandb:
             self.wandb = _wandb(recipe, run)
-        for lost in progress.lost:  # said when the run resumed; the lines of those steps are cut by now
+        for lost in progress.lost:  # printed when the run resumed; the lines of those steps are removed by now
             self._write({"step": progress.step, "damaged_checkpoint": lost}, progress.step)
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -60,7 +60,7 @@ class Recorder:
     def stepped(
         self, progress: Progress, losses: Losses, grad_norm: float, lr: float, seconds: float, skipped: bool
     ) -> None:
-        """Record a step.  `seconds` is the wall time of the whole step."""
+        """Record a step.  `seconds` is the wall time of the complete step."""
         self.skipped += skipped
         if not self.writing:
             return
@@ -110,7 +110,7 @@ class Recorder:
         self.say(f"step {step}  valid loss {values['valid_loss']:.4f}" + (f"  at distance{probe[1:]}" if probe else ""))
 
     def noted(self, step: int, values: dict[str, Any], line: str) -> None:
-        """Record what happened at a step beside its training, and say it."""
+        """Record an event of a step other than its training, and print it."""
         if self.writing:
             self._write({"step": step, **values}, step)
             self.say(line)
@@ -136,7 +136,7 @@ class Recorder:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Keep the lines of metrics.jsonl up to `step`; what a killed run logged after its checkpoint goes."""
+    """Keep the lines of metrics.jsonl up to `step`; remove what a killed run logged after its checkpoint."""
     if not path.exists():
         return
     kept = []
@@ -144,7 +144,7 @@ def cut_metrics(path: Path, step: int) -> None:
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
-            continue  # a line that was cut short by a kill
+            continue  # a line that a kill left incomplete
         logged = values.get("step") if isinstance(values, dict) else None
         if isinstance(logged, int) and logged <= step:
             kept.append(line + "\n")

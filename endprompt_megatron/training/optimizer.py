@@ -1,7 +1,7 @@
 """Megatron's distributed AdamW, its learning-rate schedule, and one guarded update.
 
-The update is Megatron's own sequence (prepare, norm, clip, step) with a question in the middle: an update
-whose loss or gradient norm is not finite is skipped instead of written into the weights.
+The update is Megatron's own sequence (prepare, norm, clip, step) with a check in the middle: an update whose
+loss or gradient norm is not finite is skipped.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from endprompt_megatron.distributed.runtime import overlaps_communication
 def wrap_models(models: list, recipe: Recipe) -> list[DistributedDataParallel]:
     """DDP around each chunk: gradients are accumulated, reduced and sharded for the distributed optimizer."""
     p = recipe.parallel
-    # With one rank there is nothing to hide.
+    # With one rank there is no communication to overlap.
     worthwhile = (
         overlaps_communication() and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
     )
@@ -37,7 +37,7 @@ def wrap_models(models: list, recipe: Recipe) -> list[DistributedDataParallel]:
         align_param_gather=gather and p.pipeline > 1,
         check_for_nan_in_grad=False,  # `update` looks at the norm and can skip; Megatron's check aborts
     )
-    # Only the first chunk's buckets are worth splitting when several chunks share the schedule.
+    # When several chunks share the schedule, only the first one's buckets are worth splitting.
     wrapped = [
         DistributedDataParallel(config=chunk.config, ddp_config=config, module=chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(models)
@@ -50,7 +50,7 @@ def wrap_models(models: list, recipe: Recipe) -> list[DistributedDataParallel]:
 
 
 def _schedule_reduction(wrapped: list[DistributedDataParallel], align: bool) -> None:
-    """Tell the pipeline's schedule when gradients may travel: with the last micro-batch, on all stages at once."""
+    """Tell the pipeline's schedule when to reduce gradients: with the last micro-batch, on all stages at once."""
     config = wrapped[0].config
     config.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
     if align:
@@ -62,8 +62,8 @@ def _one_or_all(functions: list) -> Any:
 
 
 @contextlib.contextmanager
-def whole_parameters(models: list) -> Iterator[None]:
-    """For what reads the weights outside a training step: with overlapped gathers they arrive layer by layer."""
+def complete_parameters(models: list) -> Iterator[None]:
+    """Complete weights for code outside a training step: overlapped gathers bring them layer by layer."""
     overlapped = [model for model in models if model.ddp_config.overlap_param_gather]
     for model in overlapped:
         model.disable_forward_pre_hook(param_sync=True)
@@ -77,7 +77,7 @@ def whole_parameters(models: list) -> Iterator[None]:
 def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamScheduler]:
     """Distributed AdamW over the wrapped chunks, float32 master weights and state, and its schedule.
 
-    Weight decay spares the norms, as Megatron and transformers both do.
+    Weight decay leaves out the norms, as in Megatron and transformers.
     """
     o = recipe.optim
     bf16 = recipe.precision.dtype == "bfloat16"
@@ -125,7 +125,7 @@ _MOMENTS = {"bfloat16": torch.bfloat16, "fp8": torch.uint8}
 
 
 def _low_precision(recipe: Recipe) -> dict[str, Any]:
-    """Moments in fewer bits, by Transformer Engine's AdamW; the master weights stay float32."""
+    """Moments in fewer bits, with Transformer Engine's AdamW; the master weights stay float32."""
     moments = recipe.optim.moments_dtype
     if moments == "float32":
         return {}

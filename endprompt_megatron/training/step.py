@@ -1,7 +1,7 @@
 """One global batch through Megatron's pipeline schedules: forward and backward, or forward alone.
 
-Each rank holds the step's micro-batches as a list (they are small: five integers or floats a token), so
-every virtual pipeline chunk iterates over the same ones and every stage knows its position ids.
+Each rank holds the step's micro-batches as a list (they are small: five numbers per token), so every virtual
+pipeline chunk iterates over the same ones and every stage knows its position ids.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ MicroBatch = dict[str, Tensor]
 class Losses:
     """Losses of a global batch, the same on all ranks.  `prompt` is None for methods without a prompt.
 
-    `targets`: tokens that were predicted; those of packed rows alone are not known in advance.
+    `targets`: number of predicted tokens, which for packed rows is not known in advance.
     """
 
     total: float
@@ -45,7 +45,7 @@ def run_batch(models: list, micro_batches: list[MicroBatch], *, backward: bool, 
     """Losses of a global batch; with `backward`, gradients too, reduced over all ranks and ready to step.
 
     models: this rank's DDP-wrapped chunks.  micro_batches: this rank's share, tensors on its device.  `watch` is
-    told when this rank's own computing begins and ends.
+    told when this rank's own computation begins and ends.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     total = total_weight(micro_batches, group)
@@ -57,9 +57,9 @@ def run_batch(models: list, micro_batches: list[MicroBatch], *, backward: bool, 
 
 
 def token_losses(models: list, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor] | None:
-    """Loss [n, s] float32 and correctness [n, s] bool of every target, on the last pipeline stage; else None.
+    """Loss [n, s] float32 and correctness [n, s] bool of every target, on the last pipeline stage; otherwise None.
 
-    For validation probes: the models are in eval mode.
+    For validation probes; the models are in eval mode.
     """
     with torch.no_grad():
         reports = _schedule(models, micro_batches, None, forward_only=True)
@@ -69,14 +69,14 @@ def token_losses(models: list, micro_batches: list[MicroBatch]) -> tuple[Tensor,
 
 
 def _schedule(models: list, micro_batches: list[MicroBatch], report: Any, *, forward_only: bool) -> list:
-    rows, length = micro_batches[0]["tokens"].shape  # of packed rows: one, as long as all of them together
+    rows, length = micro_batches[0]["tokens"].shape  # packed rows are joined into one
     chunks = [iter(micro_batches) for _ in models]
     return get_forward_backward_func()(
         forward_step_func=partial(_forward, report=report),
         data_iterator=chunks if len(chunks) > 1 else chunks[0],
         model=models if len(models) > 1 else models[0],
         num_microbatches=len(micro_batches),
-        # Megatron sizes the pipeline's buffers by the whole sequence and divides by TP and CP itself.
+        # Megatron sizes the pipeline's buffers for the complete sequence and divides by TP and CP itself.
         seq_length=length * parallel_state.get_context_parallel_world_size(),
         micro_batch_size=rows,
         forward_only=forward_only,
@@ -84,7 +84,7 @@ def _schedule(models: list, micro_batches: list[MicroBatch], report: Any, *, for
 
 
 def _forward(chunk: Any, model: torch.nn.Module, report: Any) -> tuple[Tensor, Any]:
-    """Megatron's forward step.  Without `report`, logits are kept and every target is reported."""
+    """Megatron's forward step.  Without `report`, it keeps the logits and reports every target."""
     batch = next(chunk)
     if report is None:
         output = model(batch["tokens"], batch["position_ids"])
@@ -94,7 +94,7 @@ def _forward(chunk: Any, model: torch.nn.Module, report: Any) -> tuple[Tensor, A
 
 
 def _loss(batch: MicroBatch, losses: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's loss triple: loss, number of tokens (unused: it is normalised already), what to report."""
+    """Megatron's loss triple: loss, number of tokens (unused, the loss is normalised already), the report."""
     loss = weighted_loss(losses, batch["loss_weights"], total)
     report = torch.cat([loss.detach().double()[None], loss_parts(losses, batch["loss_weights"], batch["prompt_mask"])])
     return loss, torch.ones((), dtype=torch.int, device=loss.device), report
@@ -115,7 +115,7 @@ def _finalize(models: list, _num_tokens: Tensor | None, *, watch: Watch | None, 
 def _gather(reports: list, device: torch.device, group: dist.ProcessGroup) -> Losses:
     sums = torch.stack(reports).sum(0) if reports else torch.zeros(5, dtype=torch.float64, device=device)
     dist.all_reduce(sums, group=group)
-    # Only the last pipeline stage knows; the others learn it, so that every rank decides alike.
+    # Only the last pipeline stage has them; broadcast them, so that every rank decides the same.
     dist.broadcast(
         sums,
         src=parallel_state.get_pipeline_model_parallel_last_rank(),

@@ -1,6 +1,6 @@
 """Validation during training: the loss on held-out samples, and the virtual-distance probe.
 
-The probe is that of method/virtual_probe.py, run through the Megatron model in place.
+The probe of method/virtual_probe.py runs through the Megatron model that is being trained.
 """
 
 from typing import Any
@@ -17,11 +17,11 @@ from endprompt_megatron.method.virtual_probe import probe_inputs, summarise
 from endprompt_megatron.model.context_parallel import rank_order
 from endprompt_megatron.training.step import run_batch, token_losses
 
-PROBE_SAMPLES = 4  # of each distance and kind; the same text at every step, so that steps can be compared
+PROBE_SAMPLES = 4  # per distance and kind; the same text at every step, so that steps can be compared
 
 
 class Validation:
-    """Runs on all ranks together; all of them return the same values."""
+    """All ranks run it together and return the same values."""
 
     def __init__(self, recipe: Recipe, feed: Feed, models: list) -> None:
         self.recipe, self.feed, self.models = recipe, feed, models
@@ -51,7 +51,8 @@ class Validation:
         if len(held_out) < physical:
             raise InputError(
                 f"train.valid_samples={self.recipe.train.valid_samples}: the held-out samples have {len(held_out)} "
-                f"context tokens, a row of train.virtual_distances takes context.physical={physical}: use more samples"
+                f"context tokens, fewer than a row of train.virtual_distances ({physical}, context.physical): use more"
+                " samples"
             )
         return probe_inputs(
             held_out,
@@ -62,17 +63,17 @@ class Validation:
         )
 
     def _probe_samples(self) -> int:
-        """As many as asked for, or more: with a virtual pipeline a schedule takes a multiple of its stages."""
+        """PROBE_SAMPLES or more: with a virtual pipeline, the schedule needs a multiple of its stages."""
         stages = self.recipe.parallel.pipeline if self.recipe.parallel.virtual_pipeline else 1
         return -(-PROBE_SAMPLES // stages) * stages
 
     def _probe(self, probe: dict) -> dict[str, float]:
-        """Loss and accuracy of one distance: every data-parallel rank runs all of it, the last stage knows."""
+        """Loss and accuracy at one distance: every data-parallel rank runs all of it, the last stage has the result."""
         rows = [self.feed.on_this_rank(batch) for batch in _as_micro_batches(probe)]
         result = token_losses(self.models, rows)
         found: list[Any] = [None]
         if result is not None:
-            losses, correct = (_whole(part)[:, :-1].cpu().numpy() for part in result)
+            losses, correct = (_gather_rows(share)[:, :-1].cpu().numpy() for share in result)
             found = [summarise(losses, correct, probe["scored"])]
         dist.broadcast_object_list(
             found,
@@ -83,8 +84,8 @@ class Validation:
         return found[0]
 
 
-def _whole(share: torch.Tensor) -> torch.Tensor:
-    """Whole rows float32 [n, s] of what context-parallel ranks hold shares of, [n, s / ranks]."""
+def _gather_rows(share: torch.Tensor) -> torch.Tensor:
+    """Complete rows float32 [n, s] from the shares [n, s / ranks] of the context-parallel ranks."""
     group = parallel_state.get_context_parallel_group()
     shares = [torch.empty(share.shape, device=share.device) for _ in range(group.size())]
     dist.all_gather(shares, share.float(), group=group)
@@ -94,7 +95,7 @@ def _whole(share: torch.Tensor) -> torch.Tensor:
 
 
 def _as_micro_batches(probe: dict) -> list[dict[str, torch.Tensor]]:
-    """One row a micro-batch, in the form of a training batch; the last position has no target."""
+    """One row per micro-batch, in the form of a training batch; the last position has no target."""
     batches = []
     for tokens, positions in zip(probe["tokens"], probe["position_ids"], strict=True):
         row = torch.from_numpy(tokens)[None]

@@ -1,4 +1,4 @@
-"""Preflight in a rank of a pool, on a node of its own name, with what is wrong there made wrong."""
+"""Preflight in one rank of a pool, under a node name of its own, with the faults that a test asks for."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ def check(directory: str, per_node: int, faults: dict[int, list], timeout: float
 
 
 def _directory(stack: contextlib.ExitStack, value: str) -> None:
-    """A node whose file systems are its own."""
+    """A node that shares no file system with the others."""
     os.chdir(value)
 
 
@@ -42,7 +42,7 @@ def _version(stack: contextlib.ExitStack, value: dict) -> None:
 
 
 def _silent(stack: contextlib.ExitStack, value: float) -> None:
-    """A rank that the others cannot reach once they start to add."""
+    """A rank that the others cannot reach in the all-reduce."""
 
     def lost(_launch, _seconds):
         time.sleep(value)

@@ -83,7 +83,7 @@ def _bytes(tensors) -> int:
 def test_weights_gradients_and_optimizer_are_within_two_percent_of_the_measured(ranks, model, layout, dtype):
     world, keys = LAYOUTS[layout]
     recipe = recipe_for(*model, *keys, f"precision.dtype={dtype}")
-    stages = memory(read_shape(recipe.model.hf), recipe, world, engine=False)
+    stages = memory(read_shape(recipe.model.hf), recipe, world, te=False)
     found = ranks.run(world, held, recipe)
     assert {rank["stage"] for rank in found} == set(range(recipe.parallel.pipeline))
     for rank in found:
@@ -99,7 +99,7 @@ def test_of_lora_what_is_trained_alone_has_gradients_and_an_optimizer(ranks, tie
     world, split = LAYOUTS[layout]
     recipe = recipe_for(*tied, *split, *LORA, *keys, "precision.dtype=bfloat16")
     shape = read_shape(recipe.model.hf)
-    stages = memory(shape, recipe, world, engine=False)
+    stages = memory(shape, recipe, world, te=False)
     for rank in ranks.run(world, held, recipe):
         expected = stages[rank["stage"]]
         assert expected.parameters == rank["parameters"]
@@ -115,7 +115,7 @@ def test_a_tie_is_counted_where_it_is_held(ranks, tied, layout):
     """Once on a stage that has both ends, twice where the first and the last stage each have one."""
     world, keys = LAYOUTS[layout]
     recipe = recipe_for(*tied, *keys)
-    stages = memory(read_shape(recipe.model.hf), recipe, world, engine=False)
+    stages = memory(read_shape(recipe.model.hf), recipe, world, te=False)
     for rank in ranks.run(world, held, recipe):
         assert stages[rank["stage"]].parameters == rank["parameters"]
 
@@ -163,7 +163,7 @@ def test_a_layers_activations_are_within_two_percent_of_what_autograd_keeps(rank
     """Of the layers without Transformer Engine; what its layers keep less follows in test_plan.py."""
     world, keys = (2, ["parallel.tensor=2"]) if layout == "tp2-no-sp" else LAYOUTS[layout]
     recipe = recipe_for(*model, *keys, f"precision.dtype={dtype}", "train.micro_batch_size=4")
-    expected = layer_activations(read_shape(recipe.model.hf), recipe, engine=False)
+    expected = layer_activations(read_shape(recipe.model.hf), recipe, te=False)
     for sizes in ranks.run(world, saved_by, recipe, layers_of):
         for size in sizes[1:]:
             assert expected == pytest.approx(size, rel=0.02)
@@ -175,7 +175,7 @@ def test_longloras_activations_are_within_three_percent_of_what_autograd_keeps(r
     """Beside them autograd keeps each layer's B's as one matrix, which is nothing next to a real sequence."""
     world, split = (2, ["parallel.tensor=2"]) if layout == "tp2-no-sp" else LAYOUTS[layout]
     recipe = recipe_for(*model, *split, *keys, "precision.dtype=bfloat16", "train.micro_batch_size=4")
-    expected = layer_activations(read_shape(recipe.model.hf), recipe, engine=False)
+    expected = layer_activations(read_shape(recipe.model.hf), recipe, te=False)
     for sizes in ranks.run(world, saved_by, recipe, layers_of):
         for size in sizes[1:]:
             assert expected == pytest.approx(size, rel=0.03)
@@ -195,7 +195,7 @@ def test_longloras_activations_are_within_three_percent_of_what_autograd_keeps(r
 def test_what_recompute_leaves_is_within_two_percent_of_what_autograd_keeps(ranks, model, keys):
     recipe = recipe_for(*model, *keys, "precision.dtype=bfloat16", "train.micro_batch_size=4")
     shape = read_shape(recipe.model.hf)
-    expected = chunk_activations(shape.num_layers, shape, recipe, engine=False)
+    expected = chunk_activations(shape.num_layers, shape, recipe, te=False)
     expected += layer_input(shape, recipe)  # of the final norm
     ((size,),) = ranks.run(1, saved_by, recipe, decoder_of)
     assert expected == pytest.approx(size, rel=0.02)

@@ -43,7 +43,7 @@ def over(ranks, ground):
 
 
 @pytest.mark.parametrize(("world", "per_node"), [(2, 1), (4, 2), (4, 4)])
-def test_nodes_that_are_alike_are_ready(over, world, per_node):
+def test_identical_nodes_are_ready(over, world, per_node):
     code, found = over(world, per_node)
     assert code == 0, found
     nodes = world // per_node
@@ -61,7 +61,7 @@ def test_nodes_that_are_alike_are_ready(over, world, per_node):
     assert found["clock skew"][0] == ("ok" if nodes > 1 else "-")
 
 
-def test_a_directory_that_is_not_shared_is_found(over, ground, tmp_path):
+def test_a_run_directory_that_is_not_shared_fails(over, ground, tmp_path):
     """The third node works in a copy: the same inputs, but what it writes no one sees."""
     shutil.copytree(ground, tmp_path / "own")
     code, found = over(4, 1, {2: ["directory", str(tmp_path / "own")]})
@@ -81,10 +81,10 @@ def test_inputs_that_a_node_lacks_are_named(over, ground, tmp_path):
     code, found = over(2, 1, {1: ["directory", str(tmp_path / "own")]})
     assert code == 2
     assert found["inputs on all nodes"][0] == "FAIL"
-    assert "data.train=train.bin: 8000 bytes on n1, not there on n2" in found["inputs on all nodes"][1]
+    assert "data.train=train.bin: 8000 bytes on n1, missing on n2" in found["inputs on all nodes"][1]
 
 
-def test_another_recipe_on_a_node_is_found(over, ground, tmp_path):
+def test_a_different_recipe_on_a_node_fails(over, ground, tmp_path):
     shutil.copytree(ground, tmp_path / "own")
     (tmp_path / "own/recipe.yaml").write_text(RECIPE.replace("steps: 10", "steps: 11"))
     code, found = over(2, 1, {1: ["directory", str(tmp_path / "own")]})
@@ -92,7 +92,7 @@ def test_another_recipe_on_a_node_is_found(over, ground, tmp_path):
     assert "nodes read different recipes" in found["same recipe"][1]
 
 
-def test_a_node_without_the_recipe_is_named_and_does_not_hold_up_the_rest(over, tmp_path):
+def test_a_node_without_the_recipe_is_named_and_does_not_delay_the_others(over, tmp_path):
     code, found = over(2, 1, {1: ["directory", str(tmp_path)]})
     assert code == 2
     assert found["processes"][0] == "FAIL"
@@ -102,7 +102,7 @@ def test_a_node_without_the_recipe_is_named_and_does_not_hold_up_the_rest(over, 
 
 
 @pytest.mark.parametrize(("skew", "words"), [(5.0, "n2 5.0 s ahead"), (-2.5, "n2 2.5 s behind")])
-def test_a_clock_that_is_off_is_a_warning(over, skew, words):
+def test_clock_skew_is_a_warning(over, skew, words):
     code, found = over(4, 1, {1: ["clock", skew]})
     assert code == 0
     assert found["clock skew"][0] == "warn"
@@ -136,14 +136,14 @@ def test_versions_out_of_range_fail(over, versions, check_name, words):
     assert words in found[check_name][1]
 
 
-def test_a_wrong_sum_names_the_rank(over):
+def test_a_wrong_all_reduce_sum_names_the_rank(over):
     code, found = over(4, 2, {3: ["sum", 12345]})
     assert code == 2
     assert found["all-reduce"][0] == "FAIL"
     assert "wrong sum on rank 3 (n2)" in found["all-reduce"][1]
 
 
-def test_a_rank_that_cannot_be_reached_ends_the_all_reduce_and_not_the_preflight(ground):
+def test_an_unreachable_rank_fails_the_all_reduce_and_not_the_other_checks(ground):
     """In processes of its own: torch counts process groups, and here one rank makes one less than the other."""
     pool = Ranks(2)
     try:
@@ -164,9 +164,9 @@ def gpu(number: int, name: str = H100, free: float = 78.0) -> dict:
     return {"visible": {f"uuid-{number}": [name, 79.6]}, "own": f"uuid-{number}", "free_gib": free}
 
 
-# name: (facts of the four ranks on two nodes, verdict, what is said, under which check)
+# name: (facts of the four ranks on two nodes, verdict, expected text, check)
 GPUS = {
-    "one-each": ([gpu(0), gpu(1), gpu(2), gpu(3)], "ok", "2 x NVIDIA H100 80GB HBM3 80 GiB a node", "GPUs"),
+    "one-each": ([gpu(0), gpu(1), gpu(2), gpu(3)], "ok", "2 x NVIDIA H100 80GB HBM3 80 GiB per node", "GPUs"),
     "too-few": ([gpu(0), gpu(0), gpu(2), gpu(3)], "FAIL", "n1 has 1 for 2 processes", "GPUs"),
     "a-node-without": (
         [gpu(0), gpu(1), *[{"visible": {}, "own": None, "free_gib": None}] * 2],
@@ -180,7 +180,7 @@ GPUS = {
 
 
 @pytest.mark.parametrize("case", GPUS)
-def test_a_gpu_for_each_process_all_alike_and_free(over, case):
+def test_gpus_must_be_one_per_process_of_one_kind_and_free(over, case):
     parts, verdict, words, name = GPUS[case]
     _, found = over(4, 2, {rank: ["gpus", part] for rank, part in enumerate(parts)})
     assert found[name][0] == verdict, found
@@ -188,7 +188,7 @@ def test_a_gpu_for_each_process_all_alike_and_free(over, case):
     assert words in found[name][1], found[name]
 
 
-def test_under_torchrun_one_rank_prints(ground):
+def test_only_one_rank_prints_the_preflight_under_torchrun(ground):
     """The real launcher, whose own store the ranks meet in; two nodes by name."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

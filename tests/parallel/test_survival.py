@@ -233,7 +233,7 @@ def test_one_rank_hangs_and_all_that_can_say_where_they_are(jobs, place, tmp_pat
         assert re.search(r"step 8 .*rank 0 in \S+ \w+.*; rank 1 in feed\.py|rank 1 in .*disturbed", line), line
         assert "in disturbed" in stacks["rank_1.txt"]
     else:
-        assert "no word from rank 1 (" in line
+        assert "nothing from rank 1 (" in line
 
 
 def test_the_slow_rank_is_named(jobs, place, tmp_path):

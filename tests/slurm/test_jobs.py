@@ -106,7 +106,7 @@ def ground(cluster, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(ground):
-    """The job that nothing interrupts, with preflight, conversion, export and evaluation."""
+    """The uninterrupted job, with preflight, conversion, export and evaluation."""
     job = ground.submit(
         "whole",
         SKIP_PREFLIGHT=0,
@@ -129,7 +129,7 @@ def reference(ground, whole):
     return losses
 
 
-def test_job_checks_converts_trains_and_exports(ground, whole, reference):
+def test_a_slurm_job_checks_converts_trains_and_exports(ground, whole, reference):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -143,7 +143,7 @@ def test_job_checks_converts_trains_and_exports(ground, whole, reference):
         assert torch.isfinite(model(torch.arange(200)[None]).logits).all()
 
 
-def test_evaluation_runs_as_a_job_that_depends_on_it(ground, whole):
+def test_the_evaluation_job_runs_after_the_training_job(ground, whole):
     lines = ground.log("whole").read_text().splitlines()
     submitted = [line for line in lines if line.startswith("Submitted batch job")]
     assert len(submitted) == 1
@@ -168,7 +168,7 @@ def test_signal_before_the_limit_checkpoints_and_requeues_bit_exact(ground, refe
     assert "stopped with a checkpoint; requeueing" in ground.log("signalled").read_text()
 
 
-def test_job_goes_on_after_kill_9_of_a_rank(ground, reference):
+def test_a_slurm_job_resumes_after_kill_9_of_a_rank(ground, reference):
     job = ground.submit("killed")
     ground.until_step("killed", 14)
     (rank,) = ranks(job, 0)
@@ -177,7 +177,7 @@ def test_job_goes_on_after_kill_9_of_a_rank(ground, reference):
     assert "ranks were lost; requeueing" in ground.log("killed").read_text()
 
 
-def test_job_goes_on_after_a_node_is_lost_and_comes_back(ground, reference):
+def test_a_slurm_job_resumes_after_a_node_is_lost_and_returns(ground, reference):
     job = ground.submit("nodeless")
     ground.until_step("nodeless", 14)
     ground.cluster.kill_node("n2")
@@ -208,7 +208,7 @@ def test_time_limit_checkpoints_and_requeues(ground, reference):
     assert "asked to finish: not requeued" in said
 
 
-def test_job_that_gets_nowhere_gives_up(ground, reference):
+def test_a_slurm_job_without_progress_gives_up(ground, reference):
     """Ranks that are lost before the first checkpoint, each time: not for ever."""
     job = ground.submit("nowhere", MAX_FAILURES=2)
     for start in range(2):

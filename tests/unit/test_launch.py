@@ -49,14 +49,14 @@ def launch(script, *arguments, processes):
         ([3, 0], 3),
     ],
 )
-def test_exit_code_is_the_one_that_tells_most(tmp_path, codes, expected):
+def test_spawn_returns_the_most_serious_exit_code(tmp_path, codes, expected):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     assert launch(script, *codes, processes=2).wait(30) == expected
 
 
 @pytest.mark.parametrize("code", [1, 2])
-def test_rank_that_fails_ends_those_that_wait_for_it(tmp_path, code):
+def test_a_failed_rank_ends_the_ranks_that_wait_for_it(tmp_path, code):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     started = time.monotonic()
@@ -64,14 +64,14 @@ def test_rank_that_fails_ends_those_that_wait_for_it(tmp_path, code):
     assert time.monotonic() - started < 25
 
 
-def test_rank_killed_by_a_signal_is_a_failure(tmp_path):
+def test_a_rank_killed_by_a_signal_makes_spawn_fail(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert launch(script, processes=2).wait(30) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_signal_reaches_every_rank(tmp_path, number):
+def test_spawn_forwards_a_signal_to_every_rank(tmp_path, number):
     script = tmp_path / "rank.py"
     script.write_text(LISTENER)
     process = launch(script, f"{tmp_path}/", processes=2)
@@ -83,7 +83,7 @@ def test_signal_reaches_every_rank(tmp_path, number):
     assert [int((tmp_path / f"{rank}.signal").read_text()) for rank in range(2)] == [number] * 2
 
 
-def test_ranks_find_each_other_by_torchruns_names(tmp_path):
+def test_spawn_sets_the_environment_variables_of_torchrun(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import os\n"

@@ -32,7 +32,7 @@ def test_flops_of_llama3_8b_agree_with_the_published(length, gflop):
     assert flops_per_token(shape, length) / 1e9 == pytest.approx(gflop, abs=0.05)
 
 
-def test_tied_embeddings_cost_the_output_layer_all_the_same():
+def test_tied_embeddings_do_not_save_the_flops_of_the_output_layer():
     untied = shape_of(config(8, 12, 2, 4, 2, 100), "config.json")
     tied = shape_of(config(8, 12, 2, 4, 2, 100, tie_word_embeddings=True), "config.json")
     assert flops_per_token(tied, 16) == flops_per_token(untied, 16)
@@ -49,14 +49,14 @@ def test_published_speeds_are_predicted_within_fifteen_percent(row):
 
 
 @pytest.mark.parametrize("row", [row for row in PUBLISHED["rows"] if "recompute_layers" not in row], ids=_row_name)
-def test_every_published_run_fits(row):
+def test_every_published_run_fits_its_gpus(row):
     """They ran.  The one that recomputes layers also shards its weights, which is not planned for."""
     found = predicted(row)
     assert found.fits
     assert found.fullest.total > 0.25 * found.gpu.memory_gib * 2**30
 
 
-def test_tflops_of_2024_are_of_the_whole_square():
+def test_published_tflops_of_2024_count_the_complete_attention_square():
     """NeMo's row of LLaMA2-7B at 4096 tokens, 776 TFLOP/s at 16,847 tokens/s, is not the causal half."""
     (row,) = [row for row in PUBLISHED["rows"] if row["source"] == "nemo-24.07" and row["model"] == "llama-2-7b"]
     by_flops = {key: value for key, value in row.items() if key != "tokens_per_s"} | {"tflops": 776}
@@ -71,7 +71,7 @@ def layout(**parallel) -> Recipe:
     return recipe
 
 
-def test_a_layers_activations_are_those_of_korthikanti_et_al():
+def test_activations_of_a_layer_follow_korthikanti_et_al():
     """34 s b h bytes without scores, less the two dropout masks: for a GELU layer of ffn 4 h, sharded by TP and SP."""
     hidden, heads, tensor = 4096, 32, 4
     shape = shape_of(config(hidden, 4 * hidden, 32, heads, heads, 32000), "config.json")
@@ -83,21 +83,21 @@ def test_a_layers_activations_are_those_of_korthikanti_et_al():
 
 
 @pytest.mark.parametrize(("stage", "held"), [(0, 4), (1, 3), (3, 1)])
-def test_one_forward_one_backward_holds_as_many_micro_batches_as_stages_follow(stage, held):
+def test_1f1b_holds_one_micro_batch_for_each_stage_from_this_one_on(stage, held):
     parallel = layout(pipeline=4).parallel
     assert peak_in_flight(stage, parallel, 16, [10.0]) == (10.0 * held, held)
     assert peak_in_flight(stage, parallel, 2, [10.0])[1] == min(held, 2)
 
 
 @pytest.mark.parametrize(("pipeline", "virtual"), [(4, 5), (8, 5), (8, 8), (2, 16)])
-def test_virtual_stages_hold_more_by_the_published_factor(pipeline, virtual):
+def test_virtual_stages_increase_activations_by_the_published_factor(pipeline, virtual):
     """Korthikanti et al., section 4.2.3: the first stage of an interleaved schedule holds 1 + (p - 1) / (p m)."""
     parallel = layout(pipeline=pipeline, virtual_pipeline=virtual).parallel
     _, held = peak_in_flight(0, parallel, 64, [1.0] * virtual)
     assert held == pytest.approx(pipeline * (1 + (pipeline - 1) / (pipeline * virtual)))
 
 
-def test_a_step_of_few_micro_batches_holds_no_more_than_there_are():
+def test_a_stage_holds_no_more_micro_batches_than_the_step_has():
     parallel = layout(pipeline=4, virtual_pipeline=2).parallel
     assert peak_in_flight(0, parallel, 4, [1.0, 1.0])[1] == pytest.approx(4.0, abs=1.0)
     assert peak_in_flight(0, parallel, 4, [1.0, 1.0])[1] <= 4
@@ -118,7 +118,7 @@ def test_recompute_trades_memory_for_time():
     assert full.tflops < none.tflops  # model FLOPs: what is done twice counts once
 
 
-def test_the_optimizer_is_shared_by_data_and_context_parallel_ranks():
+def test_optimizer_memory_is_divided_by_data_and_context_parallel_ranks():
     shape = shape_of(published_config("llama-3-8b"), "llama")
     alone, shared = (memory(shape, layout(context=c), gpus)[0] for c, gpus in ((1, 1), (2, 8)))
     assert alone.optimizer == 8 * shared.optimizer == shape.parameters * 12
@@ -126,7 +126,7 @@ def test_the_optimizer_is_shared_by_data_and_context_parallel_ranks():
     assert alone.gradients == shared.gradients == 2 * alone.weights
 
 
-def test_uneven_pipelines_give_the_ends_a_layer_less():
+def test_uneven_pipelines_give_the_first_and_last_stage_one_layer_fewer():
     shape = shape_of(published_config("llama-3.1-405b"), "llama")
     recipe = layout(tensor=8, pipeline=8, context=2, virtual_pipeline=8, count_embedding=True, count_loss=True)
     stages = memory(shape, recipe, 1024)

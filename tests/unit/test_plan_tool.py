@@ -1,4 +1,4 @@
-"""tools/plan.py as its users meet it: the page, JSON, the search, remedies that work, errors of one line."""
+"""tools/plan.py: the page, JSON, the search, remedies that work, one-line errors."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ def planned(*overrides: str, gpus: int | None = None, hardware=H100):
     return make_plan(recipe, str(RECIPE), shape, hardware, gpus, published)
 
 
-def test_the_page_says_what_an_engineer_asks():
+def test_the_page_shows_layout_memory_time_savings_and_assumptions():
     text = run_tool("plan", RECIPE, *SEVENTY, "--nodes", 8)
     assert text.returncode == 0, text.stderr
     lines = text.stdout.splitlines()
@@ -39,10 +39,10 @@ def test_the_page_says_what_an_engineer_asks():
         assert words in text.stdout
     for words in ("The shape is the published one", "What is saved", "Assumed", "a checkpoint with its optimizer"):
         assert words in text.stdout
-    assert sum(line.strip().startswith(("0 ", "1 ", "2 ", "3 ")) for line in lines) == 4  # a row a stage
+    assert sum(line.strip().startswith(("0 ", "1 ", "2 ", "3 ")) for line in lines) == 4  # one row per stage
 
 
-def test_json_holds_the_pages_numbers():
+def test_json_of_the_planner_has_the_numbers_of_the_page():
     result = run_tool("plan", RECIPE, *SEVENTY, "--nodes", 8, "--json")
     found = json.loads(result.stdout)
     plan = planned(*SEVENTY, gpus=64)
@@ -62,7 +62,7 @@ def test_json_holds_the_pages_numbers():
 @pytest.mark.parametrize(
     ("overrides", "gpus"), [(SEVENTY, 64), ([], 4), (["parallel.recompute=full"], 2)], ids=["70b", "8b", "8b-recompute"]
 )
-def test_without_a_number_of_gpus_the_fewest_that_it_fits_on_are_planned_and_said(overrides, gpus):
+def test_without_a_number_of_gpus_the_fewest_that_fit_are_planned_and_named(overrides, gpus):
     plan = planned(*overrides)
     assert plan.estimate.fits
     assert plan.estimate.gpus == gpus
@@ -71,7 +71,7 @@ def test_without_a_number_of_gpus_the_fewest_that_it_fits_on_are_planned_and_sai
         assert not estimate(plan.shape, plan.estimate.recipe, H100.gpu, gpus // 2).fits
 
 
-def test_full_length_costs_more_than_the_flops_say():
+def test_full_length_costs_more_than_its_flops_suggest():
     plan = planned(gpus=8)
     ours, full = plan.estimate, plan.full
     assert full.recipe.train.global_batch_size == ours.recipe.train.global_batch_size
@@ -88,7 +88,7 @@ def test_full_length_costs_more_than_the_flops_say():
     [["context.recall.tokens=53"], ["context.method=pose", "context.content_skip=true"], ["data.packing=documents"]],
     ids=["recall", "pose", "packed"],
 )
-def test_keys_of_another_method_do_not_hide_what_full_length_costs(keys):
+def test_keys_of_the_recipes_method_do_not_hide_the_cost_of_full_length(keys):
     within = ["data.document_ends=within"] if "pose" in keys[0] else []
     plan, plain = planned(*keys, *within, gpus=8), planned(gpus=8)
     assert plan.full.step_seconds == pytest.approx(plain.full.step_seconds)
@@ -122,7 +122,7 @@ def test_a_full_length_recipe_is_not_compared_with_itself():
     ],
     ids=["8b-tp1", "8b-32k", "70b-cp1"],
 )
-def test_a_remedy_for_what_does_not_fit_makes_it_fit(overrides, least):
+def test_every_proposed_remedy_makes_the_recipe_fit(overrides, least):
     plan = planned(*overrides, gpus=least)
     assert not plan.estimate.fits
     assert "DOES NOT FIT" in page(plan)
@@ -137,7 +137,7 @@ def test_a_remedy_for_what_does_not_fit_makes_it_fit(overrides, least):
 
 
 @pytest.mark.parametrize(("kind", "gpus"), [("h100", 8), ("h200", 8), ("a100", 16), ("b200", 8)])
-def test_what_a_search_finds_is_legal_and_fits_and_is_sorted(kind, gpus):
+def test_layouts_of_a_search_are_legal_fit_and_are_sorted(kind, gpus):
     recipe = load_recipe(RECIPE)
     shape, _ = shape_for(recipe.model.hf, "recipe")
     hardware = of_kind(kind)
@@ -152,7 +152,7 @@ def test_what_a_search_finds_is_legal_and_fits_and_is_sorted(kind, gpus):
     assert not own.fits or seconds[0] <= own.step_seconds
 
 
-def test_the_keys_that_a_search_prints_give_the_layout_it_found():
+def test_the_keys_that_a_search_prints_reproduce_its_layout():
     overrides = ["model.hf=models/Meta-Llama-3-70B"]
     result = run_tool("plan", RECIPE, *overrides, "--search", "--nodes", 8)
     assert result.returncode == 0, result.stderr
@@ -164,7 +164,7 @@ def test_the_keys_that_a_search_prints_give_the_layout_it_found():
     assert planned(*overrides, *keys, gpus=64).estimate.step_seconds == pytest.approx(best.step_seconds)
 
 
-def test_a_directory_that_is_there_is_read_and_not_looked_up(tmp_path):
+def test_an_existing_model_directory_is_read_instead_of_the_published_shape(tmp_path):
     directory = tmp_path / "Meta-Llama-3-8B"
     directory.mkdir()
     assert_one_line_error(run_tool("plan", RECIPE, f"model.hf={directory}"), "config.json")
@@ -192,5 +192,5 @@ def test_a_directory_that_is_there_is_read_and_not_looked_up(tmp_path):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_input_ends_in_one_line(args, needles):
+def test_wrong_input_of_the_planner_ends_in_one_line(args, needles):
     assert_one_line_error(run_tool("plan", RECIPE, *args), *needles)

@@ -16,7 +16,7 @@ from endprompt_megatron.preflight.gpu_memory import fits
 from endprompt_megatron.preflight.table import FAIL, NOT_RUN, OK, WARN
 
 
-def test_what_is_right_is_ready_and_nothing_stays_behind(place):
+def test_preflight_of_a_good_recipe_is_ready_and_leaves_nothing_behind(place):
     before = sorted(place.rglob("*"))
     result = run_tool("preflight", place / "recipe.yaml", *absolute(place))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -32,7 +32,7 @@ def absolute(place: Path) -> list[str]:
     return [f"{key}={place / name}" for key, name in paths.items()]
 
 
-def test_json_says_the_same(place):
+def test_json_of_preflight_has_every_check_of_the_table(place):
     result = run_tool("preflight", place / "recipe.yaml", *absolute(place), "checkpoint.dir=/proc/run", "--json")
     said = json.loads(result.stdout)
     assert result.returncode == 2
@@ -43,7 +43,7 @@ def test_json_says_the_same(place):
     assert said["verdict"] == f"preflight: {len(wrong)} checks failed: " + said["verdict"].partition("failed: ")[2]
 
 
-def test_a_full_disk_is_said_with_what_is_needed(place, at, tmp_path):
+def test_a_full_disk_fails_with_the_space_that_is_needed(place, at, tmp_path):
     with file_system_of(tmp_path / "disk", "1m") as disk:
         found, code = at(place, f"checkpoint.dir={disk}/run")
     assert code == 2
@@ -77,7 +77,7 @@ def test_a_directory_without_permission_fails_the_write(place, at, tmp_path):
     assert "read-only file system" in found["run directory"].found
 
 
-def test_room_is_counted_for_the_checkpoints_that_are_kept(place, monkeypatch):
+def test_free_disk_counts_the_checkpoints_that_are_kept(place, monkeypatch):
     monkeypatch.chdir(place)
 
     def kept(*overrides: str) -> int:
@@ -90,7 +90,7 @@ def test_room_is_counted_for_the_checkpoints_that_are_kept(place, monkeypatch):
     assert kept("train.steps=50", "checkpoint.interval=100", "checkpoint.keep=2") == 1
 
 
-def test_the_predicted_size_of_a_checkpoint_is_the_size_of_one(place, extend, monkeypatch):
+def test_predicted_checkpoint_size_equals_the_size_of_a_written_one(place, extend, monkeypatch):
     ran = extend(place, "recipe.yaml", "train.steps=3")
     assert ran.returncode == 0, ran.stderr
     (written,) = (place / "run/checkpoints").glob("iter_*")
@@ -100,7 +100,7 @@ def test_the_predicted_size_of_a_checkpoint_is_the_size_of_one(place, extend, mo
     assert held == pytest.approx(predicted, rel=0.1)  # tensors of 64 numbers beside their headers
 
 
-def test_a_run_directory_in_use_is_refused_and_one_that_was_left_is_not(place, at):
+def test_a_run_directory_in_use_is_refused_and_an_abandoned_one_is_not(place, at):
     holder = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import time\n"
     holder += "from endprompt_megatron.distributed.run_lock import RunLock\n"
     holder += "RunLock(Path('run')).acquire(); print('held', flush=True); time.sleep(120)"
@@ -119,7 +119,7 @@ def test_a_run_directory_in_use_is_refused_and_one_that_was_left_is_not(place, a
 
 @pytest.mark.parametrize(
     ("gib", "verdict", "words"),
-    [(79.6, OK, "79.6 GiB on the smallest GPU"), (3.0, WARN, "closer than"), (0.5, FAIL, "tools/plan.py")],
+    [(79.6, OK, "79.6 GiB on the smallest GPU"), (3.0, WARN, "uncertainty of 4 GiB"), (0.5, FAIL, "tools/plan.py")],
 )
 def test_the_plan_must_fit_the_smallest_gpu(place, monkeypatch, gib, verdict, words):
     monkeypatch.chdir(place)
@@ -132,9 +132,9 @@ def test_the_plan_must_fit_the_smallest_gpu(place, monkeypatch, gib, verdict, wo
     assert fits(load_recipe("recipe.yaml"), 2, {0: {"visible": {}, "own": None}}, None) == []
 
 
-def test_a_login_node_checks_for_the_cluster(place, at):
+def test_a_login_node_checks_for_the_world_size_and_gpu_of_the_cluster(place, at):
     found, code = at(place, "parallel.tensor=2", "parallel.pipeline=2")
-    assert "legal on 4 processes (the fewest of this layout" in found["recipe"].found
+    assert "legal on 4 processes (the fewest that this layout takes" in found["recipe"].found
     assert code == 0
     found, code = at(place, "parallel.tensor=2", world_size=3)
     assert (code, found["recipe"].verdict) == (2, FAIL)
@@ -170,17 +170,17 @@ def test_few_open_files_are_a_warning_and_very_few_a_failure(place, at, monkeypa
         (["recipe.yaml", "train.nonsense=1"], ["unknown key train.nonsense"]),
     ],
 )
-def test_wrong_input_is_one_line(place, arguments, needles):
+def test_wrong_input_of_preflight_ends_in_one_line(place, arguments, needles):
     assert_one_line_error(run_tool("preflight", place / arguments[0], *arguments[1:]), *needles)
 
 
-def test_a_rank_that_reaches_no_one_says_so_in_one_line(place):
+def test_a_rank_that_cannot_reach_the_rendezvous_ends_in_one_line(place):
     env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     result = run_tool("preflight", place / "recipe.yaml", *absolute(place), "--timeout", "2", env=env)
     assert_one_line_error(result, "rank 1", "127.0.0.1:1", "within 2 s")
 
 
-def test_a_rank_that_does_not_come_is_named_and_the_rest_is_checked(place):
+def test_a_rank_that_does_not_arrive_is_named_and_the_other_checks_run(place):
     import socket
 
     with socket.socket() as free:
@@ -191,6 +191,6 @@ def test_a_rank_that_does_not_come_is_named_and_the_rest_is_checked(place):
     assert result.returncode == 2, result.stderr
     found = {check["check"]: check for check in json.loads(result.stdout)["checks"]}
     assert found["processes"]["verdict"] == FAIL
-    assert "rank 1 did not come within 2 s" in found["processes"]["found"]
+    assert "rank 1 did not arrive within 2 s" in found["processes"]["found"]
     assert (found["all-reduce"]["verdict"], found["data.train"]["verdict"]) == (NOT_RUN, OK)
     assert not (place / "run").exists()

@@ -69,7 +69,7 @@ def of_three_layers(place: Path) -> None:
 CONVERTED = "megatron/iter_0000000"
 
 
-# name: (overrides, damage, check, verdict, what is said)
+# name: (overrides, damage, check, verdict, expected texts)
 WRONG = {
     "missing-shard": ([], without_a_shard, "HF checkpoint", FAIL, ["1 of ", "shards missing: model-00002"]),
     "cut-shard": ([], with_a_cut_shard, "HF checkpoint", FAIL, ["1 damaged: model-00003", "header says"]),
@@ -114,14 +114,14 @@ WRONG = {
         lambda p: None,
         "converted checkpoint",
         WARN,
-        ["nowhere is not there yet", "convert_hf_to_megatron.py --hf hf --out nowhere"],
+        ["nowhere does not exist yet", "convert_hf_to_megatron.py --hf hf --out nowhere"],
     ),
     "not-to-be-converted": (
         ["model.init_from=hf"],
         lambda p: None,
         "converted checkpoint",
         OK,
-        ["reads its own of hf"],
+        ["reads its own shards of hf"],
     ),
     "not-to-be-converted-and-cut": (
         ["model.init_from=hf"],
@@ -163,7 +163,7 @@ WRONG = {
         lambda p: cut(p / CONVERTED / ".metadata", 50),
         "converted checkpoint",
         FAIL,
-        [".metadata has ", "make it again"],
+        [".metadata has ", "convert it again"],
     ),
     "converted-from-another": (
         [],
@@ -196,7 +196,7 @@ WRONG = {
     "idx-documents": ([], lambda p: edit_idx(p, 54, 9), "data", FAIL, ["train.idx: its pointers"]),
     "data-short": (["data.train=short"], lambda p: None, "data", FAIL, ["20 tokens are less than one sample"]),
     "valid-of-another": (["data.valid=foreign"], lambda p: None, "data", FAIL, ["data.valid=foreign: token id 399"]),
-    "data-repeats": (["train.steps=100"], lambda p: None, "data.train", WARN, ["5.00 epochs in 100 steps", "again"]),
+    "data-repeats": (["train.steps=100"], lambda p: None, "data.train", WARN, ["5.00 epochs in 100 steps", "repeated"]),
     "recipe-illegal": (
         ["parallel.pipeline=3"],
         lambda p: None,
@@ -211,7 +211,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_named_and_every_other_check_runs(case, place, at, monkeypatch):
+def test_preflight_names_each_fault_and_runs_every_other_check(case, place, at, monkeypatch):
     overrides, damage, check, verdict, needles = WRONG[case]
     damage(place)
     found, code = at(place, *overrides)
@@ -223,7 +223,7 @@ def test_what_is_wrong_is_named_and_every_other_check_runs(case, place, at, monk
     assert set(found) | {"data", "data.train"} >= PREFLIGHT_CHECKS
 
 
-def test_without_a_config_what_needs_the_shape_says_why_it_did_not_run(place, at):
+def test_without_config_json_the_checks_that_need_the_shape_say_why_they_did_not_run(place, at):
     found, code = at(place, "context.original=64", "model.hf=nowhere")
     assert code == 2
     assert "nowhere" in found["HF checkpoint"].found
@@ -233,12 +233,12 @@ def test_without_a_config_what_needs_the_shape_says_why_it_did_not_run(place, at
     assert found["run directory"].verdict == OK
 
 
-def test_a_run_that_goes_on_is_said_and_must_be_of_this_recipe(place, at, extend):
+def test_preflight_names_the_step_a_run_resumes_from_and_refuses_another_recipe(place, at, extend):
     ran = extend(place, "recipe.yaml", "train.steps=3")
     assert ran.returncode == 0, ran.stderr
     found, code = at(place)
     assert (code, found["converted checkpoint"].verdict) == (0, OK)
-    assert "goes on from step 3 of 10" in found["converted checkpoint"].found
+    assert "resumes from step 3 of 10" in found["converted checkpoint"].found
     found, code = at(place, "context.method=pose")
     assert (code, found["converted checkpoint"].verdict) == (2, FAIL)
     assert "context.method=pose but run/checkpoints/iter_0000003 was trained with end_prompt" in (
@@ -246,20 +246,20 @@ def test_a_run_that_goes_on_is_said_and_must_be_of_this_recipe(place, at, extend
     )
 
 
-def test_a_damaged_newest_checkpoint_goes_back_to_the_one_before(place, at, extend):
+def test_preflight_warns_that_a_run_falls_back_from_a_damaged_checkpoint(place, at, extend):
     ran = extend(place, "recipe.yaml", "train.steps=4", "checkpoint.interval=2", "optim.warmup_steps=1")
     assert ran.returncode == 0, ran.stderr
     cut(place / "run/checkpoints/iter_0000004/__0_0.distcp", 10)
     found, code = at(place)
     assert (code, found["converted checkpoint"].verdict) == (0, WARN)
     assert "iter_0000004: __0_0.distcp has " in found["converted checkpoint"].found
-    assert "goes back to step 2" in found["converted checkpoint"].found
+    assert "falls back to step 2" in found["converted checkpoint"].found
     shutil.rmtree(place / "run/checkpoints/iter_0000002")
     found, code = at(place)
     assert (code, found["converted checkpoint"].verdict) == (2, FAIL)
 
 
-def test_a_large_dataset_is_sampled(place, at, monkeypatch):
+def test_preflight_finds_bad_token_ids_in_a_sample_of_a_large_dataset(place, at, monkeypatch):
     """A token that no model knows, somewhere in 400 windows of which 256 are read: its run is longer than a window."""
     count = 400 * 65536
     tokens = np.full(count, 7, dtype=np.uint16)
@@ -271,7 +271,7 @@ def test_a_large_dataset_is_sampled(place, at, monkeypatch):
     assert "token id 321" in found["data"].found
 
 
-def test_a_tied_model_with_a_second_copy_is_whole(tmp_path, at, place):
+def test_a_tied_model_that_stores_its_embeddings_twice_is_complete(tmp_path, at, place):
     shutil.rmtree(place / "hf")
     small_llama(place / "hf", tie_word_embeddings=True)
     found, _ = at(place)

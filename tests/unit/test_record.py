@@ -31,7 +31,7 @@ def strict(text: str) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def test_lines_after_the_checkpoint_and_a_half_written_one_are_cut(tmp_path):
+def test_metrics_after_the_checkpoint_and_an_incomplete_line_are_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": step, "loss": 1.0} for step in (1, 2, 3)]
     lines.insert(2, {"step": 2, "valid_loss": 2.0})
@@ -42,19 +42,19 @@ def test_lines_after_the_checkpoint_and_a_half_written_one_are_cut(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["7", '"step"', "[1]", '{"step": "x"}', '{"step": null}', "\0\0\0\0"])
-def test_line_that_is_no_record_is_cut(tmp_path, end):
+def test_metrics_line_that_is_not_a_record_is_removed(tmp_path, end):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + end)
     cut_metrics(path, 5)
     assert path.read_text() == '{"step": 1}\n'
 
 
-def test_nothing_to_cut(tmp_path):
+def test_cutting_missing_metrics_does_nothing(tmp_path):
     cut_metrics(tmp_path / "metrics.jsonl", 5)
     assert not list(tmp_path.iterdir())
 
 
-def test_step_is_one_object_with_the_keys_of_the_contract(recorder, tmp_path, capsys):
+def test_a_step_is_logged_as_one_object_with_the_documented_keys(recorder, tmp_path, capsys):
     with recorder() as record:
         record.stepped(Progress(2, 16), Losses(2.5, 3.0, 1.5), 0.7, 1e-5, seconds=4.0, skipped=False)
     (line,) = strict((tmp_path / "run/metrics.jsonl").read_text())
@@ -68,7 +68,7 @@ def test_step_is_one_object_with_the_keys_of_the_contract(recorder, tmp_path, ca
     assert "step 2/10  loss 2.5000 (context 3.0000, prompt 1.5000)" in capsys.readouterr().out
 
 
-def test_numbers_that_are_not_finite_become_null(recorder, tmp_path):
+def test_values_that_are_not_finite_are_logged_as_null(recorder, tmp_path):
     with recorder() as record:
         record.stepped(Progress(1, 8), Losses(math.nan, math.inf, None), -math.inf, 1e-5, seconds=1.0, skipped=True)
         record.validated(1, {"valid_loss": math.nan, "virtual": {"128": {"loss": math.inf, "accuracy": 0.5}}})
@@ -78,7 +78,7 @@ def test_numbers_that_are_not_finite_become_null(recorder, tmp_path):
     assert valid == {"step": 1, "valid_loss": None, "virtual": {"128": {"loss": None, "accuracy": 0.5}}}
 
 
-def test_every_interval_is_logged_and_the_last_step_and_skipped_ones(recorder, tmp_path):
+def test_progress_lines_appear_each_interval_at_the_last_step_and_for_skipped_ones(recorder, tmp_path):
     with recorder() as record:
         for step in range(1, 11):
             record.stepped(Progress(step, 8 * step), Losses(1.0, 1.0, None), 1.0, 1e-5, 1.0, skipped=step == 5)
@@ -86,7 +86,7 @@ def test_every_interval_is_logged_and_the_last_step_and_skipped_ones(recorder, t
     assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10]
 
 
-def test_resumed_run_continues_the_file(recorder, tmp_path):
+def test_a_resumed_run_continues_its_metrics_file(recorder, tmp_path):
     with recorder() as record:
         for step in (2, 4, 6):
             record.stepped(Progress(step, 8 * step), Losses(1.0, 1.0, None), 1.0, 1e-5, 1.0, skipped=False)

@@ -1,4 +1,4 @@
-"""One job at a time in a run directory; a job that was killed blocks nobody, least of all itself."""
+"""One job at a time in a run directory; a killed job blocks nobody, least of all its own restart."""
 
 import json
 import os
@@ -62,14 +62,14 @@ def elsewhere(run, **record):
     (run / "lock").write_text(json.dumps(written))
 
 
-def test_a_holder_is_named_and_nothing_of_it_is_changed(tmp_path, other, monkeypatch):
+def test_the_refusal_names_the_holder_and_leaves_its_record_unchanged(tmp_path, other, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     with pytest.raises(InputError, match=rf"in use by process {other.pid} on \S+, Slurm job 41, since .*lock\): wait"):
         take(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == other.pid
 
 
-def test_the_same_job_twice_at_once_is_refused_as_soon_as_the_holder_shows_life(tmp_path, other, monkeypatch):
+def test_the_same_job_started_twice_is_refused_once_the_holder_shows_life(tmp_path, other, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     begun = time.monotonic()
     with pytest.raises(InputError, match="in use by"):
@@ -89,7 +89,7 @@ def test_a_killed_holder_of_this_node_blocks_nobody(tmp_path, other, monkeypatch
     assert time.monotonic() - begun < 1
 
 
-def test_a_lock_given_back_leaves_an_empty_file(tmp_path):
+def test_a_released_lock_leaves_an_empty_file(tmp_path):
     first = take(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == os.getpid()
     first.release()
@@ -97,22 +97,22 @@ def test_a_lock_given_back_leaves_an_empty_file(tmp_path):
     take(tmp_path / "run").release()
 
 
-def test_requeued_on_another_node_the_same_job_goes_on_at_once(tmp_path, monkeypatch, capsys):
+def test_the_same_job_requeued_on_another_node_gets_the_lock_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     elsewhere(tmp_path / "run")
     take(tmp_path / "run").release()
     assert capsys.readouterr().out == ""
 
 
-def test_a_silent_holder_of_another_node_is_taken_for_dead(tmp_path, monkeypatch, capsys):
+def test_a_holder_on_another_node_without_a_heartbeat_counts_as_dead(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     elsewhere(tmp_path / "run")
     take(tmp_path / "run").release()
-    assert "process 7 on far, Slurm job 41, since then did not give it back" in capsys.readouterr().out
+    assert "process 7 on far, Slurm job 41, since then did not release it" in capsys.readouterr().out
 
 
-def test_a_holder_of_another_node_that_counts_is_refused(tmp_path, monkeypatch):
-    """Its OS lock is not seen from here, as with Lustre's localflock: the count in the file is."""
+def test_a_holder_on_another_node_with_a_heartbeat_keeps_the_lock(tmp_path, monkeypatch):
+    """Its OS lock is not visible here, as with Lustre's localflock, but its heartbeat in the file is."""
     import threading
 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -124,9 +124,7 @@ def test_a_holder_of_another_node_that_counts_is_refused(tmp_path, monkeypatch):
     counting.join()
 
 
-def test_where_the_file_system_has_no_locks_a_living_process_is_refused_and_a_dead_one_is_not(
-    tmp_path, other, monkeypatch
-):
+def test_without_os_locks_a_living_holder_keeps_the_lock_and_a_dead_one_does_not(tmp_path, other, monkeypatch):
     def refuse(*_):
         raise OSError(run_lock.errno.EOPNOTSUPP, "not supported")
 

@@ -1,4 +1,4 @@
-"""The batch scripts without a Slurm: their syntax, what a dry run prints, what they refuse in one line."""
+"""The batch scripts without Slurm: their syntax, what a dry run prints, what they refuse in one line."""
 
 import os
 import re
@@ -23,14 +23,14 @@ def bash(*command: object, **environment: object) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_script_is_valid_bash_and_strict(script):
+def test_batch_script_is_valid_bash_and_strict(script):
     assert bash("-n", script).returncode == 0
     if script.name != "common.sh":
         assert "\nset -euo pipefail\n" in script.read_text()
 
 
 @pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
-def test_help_names_every_variable_that_must_be_set(script):
+def test_help_of_a_batch_script_names_every_required_variable(script):
     said = bash(script, "--help")
     assert said.returncode == 0, said.stderr
     assert "#SBATCH" not in said.stdout
@@ -97,7 +97,7 @@ def test_dry_run_of_the_other_scripts(name):
         ("convert.sh", ["--dry-run", "sideways"], {}, "expected to-megatron or to-hf"),
     ],
 )
-def test_wrong_use_ends_in_one_line(script, arguments, environment, needle):
+def test_wrong_use_of_a_batch_script_ends_in_one_line(script, arguments, environment, needle):
     said = bash(ROOT / "slurm" / script, *arguments, **environment)
     assert said.returncode == 2
     (line,) = said.stderr.splitlines()

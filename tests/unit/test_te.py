@@ -33,7 +33,7 @@ def test_fp8_attention_with_current_scaling_gets_delayed_scaling_on_hopper(envir
     assert PICKLES not in environment
 
 
-def test_it_is_an_error_to_set_what_transformer_engine_reads_on_import_after_that(environment, monkeypatch):
+def test_setting_variables_after_transformer_engine_was_imported_is_an_error(environment, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformer_engine", object())
     te.set_environment(recipe("tensorwise"), "test", HOPPER)
     with pytest.raises(RuntimeError, match="imported already"):
@@ -42,7 +42,7 @@ def test_it_is_an_error_to_set_what_transformer_engine_reads_on_import_after_tha
     te.set_environment(recipe("tensorwise", attention=True), "test", HOPPER)
 
 
-def test_another_value_than_the_recipe_needs_is_refused(environment):
+def test_an_environment_variable_that_contradicts_the_recipe_is_refused(environment):
     environment[ATTENTION] = "F16"
     with pytest.raises(InputError, match=f"{ATTENTION}=F16 is set, and test needs {ATTENTION}=DelayedScaling"):
         te.set_environment(recipe("tensorwise", attention=True), "test", HOPPER)

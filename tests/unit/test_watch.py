@@ -1,4 +1,4 @@
-"""What is said about slow ranks, and when a watchdog ends a process."""
+"""What is reported about slow ranks, and when a watchdog ends a process."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from endprompt_megatron.distributed.watchdog import Watchdog, _ranges, place_of,
 NAMES = [f"node{rank // 2}, local rank {rank % 2}" for rank in range(4)]
 
 
-def test_the_slowest_rank_is_named_with_its_ratio_to_the_median_and_what_it_was_slow_in():
+def test_the_slowest_rank_is_named_with_its_ratio_to_the_median_and_the_cause():
     times = [[0.1, 1.0, 0.002], [0.1, 1.0, 0.002], [0.1, 1.1, 0.003], [0.9, 1.0, 0.002]]
     values, line = slowest(times, NAMES, 200)
     found = values["stragglers"]
@@ -20,11 +20,11 @@ def test_the_slowest_rank_is_named_with_its_ratio_to_the_median_and_what_it_was_
     assert found["ratio"] == pytest.approx(1.9 / 1.1)
     assert found["probe_ratio"] == pytest.approx(1.5)
     assert (found["data_s"], found["compute_s"]) == (0.9, 1.0)
-    assert line.startswith("step 200  slowest rank 3 (node1, local rank 1): 1.900 s of its own, 1.73 x the median")
+    assert line.startswith("step 200  slowest rank 3 (node1, local rank 1): 1.900 s of its own time, 1.73 x the median")
     assert "slowest device rank 2 (node1, local rank 0): 1.50 x" in line
 
 
-def test_a_step_may_take_the_factor_times_the_median_and_at_least_the_floor(tmp_path):
+def test_watchdog_limit_is_the_factor_times_the_median_and_at_least_the_floor(tmp_path):
     watchdog = Watchdog(tmp_path, 0, NAMES, factor=10.0, floor=60.0)
     assert watchdog._limit(between=False) == 60
     watchdog.seconds.extend([9.0, 10.0, 11.0])
@@ -34,7 +34,7 @@ def test_a_step_may_take_the_factor_times_the_median_and_at_least_the_floor(tmp_
     assert watchdog._limit(between=True) == 4000
 
 
-def test_a_place_is_the_line_of_this_package_and_the_innermost_function(tmp_path):
+def test_place_of_a_frame_is_the_line_of_this_package_and_the_innermost_function(tmp_path):
     assert place_of(None) == "no Python code"
     assert place_of(sys._getframe()) == sys._getframe().f_code.co_name
     frames = []
@@ -53,7 +53,7 @@ def test_a_place_is_the_line_of_this_package_and_the_innermost_function(tmp_path
     assert place_of(frames[0]).endswith(" step_ends (__sub__)")
 
 
-def test_ranks_are_said_in_few_words():
+def test_ranks_are_printed_as_ranges():
     assert _ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
 
@@ -87,7 +87,7 @@ def run(tmp_path, how):
     return done, time.monotonic() - begun
 
 
-def test_a_hung_process_leaves_its_stacks_says_where_it_was_and_exits_1(tmp_path):
+def test_watchdog_ends_a_hung_process_with_1_and_writes_its_stacks(tmp_path):
     done, took = run(tmp_path, "sleep")
     assert done.returncode == 1
     assert took < 45
@@ -99,14 +99,14 @@ def test_a_hung_process_leaves_its_stacks_says_where_it_was_and_exits_1(tmp_path
     assert 'File "<string>", line 14 in <module>' in stacks
 
 
-def test_one_that_never_lets_go_of_pythons_lock_too(tmp_path):
+def test_watchdog_ends_a_process_that_never_releases_pythons_lock(tmp_path):
     done, took = run(tmp_path, "hold")
     assert done.returncode == 1
     assert took < 45
     assert 'File "<string>", line 17 in <module>' in (tmp_path / "rank_0.txt").read_text()
 
 
-def test_one_that_ends_well_leaves_nothing(tmp_path):
+def test_watchdog_of_a_process_that_ends_normally_leaves_no_file(tmp_path):
     done, _ = run(tmp_path, "not")
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended well\n", "")
     assert not list(tmp_path.iterdir())
