@@ -198,7 +198,7 @@ GOOD = b'{"text": "fine"}'
         ("a.jsonl", _jsonl(GOOD, b'{"text": "\\ud800"}'), ["a.jsonl:2: lone surrogate"]),
         ("a.jsonl", _jsonl(GOOD, b'{"text": "\xff"}'), ["a.jsonl:2: not UTF-8 at byte 10 of the line"]),
         ("a.jsonl", b"", ["empty file"]),
-        ("a.jsonl", b'{"text": ""}', ["not a single token", "1 empty"]),
+        ("a.jsonl", b'{"text": ""}', ["no tokens in", "1 empty"]),
         ("a.txt", b"", ["empty file"]),
         ("a.txt", b"caf\xe9", ["not UTF-8 at byte 3"]),
         ("a.jsonl.gz", gzip.compress(GOOD + b"\n" + b"[1]"), ["a.jsonl.gz:2: no field 'text' (list)"]),
