@@ -12,7 +12,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet --constraint constraints.txt --requirement
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-control test lint clean
+.PHONY: help demo demo-control test test-all lint clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -32,6 +32,10 @@ demo-control: $(VENV)/.installed ## The same training without a terminal prompt,
 test: $(VENV)/.installed-dev ## Run the tests (installs Slurm and Chromium where it can; GPU tests are skipped without one)
 	@tests/install.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider --durations=15 $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-dev ## Run the exhaustive tests too: full products of layouts and methods, many random kills
+	@tests/install.sh
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --all -p no:cacheprovider --durations=15 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, the rings of imports, and shell scripts
 	@failed=0; \
