@@ -6,6 +6,9 @@ STEPS ?= 70
 ARGS ?=
 PYTEST_ARGS ?=
 
+# Unit tests beside those that start several processes: tests/conftest.py has the groups.
+SIDE_BY_SIDE := -n 2 --dist loadgroup
+
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -31,11 +34,11 @@ demo-control: $(VENV)/.installed ## The same training without a terminal prompt,
 
 test: $(VENV)/.installed-dev ## Run the tests (installs Slurm and Chromium where it can; GPU tests are skipped without one)
 	@tests/install.sh
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider --durations=15 $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE) -p no:cacheprovider --durations=15 $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev ## Run the exhaustive tests too: full products of layouts and methods, many random kills
 	@tests/install.sh
-	@OMP_NUM_THREADS=1 $(PY) -m pytest --all -p no:cacheprovider --durations=15 $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --all $(SIDE_BY_SIDE) -p no:cacheprovider --durations=15 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, the rings of imports, and shell scripts
 	@failed=0; \

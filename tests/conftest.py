@@ -24,6 +24,12 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Side by side (-n 2 --dist loadgroup): a file of tests/unit is a group; all tests that start several processes are
+    # one, so that they have each other's ports and cores to themselves.
+    for item in items:
+        folder = item.path.parent.name
+        group = f"{folder}/{item.path.name}" if folder == "unit" else "several processes"
+        item.add_marker(pytest.mark.xdist_group(group))
     if config.option.all:
         return
     full = [item for item in items if item.get_closest_marker("full")]
@@ -36,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def draws(request: pytest.FixtureRequest) -> random.Random:
     """Random draws of a test: others in each run, the same ones for the same --seed.  Said where the test fails."""
     print(f"--seed {request.config.option.seed}")
-    return random.Random(f"{request.config.option.seed} {request.node.nodeid}")
+    return random.Random(f"{request.config.option.seed} {request.path.name} {request.node.name}")
 
 
 @pytest.fixture
