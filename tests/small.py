@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 900  # seconds for what takes a few: who waits so long waits for ever, however busy the machine is
 
 WORDS = (
     "the of and a to in is was he for it with as his on be at by had not are but from or have an they which one "
@@ -98,7 +99,9 @@ def small_llama(directory: Path, *, seed: int = 0, dtype: str = "float32", token
     return directory
 
 
-def run_tool(name: str, *args: object, timeout: float = 300, env: dict | None = None) -> subprocess.CompletedProcess:
+def run_tool(
+    name: str, *args: object, timeout: float = PATIENCE, env: dict | None = None
+) -> subprocess.CompletedProcess:
     """Run tools/NAME.py with `args` as a user would; returns exit code, stdout and stderr as text."""
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, args)]
     environment = {**os.environ, **(env or {})}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import small_llama, text
+from small import PATIENCE, small_llama, text
 
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
@@ -85,7 +85,11 @@ def logprobs(model: Path, tokens: list[int]) -> torch.Tensor:
 
 def run(argv: list, environment: dict | None = None) -> None:
     done = subprocess.run(
-        list(map(str, argv)), capture_output=True, text=True, env={**os.environ, **(environment or {})}, timeout=300
+        list(map(str, argv)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(environment or {})},
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from small import ROOT
+from small import PATIENCE, ROOT
 
 _HERE = Path(__file__).resolve().parent.parent
 
@@ -23,7 +23,7 @@ class Job:
     def __init__(self, processes, output):
         self.processes, self.output = processes, output
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=PATIENCE):
         """Exit codes of the ranks, by rank."""
         deadline = time.monotonic() + timeout
         for process in self.processes:

@@ -1,6 +1,9 @@
 """What the fork server of jobs.py imports, and what a rank that was forked from it does."""
 
 import os
+import random
+import signal
+import threading
 import time
 
 import torch
@@ -24,7 +27,9 @@ from endprompt_megatron.training.validation import Validation  # noqa: E402, F40
 
 
 def train(recipe, overrides, trouble):
-    """As tools/extend.py.  `trouble`, ("hang" or "slow", rank, step): from there its reads hang, or take 0.2 s."""
+    """As tools/extend.py.  `trouble`, (kind, rank, step): from that step on this rank's reads "hang", or are "slow" and
+    take half a second; or it gets a signal, by its name, when it reads that step or up to 20 ms later.
+    """
     if trouble is not None and trouble[1] == int(os.environ["RANK"]):
         _disturb(*trouble)
 
@@ -36,11 +41,15 @@ def train(recipe, overrides, trouble):
 
 
 def _disturb(kind, _rank, step):
-    read = Feed.global_batch
+    read, sent = Feed.global_batch, []
 
     def disturbed(self, consumed_samples):
         if consumed_samples // self.global_batch_size + 1 >= step:
-            time.sleep(0.2 if kind == "slow" else 1e6)
+            if kind in ("slow", "hang"):
+                time.sleep(0.5 if kind == "slow" else 1e6)
+            elif not sent:
+                sent.append(kind)
+                threading.Timer(random.uniform(0, 0.02), os.kill, (os.getpid(), signal.Signals[kind])).start()
         return read(self, consumed_samples)
 
     Feed.global_batch = disturbed

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any
 
+from small import PATIENCE
+
 
 class Ranks:
     def __init__(self, size: int, gpu: bool = False) -> None:
@@ -31,7 +33,7 @@ class Ranks:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, world: int, function: Callable, *args: Any, timeout: float = 900) -> list[Any]:
+    def run(self, world: int, function: Callable, *args: Any, timeout: float = PATIENCE) -> list[Any]:
         """Each rank's result.  `timeout`, in seconds, is for ranks that wait for each other for ever."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

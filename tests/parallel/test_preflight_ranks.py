@@ -10,7 +10,7 @@ import sys
 import pytest
 from parallel.preflighting import check
 from parallel.ranks import Ranks
-from small import ROOT, small_llama
+from small import PATIENCE, ROOT, small_llama
 from unit.starting import RECIPE, write_tokens
 
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
@@ -30,7 +30,7 @@ def ground(tmp_path_factory):
 def over(ranks, ground):
     """Run over `world` ranks, `per_node` a node: the code that all agree on, and rank 0's findings."""
 
-    def run(world, per_node=1, faults=None, timeout=60.0, overrides=()):
+    def run(world, per_node=1, faults=None, timeout=600.0, overrides=()):
         answers = ranks.run(world, check, str(ground), per_node, faults or {}, timeout, list(overrides))
         codes = {code for code, _, _ in answers}
         assert len(codes) == 1, answers
@@ -194,10 +194,10 @@ def test_only_one_rank_prints_the_preflight_under_torchrun(ground):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    arguments = [ROOT / "tools/preflight.py", "recipe.yaml", "parallel.tensor=2", "--json", "--timeout", "60"]
+    arguments = [ROOT / "tools/preflight.py", "recipe.yaml", "parallel.tensor=2", "--json", "--timeout", "600"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, *map(str, arguments)], cwd=ground, capture_output=True, text=True, timeout=200, env=environment
+        [*command, *map(str, arguments)], cwd=ground, capture_output=True, text=True, timeout=PATIENCE, env=environment
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)  # one object: the other rank was silent

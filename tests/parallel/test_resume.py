@@ -1,19 +1,26 @@
 """Stopped and started again, a run gives the losses of the run that was never stopped, to the last bit."""
 
 import json
-import random
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
-from small import ROOT, assert_one_line_error, file_system_of, run_tool, small_llama, text
+from parallel.jobs import Jobs
+from parallel.reference import AS_GOOD
+from small import PATIENCE, ROOT, assert_one_line_error, file_system_of, run_tool, small_llama, text
 
 from endprompt_megatron.checkpoint.layout import complete_iterations
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
 STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    return Jobs(tmp_path_factory.mktemp("jobs"))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,7 @@ def setup(tmp_path_factory):
         "checkpoint: {dir: UNSET, interval: 4}\n"
         "log: {tensorboard: false}\n"
     )
-    finished = subprocess.run(command(directory, "whole"), capture_output=True, text=True, timeout=300)
+    finished = run_tool("extend", *command(directory, "whole")[2:])
     assert finished.returncode == 0, finished.stderr
     return directory
 
@@ -56,88 +63,87 @@ def losses(directory, run):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(directory, run)]
 
 
-def interrupt(directory, run, signal_number, after_steps, *overrides):
-    """Start a run, send the signal once `after_steps` steps are logged and a random moment later; exit code."""
-    process = subprocess.Popen(
-        command(directory, run, *overrides), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    path = directory / run / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not path.exists() or len(path.read_bytes().splitlines()) < after_steps:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "no step was logged"
-        time.sleep(0.005)
-    time.sleep(random.uniform(0, 0.15))
-    process.send_signal(signal_number)
-    process.communicate(timeout=120)
-    return process.returncode
+def interrupt(jobs, directory, run, kind, step, *overrides):
+    """Start a run that gets this signal while it is in that step, or soon after."""
+    arguments = directory / "recipe.yaml", f"checkpoint.dir={directory / run}", *overrides
+    code = -signal.SIGKILL if kind == "SIGKILL" else 75
+    jobs.run(*arguments, ranks=1, codes=(code,), trouble=(kind, 0, step))
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
-def test_resume_after_signal_is_bit_exact(setup, signal_number):
-    run = f"run-{signal_number}"
-    assert interrupt(setup, run, signal_number, after_steps=6) == 75
-    stopped_at = metrics(setup, run)[-1]["step"]
-    assert stopped_at < STEPS
-    assert complete_iterations(setup / run / "checkpoints")[-1] == stopped_at
-    resumed = subprocess.run(command(setup, run), capture_output=True, text=True, timeout=300)
-    assert resumed.returncode == 0, resumed.stderr
-    assert losses(setup, run) == losses(setup, "whole")
+def finish(jobs, directory, run, *overrides, ranks=1):
+    return jobs.run(directory / "recipe.yaml", f"checkpoint.dir={directory / run}", *overrides, ranks=ranks)
 
 
-@pytest.mark.parametrize("attempt", range(2))
-def test_resume_after_sigkill_at_a_random_moment_is_bit_exact(setup, attempt):
+@pytest.mark.parametrize("kind", ["SIGTERM", "SIGUSR1"])
+def test_resume_after_signal_is_bit_exact(jobs, setup, kind):
+    interrupt(jobs, setup, kind, kind, 6)
+    stopped_at = metrics(setup, kind)[-1]["step"]
+    assert 6 <= stopped_at < STEPS
+    assert complete_iterations(setup / kind / "checkpoints")[-1] == stopped_at
+    finish(jobs, setup, kind)
+    assert losses(setup, kind) == losses(setup, "whole")
+
+
+@pytest.mark.parametrize("attempt", [0, *(pytest.param(n, marks=pytest.mark.full) for n in range(1, 10))])
+def test_resume_after_sigkill_at_a_random_moment_is_bit_exact(jobs, setup, draws, attempt):
     run = f"killed-{attempt}"
-    assert interrupt(setup, run, signal.SIGKILL, after_steps=random.randint(4, 20)) == -signal.SIGKILL
-    resumed = subprocess.run(command(setup, run), capture_output=True, text=True, timeout=300)
-    assert resumed.returncode == 0, resumed.stderr
+    interrupt(jobs, setup, run, "SIGKILL", draws.randint(4, 20))
+    finish(jobs, setup, run)
     assert losses(setup, run) == losses(setup, "whole")
     assert not list((setup / run / "checkpoints").glob(".iter_*")), "a killed save left something behind"
 
 
-def test_resume_with_another_number_of_pipeline_stages(setup):
-    assert interrupt(setup, "moved", signal.SIGTERM, 6, "precision.dtype=float32") == 75
-    resumed = subprocess.run(
-        command(setup, "moved", "precision.dtype=float32", "parallel.pipeline=2", "--processes", "2"),
-        capture_output=True,
-        text=True,
-        timeout=300,
+def test_the_tool_stops_on_a_signal_with_a_checkpoint_and_exit_code_75(setup):
+    process = subprocess.Popen(
+        command(setup, "tool", "train.steps=100000"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    assert resumed.returncode == 0, resumed.stderr
-    whole = subprocess.run(
-        command(setup, "float32", "precision.dtype=float32"), capture_output=True, text=True, timeout=300
-    )
-    assert whole.returncode == 0, whole.stderr
-    for (step, loss, _), (expected_step, expected, _) in zip(
-        losses(setup, "moved"), losses(setup, "float32"), strict=True
-    ):
-        assert step == expected_step
-        assert loss == pytest.approx(expected, rel=1e-5)
+    path = setup / "tool" / "metrics.jsonl"
+    while not path.exists() or len(path.read_bytes().splitlines()) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 75, said
+    assert complete_iterations(setup / "tool" / "checkpoints")[-1] == metrics(setup, "tool")[-1]["step"]
 
 
-def test_a_finished_run_says_so(setup):
-    again = subprocess.run(command(setup, "whole"), capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0
-    assert "done already" in again.stdout
+def test_resume_with_another_number_of_pipeline_stages(jobs, setup):
+    """From the stop on the run is as near the whole one, step for step, as one that had two stages all along."""
+    float32, two = "precision.dtype=float32", "parallel.pipeline=2"
+    interrupt(jobs, setup, "moved", "SIGTERM", 6, float32)
+    stopped = len(losses(setup, "moved"))
+    finish(jobs, setup, "moved", float32, two, ranks=2)
+    finish(jobs, setup, "float32", float32)
+    finish(jobs, setup, "float32-pp2", float32, two, ranks=2)
+    moved, whole, other = (np.array(losses(setup, name)) for name in ("moved", "float32", "float32-pp2"))
+    assert (moved[:, 0] == whole[:, 0]).all()
+    assert (moved[:stopped] == whole[:stopped]).all()
+    off, allowed = (np.sqrt(np.mean((run - whole) ** 2, 0)) for run in (moved, other))
+    assert (off <= AS_GOOD * allowed).all(), (off, allowed)
+    assert (allowed < 1e-4 * whole.mean(0)).all()
+
+
+def test_a_finished_run_says_so(jobs, setup):
+    assert "done already" in finish(jobs, setup, "whole")
     assert len(losses(setup, "whole")) == STEPS
 
 
 def test_another_recipe_is_refused_on_resume(setup):
-    refused = subprocess.run(
-        command(setup, "whole", "context.rope.factor=8", "train.steps=80"), capture_output=True, text=True, timeout=300
-    )
-    assert refused.returncode == 2
-    assert "context.rope.factor=8.0" in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+    refused = run_tool("extend", *command(setup, "whole", "context.rope.factor=8", "train.steps=80")[2:])
+    assert_one_line_error(refused, "context.rope.factor=8.0")
 
 
 @pytest.mark.parametrize("size", ["2m", "3m"], ids=["before", "while-writing"])
-def test_full_disk_is_said_in_one_line_and_keeps_the_newest_checkpoint(setup, tmp_path, size):
+def test_full_disk_is_said_in_one_line_and_keeps_the_newest_checkpoint(jobs, setup, tmp_path, size):
     """A checkpoint of this model takes 2.6 MB: none fits, or the first does and the second does not."""
     with file_system_of(tmp_path / "disk", size) as disk:
-        arguments = command(setup, disk / "run", "checkpoint.interval=2", f"data.cache={setup / 'cache'}")
-        result = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-        assert_one_line_error(result, "checkpoint.dir", "no space left")
+        keys = f"checkpoint.dir={disk / 'run'}", "checkpoint.interval=2", f"data.cache={setup / 'cache'}"
+        said = jobs.run(setup / "recipe.yaml", *keys, ranks=1, codes=(2,))
+        (line,) = [line for line in said.splitlines() if "error" in line.lower()]
+        assert line.startswith("error: ")
+        assert "checkpoint.dir" in line
+        assert "no space left" in line
+        assert "Traceback" not in said
         checkpoints = disk / "run" / "checkpoints"
         assert complete_iterations(checkpoints) == ([] if size == "2m" else [2])
         assert not list(checkpoints.glob(".iter_*"))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -12,12 +11,12 @@ import psutil
 import pytest
 from parallel.jobs import Jobs, steps_of
 from parallel.test_checkpoints import assert_same, everything
-from small import run_tool, small_llama, text
+from small import PATIENCE, run_tool, small_llama, text
 
 from endprompt_megatron.checkpoint.layout import complete_iterations, iteration_dir
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
-STEPS, INTERVAL, KILLS = 48, 3, 20
+STEPS, INTERVAL = 48, 3
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def newest(run):
 def stop_after(jobs, run, step, place, *overrides):
     """Go on with a run until `step` is logged, then ask it to stop: it saves and exits with 75."""
     job = jobs.start(place / "recipe.yaml", f"checkpoint.dir={run}", "train.steps=3000", *overrides)
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + PATIENCE
     while not any(logged >= step for logged, _, _ in steps_of(run)):
         assert all(process.is_alive() for process in job.processes), job.said()
         assert time.monotonic() < deadline, job.said()
@@ -68,41 +67,42 @@ def stop_after(jobs, run, step, place, *overrides):
     assert job.wait() == [75, 75], job.said()
 
 
-def test_killed_at_any_moment_it_resumes_to_the_last_bit(jobs, place):
-    """Twenty runs in a chain, each killed and gone on from; saves with and without a thread, one or both ranks.
+def test_killed_at_any_moment_it_resumes_to_the_last_bit(jobs, place, draws, few_or_many):
+    """Runs in a chain, each killed and gone on from; saves with and without a thread, one or both ranks.
 
     What is lost is at most the interval.  A save beside the training is not there until it is written, which
     the next save waits for: there, at most two.
     """
-    run, generator = place / "killed", random.Random()
+    run, kills = place / "killed", few_or_many(4, 20)
     saves = run / "checkpoints"
     logged = lost = written = 0
-    for attempt in range(KILLS):
+    for attempt in range(kills):
         beside = attempt % 2 == 1
         before, log = newest(run), steps_of(run) if run.is_dir() else []
         asynchronous = f"checkpoint.async={str(beside).lower()}"
         job = jobs.start(place / "recipe.yaml", f"checkpoint.dir={run}", asynchronous, "train.steps=3000")
         # Half of them while something is written, the others at any moment: starting, loading, training.
-        until = time.monotonic() + generator.uniform(0.0, 4.0)
+        until = time.monotonic() + draws.uniform(0.0, 4.0)
         leftover = {entry.stat().st_ino for entry in saves.glob(".iter_*.partial")} if saves.is_dir() else set()
         while time.monotonic() < until or (attempt % 4 < 2 and not growing(saves, leftover)):
             assert all(process.is_alive() for process in job.processes), job.said()
-            assert time.monotonic() < until + 60, job.said()
+            assert time.monotonic() < until + PATIENCE, job.said()
             time.sleep(0.002)
-        time.sleep(generator.uniform(0.0, 0.02))
+        time.sleep(draws.uniform(0.0, 0.02))
         written += growing(saves, leftover)
         children = [child for process in job.processes for child in psutil.Process(process.pid).children(True)]
-        os.kill(generator.choice(job.processes).pid, signal.SIGKILL)
-        time.sleep(generator.choice([0.0, 0.05]))
+        os.kill(draws.choice(job.processes).pid, signal.SIGKILL)
+        time.sleep(draws.choice([0.0, 0.05]))
         job.kill()
-        assert not [child for child in children if child.is_running()], "processes stayed behind"
+        _, alive = psutil.wait_procs(children, PATIENCE)
+        assert not alive, "processes stayed behind"
         logged = max((step for step, _, _ in steps_of(run)), default=0)
         assert newest(run) >= before
         if steps_of(run) != log:  # a run that was killed before its first step left the log of the one before it
             assert logged - newest(run) <= INTERVAL * (2 if beside else 1), job.said()
         lost = max(lost, logged - newest(run))
-    assert written >= KILLS // 4
-    print(f"killed {KILLS} times, {written} while writing; at step {logged}; lost {lost} steps at most")
+    assert written >= kills // 4
+    print(f"killed {kills} times, {written} while writing; at step {logged}; lost {lost} steps at most")
     stop_after(jobs, run, logged + INTERVAL, place, "checkpoint.keep=3")
     stop_after(jobs, place / "never", logged + INTERVAL, place, "checkpoint.keep=0")
     killed, never = steps_of(run), steps_of(place / "never")
@@ -208,7 +208,11 @@ def test_a_second_job_on_the_same_run_is_refused_and_the_first_goes_on(jobs, pla
     assert "done already" in printed
 
 
-WATCHED = ["train.watchdog_floor_s=2", "train.steps=3000", "checkpoint.interval=1000"]
+WATCHED = [
+    "train.watchdog_floor_s=6",  # steps of a busy machine take a second
+    "train.steps=3000",
+    "checkpoint.interval=1000",
+]
 
 
 @pytest.mark.parametrize("kind", ["reads", "stopped"])
@@ -223,7 +227,7 @@ def test_one_rank_hangs_and_all_that_can_say_where_they_are(jobs, place, tmp_pat
         os.kill(job.processes[1].pid, signal.SIGSTOP)
     hung = job.processes if kind == "reads" else job.processes[:1]
     for process in hung:
-        process.join(300)  # however busy the machine: without the watchdog it would never end
+        process.join(PATIENCE)  # without the watchdog it would never end
         assert process.exitcode == 1, job.said()
     job.kill()
     (line,) = [line for line in job.said().splitlines() if line.startswith("watchdog: ")]
@@ -237,13 +241,13 @@ def test_one_rank_hangs_and_all_that_can_say_where_they_are(jobs, place, tmp_pat
 
 
 def test_the_slow_rank_is_named(jobs, place, tmp_path):
-    keys = ["train.steps=10", "train.straggler_interval=5"]
+    keys = ["train.steps=4", "train.straggler_interval=2"]
     printed = jobs.run(place / "recipe.yaml", f"checkpoint.dir={tmp_path / 'run'}", *keys, trouble=("slow", 1, 1))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = [(line["step"], line["stragglers"]) for line in lines if "stragglers" in line]
-    assert [step for step, _ in found] == [5, 10]
+    assert [step for step, _ in found] == [2, 4]
     for _, values in found:
         assert values["rank"] == 1
-        assert values["data_s"] > 0.19
+        assert values["data_s"] > 0.49
         assert values["ratio"] > 1.5
     assert printed.count("slowest rank 1 (") == 2

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from small import ROOT
+from small import PATIENCE, ROOT
 
 IMPORT_EVERYTHING = """
 import pkgutil, importlib, torch, torch.cuda.random
@@ -48,7 +48,7 @@ assert seen() == kept, "a second install wraps what is wrapped already"
 
 def test_importing_every_module_changes_nothing_in_torch_and_install_does():
     result = subprocess.run(
-        [sys.executable, "-c", IMPORT_EVERYTHING], capture_output=True, text=True, timeout=300, cwd=ROOT
+        [sys.executable, "-c", IMPORT_EVERYTHING], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT
     )
     assert result.returncode == 0, result.stderr
 

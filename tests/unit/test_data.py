@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import ROOT
+from small import PATIENCE, ROOT
 from unit.building import build
 
 from endprompt_megatron.common.errors import InputError
@@ -327,7 +327,7 @@ def test_two_ranks_and_no_ranks_read_the_same_samples(tmp_path):
         )
         for rank in range(2)
     ]
-    results = [rank.communicate(timeout=120) for rank in ranks]
+    results = [rank.communicate(timeout=PATIENCE) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], results
     assert results[0][0] == results[1][0]
 

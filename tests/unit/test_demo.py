@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from small import assert_one_line_error, run_tool
+from small import PATIENCE, assert_one_line_error, run_tool
 
 from endprompt_megatron.common import packages
 from endprompt_megatron.common.errors import InputError
@@ -196,7 +196,7 @@ def test_control_c_lets_the_demo_training_write_its_checkpoint(tmp_path):
         "def stop(*_): print('checkpoint', flush=True); sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         "print('training', flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(3600)\n"
     )
     driver = (
         "import sys; from pathlib import Path; from endprompt_megatron.demo import execution, stages as demo\n"
@@ -218,7 +218,7 @@ def test_control_c_lets_the_demo_training_write_its_checkpoint(tmp_path):
         if line == "training\n":
             break
     os.killpg(process.pid, signal.SIGINT)
-    after, _ = process.communicate(timeout=60)
+    after, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, "".join(before) + after
     assert "checkpoint\n" in after
     assert "Traceback" not in after

@@ -6,13 +6,13 @@ import sys
 import time
 
 import pytest
-from small import ROOT
+from small import PATIENCE, ROOT
 
 # Rank r leaves with the r-th code, or waits for a lost rank if it is "wait".
 RANK = """
 import os, sys, time
 code = sys.argv[1:][int(os.environ["RANK"])]
-time.sleep(60) if code == "wait" else sys.exit(int(code))
+time.sleep(3600) if code == "wait" else sys.exit(int(code))
 """
 LISTENER = """
 import os, signal, sys, time
@@ -22,7 +22,7 @@ def stop(number, frame):
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
     signal.signal(number, stop)
 open(sys.argv[1] + os.environ["RANK"] + ".ready", "w").close()
-time.sleep(60)
+time.sleep(3600)
 """
 SPAWN = (
     "import sys; from endprompt_megatron.distributed.launch import spawn; "
@@ -52,22 +52,20 @@ def launch(script, *arguments, processes):
 def test_spawn_returns_the_most_serious_exit_code(tmp_path, codes, expected):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    assert launch(script, *codes, processes=2).wait(30) == expected
+    assert launch(script, *codes, processes=2).wait(PATIENCE) == expected
 
 
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_failed_rank_ends_the_ranks_that_wait_for_it(tmp_path, code):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    started = time.monotonic()
-    assert launch(script, "wait", code, processes=2).wait(30) == code
-    assert time.monotonic() - started < 25
+    assert launch(script, "wait", code, processes=2).wait(PATIENCE) == code
 
 
 def test_a_rank_killed_by_a_signal_makes_spawn_fail(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    assert launch(script, processes=2).wait(30) == 1
+    assert launch(script, processes=2).wait(PATIENCE) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
@@ -75,11 +73,11 @@ def test_spawn_forwards_a_signal_to_every_rank(tmp_path, number):
     script = tmp_path / "rank.py"
     script.write_text(LISTENER)
     process = launch(script, f"{tmp_path}/", processes=2)
-    deadline = time.monotonic() + 30
-    while len(list(tmp_path.glob("*.ready"))) < 2 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("*.ready"))) < 2:
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(30) == 75
+    assert process.wait(PATIENCE) == 75
     assert [int((tmp_path / f"{rank}.signal").read_text()) for rank in range(2)] == [number] * 2
 
 
@@ -90,7 +88,7 @@ def test_spawn_sets_the_environment_variables_of_torchrun(tmp_path):
         "found = ' '.join(os.environ[n] for n in 'RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT'.split())\n"
         "os.write(1, f'{found}\\n'.encode())  # at once: print may write word by word, and three ranks share a pipe\n"
     )
-    out, _ = launch(script, processes=3).communicate(timeout=30)
+    out, _ = launch(script, processes=3).communicate(timeout=PATIENCE)
     ranks = sorted(line.split() for line in out.splitlines())
     assert [rank[:4] for rank in ranks] == [[str(r), str(r), "3", "127.0.0.1"] for r in range(3)]
     assert len({rank[4] for rank in ranks}) == 1

@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from small import PATIENCE
 
 from endprompt_megatron.config.load import load_recipe
 
@@ -95,7 +96,7 @@ def test_the_published_recipe_is_the_published_setting():
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_comes_without_the_heavy_imports(name, tmp_path):
     command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / f"{name}.py"), "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "usage:" in result.stdout
     imported = {
@@ -139,7 +140,7 @@ def test_scripts_are_executable_and_shell_is_strict():
 
 
 def test_make_alone_lists_every_command():
-    result = subprocess.run(["make"], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    result = subprocess.run(["make"], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     for command in ("demo", "demo-control", "test", "lint", "clean"):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE), command

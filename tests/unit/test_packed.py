@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import ROOT
+from small import PATIENCE, ROOT
 from unit.building import build
 from unit.test_data import PROMPTS, settings, write_dataset
 from unit.test_packing import LENGTHS
@@ -252,7 +252,7 @@ def test_two_ranks_and_no_ranks_read_the_same_rows(tmp_path):
         )
         for rank in range(2)
     ]
-    results = [rank.communicate(timeout=300) for rank in ranks]
+    results = [rank.communicate(timeout=PATIENCE) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], results
     expected = [
         hashlib.sha256(json.dumps(rows_of(dataset, 6)).encode()).hexdigest()

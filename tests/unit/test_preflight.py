@@ -103,7 +103,7 @@ def test_predicted_checkpoint_size_equals_the_size_of_a_written_one(place, exten
 def test_a_run_directory_in_use_is_refused_and_an_abandoned_one_is_not(place, at):
     holder = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import time\n"
     holder += "from endprompt_megatron.distributed.run_lock import RunLock\n"
-    holder += "RunLock(Path('run')).acquire(); print('held', flush=True); time.sleep(120)"
+    holder += "RunLock(Path('run')).acquire(); print('held', flush=True); time.sleep(3600)"
     other = subprocess.Popen([sys.executable, "-c", holder, str(ROOT)], cwd=place, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"

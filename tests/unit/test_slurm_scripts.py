@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import pytest
-from small import ROOT
+from small import PATIENCE, ROOT
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 EXTEND = [script for script in SCRIPTS if script.name.startswith("extend_")]
@@ -18,7 +18,7 @@ def bash(*command: object, **environment: object) -> subprocess.CompletedProcess
     clean = {k: v for k, v in os.environ.items() if k not in SETTINGS and not k.startswith(("SLURM_", "EVALUATE_"))}
     values = {key: str(value) for key, value in environment.items()}
     return subprocess.run(
-        ["bash", *map(str, command)], capture_output=True, text=True, env={**clean, **values}, timeout=30
+        ["bash", *map(str, command)], capture_output=True, text=True, env={**clean, **values}, timeout=PATIENCE
     )
 
 

@@ -2,10 +2,9 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
-from small import ROOT
+from small import PATIENCE, ROOT
 
 from endprompt_megatron.distributed.watchdog import Watchdog, _ranges, place_of, slowest
 
@@ -65,48 +64,43 @@ from endprompt_megatron.distributed.watchdog import Watchdog
 watchdog = Watchdog(Path(sys.argv[1]), 0, ["here, local rank 0"], factor=10.0, floor=0.5)
 watchdog.start()
 for step in range(1, 6):
-    watchdog.step_begins(step)
-    time.sleep(0.02)
+    watchdog.step_begins(step)  # ends at once: on a busy machine a pause could last half a second
     watchdog.step_ends()
 watchdog.step_begins(6)
 if sys.argv[2] == "sleep":
-    time.sleep(60)
+    time.sleep(3600)
 elif sys.argv[2] == "hold":
     import ctypes  # PyDLL keeps Python's lock while it calls: no other Python thread runs
-    ctypes.PyDLL(None).sleep(60)
+    ctypes.PyDLL(None).sleep(3600)
 watchdog.end()
 print("ended well")
 """
 
 
 def run(tmp_path, how):
-    begun = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", HANGING, str(tmp_path), how], capture_output=True, text=True, timeout=50, cwd=ROOT
+    return subprocess.run(
+        [sys.executable, "-c", HANGING, str(tmp_path), how], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT
     )
-    return done, time.monotonic() - begun
 
 
 def test_watchdog_ends_a_hung_process_with_1_and_writes_its_stacks(tmp_path):
-    done, took = run(tmp_path, "sleep")
+    done = run(tmp_path, "sleep")
     assert done.returncode == 1
-    assert took < 45
     (line,) = done.stderr.splitlines()
     assert line.startswith("watchdog: step 6 has taken ")
     assert "rank 0 in <module>" in line
     stacks = (tmp_path / "rank_0.txt").read_text()
     assert stacks.startswith("== rank 0 (here, local rank 0), ")
-    assert 'File "<string>", line 14 in <module>' in stacks
+    assert 'File "<string>", line 13 in <module>' in stacks
 
 
 def test_watchdog_ends_a_process_that_never_releases_pythons_lock(tmp_path):
-    done, took = run(tmp_path, "hold")
+    done = run(tmp_path, "hold")
     assert done.returncode == 1
-    assert took < 45
-    assert 'File "<string>", line 17 in <module>' in (tmp_path / "rank_0.txt").read_text()
+    assert 'File "<string>", line 16 in <module>' in (tmp_path / "rank_0.txt").read_text()
 
 
 def test_watchdog_of_a_process_that_ends_normally_leaves_no_file(tmp_path):
-    done, _ = run(tmp_path, "not")
+    done = run(tmp_path, "not")
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended well\n", "")
     assert not list(tmp_path.iterdir())
