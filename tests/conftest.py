@@ -23,6 +23,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random draws: --seed {config.option.seed}"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Side by side (-n 2 --dist loadgroup): a file of tests/unit is a group; all tests that start several processes are
     # one, so that they have each other's ports and cores to themselves.
