@@ -6,8 +6,8 @@ STEPS ?= 70
 ARGS ?=
 PYTEST_ARGS ?=
 
-# Unit tests beside those that start several processes: tests/conftest.py has the groups.
-SIDE_BY_SIDE := -n 2 --dist loadgroup
+# Unit tests beside those that start several processes: tests/conftest.py says which go together.
+SIDE_BY_SIDE := -n 2 --dist loadscope
 
 VENV := .venv
 PY := $(VENV)/bin/python

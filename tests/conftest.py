@@ -23,14 +23,24 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random draws: --seed {config.option.seed}"
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Two workers side by side: one has all tests that start several processes, the other those of tests/unit, file by
+    file, and helps itself to what is left.
+
+    Ranks and Slurm's jobs then have their ports to themselves, and what a module sets up is set up once.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return file if file.startswith("tests/unit/") else "several processes"
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Side by side (-n 2 --dist loadgroup): a file of tests/unit is a group; all tests that start several processes are
-    # one, so that they have each other's ports and cores to themselves.
-    for item in items:
-        folder = item.path.parent.name
-        group = f"{folder}/{item.path.name}" if folder == "unit" else "several processes"
-        item.add_marker(pytest.mark.xdist_group(group))
     if config.option.all:
         return
     full = [item for item in items if item.get_closest_marker("full")]

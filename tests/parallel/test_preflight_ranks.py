@@ -118,7 +118,7 @@ def test_versions_that_differ_are_named_with_their_nodes(over):
     assert "2.6 or later is needed" in said
     assert found["driver"] == (
         "warn",
-        "none on n1, n2, n4, 550.54 on n3; nodes differ: use one container or environment on all of them",
+        "none on n1, n2, n4, 550.54 on n3; nodes differ: use the same container or environment on all of them",
     )
 
 

@@ -48,7 +48,7 @@ def test_place_of_a_frame_is_the_line_of_this_package_and_the_innermost_function
     watchdog = Watchdog(tmp_path, 0, NAMES, factor=0.0, floor=60.0)
     watchdog.now = (Recording(), "step 1", 60.0)
     watchdog.step_ends()
-    assert place_of(frames[0]).startswith("watchdog.py:")
+    assert place_of(frames[0]).startswith("distributed/watchdog.py:")
     assert place_of(frames[0]).endswith(" step_ends (__sub__)")
 
 
