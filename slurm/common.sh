@@ -110,8 +110,6 @@ environment() {
     export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
     # Tensors in flight are kept by reference and not by stream, which holds memory longer.
     export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
-    # A rank that is lost ends the collectives of the others instead of leaving them waiting.
-    export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
     export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 }
