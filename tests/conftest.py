@@ -25,17 +25,27 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Two workers side by side: one has all tests that start several processes, the other those of tests/unit, file by
-    file, and helps itself to what is left.
+    """Two workers side by side, file by file: one begins with those that start several processes, Slurm's first, the
+    other with tests/unit; the first that runs out of its own helps with the other's.
 
-    Ranks and Slurm's jobs then have their ports to themselves, and what a module sets up is set up once.
+    What a module sets up is set up once, and ranks have the cores to themselves for most of the time.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::", 1)[0]
-            return file if file.startswith("tests/unit/") else "several processes"
+            return "tests/slurm" if file.startswith("tests/slurm") else file  # one Slurm is started, once
+
+        def _assign_work_unit(self, node) -> None:
+            first = node is next(iter(self.assigned_work))
+            ours = [scope for scope in self.workqueue if scope.startswith("tests/unit/") != first]
+            # From the others' end: what they come to last.
+            chosen = ours[0] if ours else next(reversed(self.workqueue))
+            if first and "tests/slurm" in self.workqueue:
+                chosen = "tests/slurm"
+            self.workqueue.move_to_end(chosen, last=False)
+            super()._assign_work_unit(node)
 
     return ByFile(config, log)
 
