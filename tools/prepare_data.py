@@ -23,7 +23,8 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help=".txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; a directory of them, a glob, or a saved `datasets`",
+        help=".txt, .jsonl, .ndjson, .json (a record a line, or one array), .parquet; texts and JSON also .gz, .zst, "
+        ".xz or .bz2; a directory of them, a glob, or a saved `datasets`",
     )
     parser.add_argument(
         "--manifest", metavar="FILE", help="further inputs, one a line, relative to FILE; or JSON lines"

@@ -4,6 +4,7 @@ A tool's `main` runs inside `run_cli`: an `InputError` becomes one line on stder
 without a traceback; everything unexpected keeps its traceback and exits 1.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +29,9 @@ class TrainingError(Exception):
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a tool's `main` and leave the process with the exit code of the contract (module docstring)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         code = main() or EXIT_DONE
     except InputError as error:

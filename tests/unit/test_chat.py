@@ -153,12 +153,12 @@ def test_bad_conversations_are_refused_with_their_place_or_skipped_and_counted(t
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join([*lines, lines[0]]) + "\n")
     arguments = ["--input", path, "--tokenizer", tokenizers["chatml"], "--out", tmp_path / "out", "--chat"]
-    assert_one_line_error(run_tool("prepare_data", *arguments), f"{path}:2: empty line; expected a JSON object")
+    assert_one_line_error(run_tool("prepare_data", *arguments), f"{path}:3: not JSON")
     assert not list(tmp_path.glob(".out*"))
     manifest = prepare([str(path)], str(tokenizers["chatml"]), str(tmp_path / "out"), chat="auto", skip_bad=True)
     skipped = manifest["skipped"]
     assert {kind: bad["count"] for kind, bad in skipped.items()} == dict.fromkeys(
-        ("empty_line", "not_json", "no_answer", "no_conversation", "special_token", "empty_conversation"), 1
+        ("not_json", "no_answer", "no_conversation", "special_token", "empty_conversation"), 1
     )
     assert skipped["no_answer"]["first"] == [f"{path}:4: the last turn is the user's; there is no answer to learn from"]
     assert f"{path}:6: turn 1 contains '<|im_end|>'" in skipped["special_token"]["first"][0]
@@ -242,7 +242,7 @@ def test_options_for_texts_are_refused_with_chat(tmp_path, options, needle):
 def test_chat_refuses_a_txt_and_a_missing_template_file(tokenizers, tmp_path):
     (tmp_path / "chats.txt").write_text("hello")
     tokenizer, out = str(tokenizers["chatml"]), str(tmp_path / "out")
-    with pytest.raises(InputError, match=r"chats.txt: a .txt has no turns"):
+    with pytest.raises(InputError, match=r"chats.txt: a text has no turns"):
         prepare([str(tmp_path / "chats.txt")], tokenizer, out, chat="auto")
     files = [write_chats(tmp_path / "chats.jsonl", [TALK])]
     with pytest.raises(InputError, match=r"--chat-template none.jinja: cannot be read"):

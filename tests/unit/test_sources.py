@@ -1,14 +1,17 @@
 """What --input and --manifest may name, and that every way of storing the same documents gives the same dataset."""
 
+import bz2
+import codecs
 import gzip
 import json
+import lzma
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from small import small_tokenizer, text
+from small import run_tool, small_tokenizer, text
 from unit.preparing import expected_documents, stored_documents, write_jsonl
 
 from endprompt_megatron.common.errors import InputError
@@ -36,7 +39,7 @@ def tree(tmp_path) -> Path:
 
 
 def names(root: Path, inputs: list[str], manifest: Path | None = None) -> list[str]:
-    found = sources_of([str(root / name) for name in inputs], manifest and str(manifest), "text")
+    found = sources_of([str(root / name) for name in inputs], manifest and str(manifest), "text")[0]
     return [os.path.relpath(source.path, root) for source in found]
 
 
@@ -46,7 +49,7 @@ def read(source: Path | str, step: int | None = None, split_blank_lines: int = 0
     with pytest.MonkeyPatch.context() as patch:
         if step:
             patch.setattr(chunks, "_CHUNK_BYTES", step)
-        cut = chunks_of(sources_of([str(source)], None, "text"), reading)
+        cut = chunks_of(sources_of([str(source)], None, "text")[0], reading)
     return [document for piece in cut for _, document in documents(piece, reading)]
 
 
@@ -63,7 +66,7 @@ def test_paths_of_a_manifest_are_relative_to_it(tree, monkeypatch):
     manifest.write_text('two.jsonl\n\n{"path": "../a.jsonl", "text_field": "body"}\n  ../c*.txt  \n')
     monkeypatch.chdir("/")
     assert names(tree, ["b/one.txt"], manifest) == ["b/one.txt", "b/two.jsonl", "a.jsonl", "c[1].txt"]
-    fields = [source.text_field for source in sources_of([], str(manifest), "text")]
+    fields = [source.text_field for source in sources_of([], str(manifest), "text")[0]]
     assert fields == ["text", "body", "text"]
 
 
@@ -118,13 +121,116 @@ def test_files_of_the_real_compressors_are_read(tmp_path, tool):
     assert read(source) == TEXTS
 
 
+def test_zstd_of_the_largest_window_is_read(tmp_path):
+    """zstd --long=31, as large dumps are packed; the library alone refuses more than 128 MiB."""
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # no size in its header
+    (tmp_path / "a.jsonl.zst").write_bytes(writer.compress(jsonl_bytes(TEXTS)) + writer.flush())
+    assert read(tmp_path / "a.jsonl.zst") == TEXTS
+
+
+COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+RECORDS = [{"id": number, "text": each} for number, each in enumerate(TEXTS)]
+CONTENTS = {
+    "lines": jsonl_bytes(TEXTS),
+    "lines-and-blank-lines": b"\n" + jsonl_bytes(TEXTS).replace(b"}\n", b"}\n\n \t\r\n") + b"\n\n",
+    "crlf": jsonl_bytes(TEXTS).replace(b"\n", b"\r\n"),
+    "no-last-line-break": jsonl_bytes(TEXTS).rstrip(),
+    "array": json.dumps(RECORDS).encode(),
+    "array-over-lines": json.dumps(RECORDS, indent=2, ensure_ascii=False).encode(),
+    "array-a-record-a-line": b"[\n" + b",\n".join(jsonl_bytes(TEXTS).splitlines()) + b"\n]\n",
+    "array-after-a-mark": codecs.BOM_UTF8 + b"\n " + json.dumps(RECORDS).encode(),
+    "objects-over-lines": b"\n".join(json.dumps(each, indent=4).encode() for each in RECORDS),
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".ndjson", ".JSONL", ".Json"])
+@pytest.mark.parametrize("compression", COMPRESSORS)
+def test_json_of_every_form_ending_and_compression_gives_the_same_texts(tmp_path, content, ending, compression):
+    source = tmp_path / f"a{ending}{compression}"
+    source.write_bytes(COMPRESSORS[compression](CONTENTS[content]))
+    assert read(source, 100) == TEXTS
+
+
+@pytest.mark.parametrize("compression", COMPRESSORS)
+@pytest.mark.parametrize("ending", [".txt", ".TXT", ".text"])
+def test_texts_are_read_compressed_too_and_split(tmp_path, ending, compression):
+    source = tmp_path / f"a{ending}{compression}"
+    source.write_bytes(COMPRESSORS[compression]("\n\n\n\n".join(TEXTS).encode()))
+    assert read(source, 100) == ["\n\n\n\n".join(TEXTS)]
+    assert read(source, 100, split_blank_lines=2) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "message"),
+    [
+        ("a.json", b'[{"text": "a"}, {"text": "b"', "not_json", "not a JSON array"),
+        ("a.json", b"[]", "empty_file", "an array without elements"),
+        ("a.json", b'[{"text": "caf\xe9"}]', "not_utf8", "not UTF-8 at byte 14"),
+        ("a.json", b'[{"text": "a"}, 3]', "no_field", "no field 'text' (int)"),
+        ("a.json", b'[{"text": "\\ud800"}]', "lone_surrogate", "lone surrogate at character 0"),
+        ("a.json", b'{\n "data": [{"text": "a"}]\n}', "no_field", "no field 'text' (keys data)"),
+        ("a.json", b'{\n "text": "a"\n}\n{\n "text": ', "not_json", "not JSON"),
+        ("a.txt.gz", gzip.compress(b"abc" * 99)[:-9], "broken_file", "broken gzip"),
+        ("a.txt.xz", b"none", "broken_file", "broken xz"),
+        ("a.json.bz2", bz2.compress(b"[1]" * 99)[:-9], "broken_file", "broken bzip2"),
+        ("a.txt.gz", gzip.compress(b"caf\xe9"), "not_utf8", "not UTF-8 at byte 3"),
+        ("a.txt.gz", gzip.compress(b""), "empty_file", "gzip of an empty file"),
+    ],
+    ids=range(12),
+)
+def test_what_is_wrong_with_an_array_or_a_compressed_file_is_said(tmp_path, name, content, kind, message):
+    (tmp_path / name).write_bytes(content)
+    bad = read(tmp_path / name)[-1]
+    assert (bad.kind, bad.message[: len(message)]) == (kind, message)
+
+
+def test_files_of_a_directory_that_are_not_read_are_listed(tmp_path, tokenizer):
+    for name in ("a.jsonl", "b.json", "sub/C.JSONL"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(jsonl_bytes(TEXTS[:5]))
+    others = ["README.md", "d.csv", "dataset_infos.json", "e.parquet.gz", "sub/f.jsonl.lz4"]
+    for name in others:
+        (tmp_path / "in" / name).write_bytes(b"{}")
+    run = run_tool("prepare_data", "--input", tmp_path / "in", "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    assert run.returncode == 0, run.stderr
+    assert all(name in run.stdout for name in others)
+    manifest = json.loads((tmp_path / "out.json").read_text())
+    assert manifest["not_read"] == [str(tmp_path / "in" / name) for name in others]
+    assert manifest["documents"] == 15
+
+
+def test_names_that_are_not_utf8_are_read_and_written_into_the_manifest(tmp_path, tokenizer):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.jsonl"
+    Path(os.fsdecode(name)).write_bytes(jsonl_bytes(TEXTS))
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9out")
+    run = run_tool("prepare_data", "--input", os.fsdecode(name), "--tokenizer", tokenizer, "--out", out)
+    assert run.returncode == 0, run.stderr
+    manifest = json.loads(Path(out + ".json").read_text())
+    assert os.fsencode(manifest["sources"][0]["path"]) == name
+    assert manifest["documents"] == 40
+
+
 @pytest.mark.parametrize("step", [50, 400, 10**6])
 def test_parquet_of_every_string_type_compression_and_row_group(tmp_path, step):
     import pyarrow
     import pyarrow.parquet
 
-    for number, kind in enumerate((pyarrow.string(), pyarrow.large_string())):
-        table = pyarrow.table({"n": list(range(40)), "text": pyarrow.array(TEXTS, kind)})
+    kinds = {
+        "string": pyarrow.array(TEXTS),
+        "large_string": pyarrow.array(TEXTS, pyarrow.large_string()),
+        "string_view": pyarrow.array(TEXTS, pyarrow.string_view()),
+        "dictionary": pyarrow.array(TEXTS).dictionary_encode(),
+        "large_dictionary": pyarrow.array(TEXTS, pyarrow.large_string()).dictionary_encode(),
+        "binary": pyarrow.array([each.encode() for each in TEXTS], pyarrow.binary()),
+        "large_binary": pyarrow.array([each.encode() for each in TEXTS], pyarrow.large_binary()),
+        "binary_view": pyarrow.array([each.encode() for each in TEXTS], pyarrow.binary_view()),
+    }
+    for number, column in kinds.items():
+        table = pyarrow.table({"n": list(range(40)), "text": column})
         for compression in ("snappy", "zstd", "none"):
             source = tmp_path / f"{number}{compression}.parquet"
             pyarrow.parquet.write_table(table, source, row_group_size=3, compression=compression)

@@ -1,20 +1,21 @@
 """Sources as chunks of work: what one worker reads at a time.
 
-A chunk is a byte range of a .jsonl or of a .txt that is split, row groups of a .parquet, record batches of a saved
-dataset, or a complete file: a .jsonl.gz or .jsonl.zst, which cannot be read from the middle, and a .txt that is one
-document.  Chunks depend on the files alone, never on the number of workers, and their order is the order of the
-documents.
+A chunk is a byte range of JSON lines or of a text that is split, row groups of a .parquet, record batches of a saved
+dataset, or a complete file: one that is compressed or a JSON array, which cannot be read from the middle, and a text
+that is one document.  Chunks depend on the files alone, never on the number of workers, and their order is the order
+of the documents.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from endprompt_megatron.data.corpus import columns
-from endprompt_megatron.data.corpus.inputs import ARROW, Source
+from endprompt_megatron.data.corpus.inputs import ARROW, LINES, PARQUET, TEXT, Source
 
 _CHUNK_BYTES = 8 << 20
 _MAX_CHUNKS = 4096
-_RATIOS = {".jsonl.gz": 4, ".jsonl.zst": 5}  # text shrinks by about so much: this balances the ranks' shares
+# Text shrinks by about so much: this balances the ranks' shares.
+_RATIOS = {"gzip": 4, "zstd": 5, "bzip2": 5, "xz": 6}
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,13 @@ def chunks_of(sources: list[Source], reading: Reading) -> list[Chunk]:
 
 def _chunks(source: Source, reading: Reading, step: int) -> list[Chunk]:
     size = source.bytes
-    if source.kind == ".jsonl" or (source.kind == ".txt" and reading.split_blank_lines):
+    in_lines = source.kind == LINES or (source.kind == TEXT and reading.split_blank_lines)
+    if in_lines and not source.compression:
         starts = range(0, size, step)
         return [Chunk(source, start, min(start + step, size), min(step, size - start)) for start in starts]
-    if source.kind in (".parquet", ARROW):
+    if source.kind in (PARQUET, ARROW):
         return list(_grouped(source, columns.sizes_of(source, reading.chat), step))
-    return [Chunk(source, 0, size, size * _RATIOS.get(source.kind, 1))]
+    return [Chunk(source, 0, size, size * _RATIOS.get(source.compression, 1))]
 
 
 def _grouped(source: Source, sizes: list[int], step: int) -> Iterator[Chunk]:

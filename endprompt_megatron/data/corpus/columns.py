@@ -9,7 +9,7 @@ from typing import Any
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.data.corpus.chat_formats import COLUMNS, conversation_of, format_of
-from endprompt_megatron.data.corpus.inputs import ARROW, Source
+from endprompt_megatron.data.corpus.inputs import ARROW, PARQUET, Source
 from endprompt_megatron.data.corpus.rejects import Reject
 
 _ROWS = 1024
@@ -47,10 +47,10 @@ def sizes_of(source: Source, chat: str | None = None) -> list[int]:
 
 def rows(source: Source, start: int, stop: int, chat: str | None = None) -> Iterator[tuple[int, str | Reject]]:
     """(number, text) of each row of the row groups or record batches `start`..`stop`, numbered from 1 in the file."""
-    kind = source.kind.lstrip(".")
+    kind = source.kind
     batches = _batches if source.kind == ARROW else _groups
     # Row groups are read one by one: a damaged one does not affect the others.
-    alone = source.kind == ".parquet" and start < stop
+    alone = source.kind == PARQUET and start < stop
     for begin, end in [(group, group + 1) for group in range(start, stop)] if alone else [(start, stop)]:
         try:
             for before, batch in batches(source, begin, end, chat):
@@ -112,7 +112,15 @@ def _texts(column: Any, field: str) -> Iterator[str | Reject]:
     except UnicodeDecodeError:
         texts = [_text(value) for value in column]
     for text in texts:
-        yield Reject("not_text", f"{field!r} is null, not text") if text is None else text
+        if text is None:
+            yield Reject("not_text", f"{field!r} is null, not text")
+        elif isinstance(text, bytes):
+            try:
+                yield text.decode()
+            except UnicodeDecodeError as error:
+                yield _not_utf8(error)
+        else:
+            yield text
 
 
 def _conversations(batch: Any, chat: str) -> Iterator[str | Reject]:
@@ -126,7 +134,11 @@ def _text(value: Any) -> Any:
     try:
         return value.as_py()
     except UnicodeDecodeError as error:
-        return Reject("not_utf8", f"not UTF-8 at byte {error.start} of the text")
+        return _not_utf8(error)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> Reject:
+    return Reject("not_utf8", f"not UTF-8 at byte {error.start} of the text")
 
 
 def _open(path: str) -> Any:
@@ -158,6 +170,16 @@ def _columns(schema: Any, source: Source, chat: str | None) -> list[str]:
             f"{source.path}: no column {field!r} (columns {', '.join(names[:8])}); --text-field names another"
         )
     kind = schema.field(field).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    # Spark writes text as binary, polars as views, pandas' categories are dictionaries.
+    if not any(is_a(plain) for is_a in _texts_in(pyarrow.types)):
         raise InputError(f"{source.path}: column {field!r} is {kind}, not text")
     return [field]
+
+
+def _texts_in(types: Any) -> tuple:
+    """pyarrow's tests of the types that hold text."""
+    return (
+        *(types.is_string, types.is_large_string, types.is_string_view),
+        *(types.is_binary, types.is_large_binary, types.is_binary_view),
+    )

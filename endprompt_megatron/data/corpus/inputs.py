@@ -4,27 +4,54 @@ A source is one file with documents in it.  Sources are in the order of the argu
 are sorted by name.  chunks.py cuts sources into work, readers.py takes the documents out.
 """
 
+import codecs
+import contextlib
 import glob
+import io
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+
+import orjson
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
+from endprompt_megatron.data.corpus.decompress import CompressionError, Decompressed
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-ARROW = ".arrow"  # the files of a `datasets` saved to disk; never named by themselves
+TEXT, LINES, JSON, PARQUET = "text", "JSON lines", "JSON", "parquet"
+ARROW = "arrow"  # the files of a `datasets` saved to disk; never named by themselves
+# What a file holds, by the ending of its name, in upper or lower case.
+_ENDINGS = {
+    ".txt": TEXT,
+    ".text": TEXT,
+    ".jsonl": LINES,
+    ".ndjson": LINES,
+    ".json": LINES,  # which a .json often is; one array or object is told by how it begins
+    ".parquet": PARQUET,
+    ".pq": PARQUET,
+}
+# Endings after those of texts and of JSON.
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz", ".bz2": "bzip2"}
+READ = f"{', '.join(_ENDINGS)}; texts and JSON also with {', '.join(_COMPRESSED)} behind it"
+# Files that lie beside the data of a `datasets` and hold no documents.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _MANIFEST_KEYS = {"path", "text_field"}
+_HEAD = 1 << 16
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file: `kind` is one of SUFFIXES or ARROW, `text_field` where the text is in a line or row."""
+    """One file: `kind` is what it holds, `compression` the name of its compression or "".
+
+    `text_field`: where the text is in a line, record or row.
+    """
 
     path: str
     kind: str
+    compression: str
     text_field: str
     bytes: int
     changed: int  # time of last change, ns
@@ -39,19 +66,19 @@ class Source:
             raise InputError(f"{self.path}: changed while it was read; start again when no process writes to it")
 
 
-def sources_of(inputs: list[str], manifest: str | None, text_field: str) -> list[Source]:
-    """All sources, in order.
+def sources_of(inputs: list[str], manifest: str | None, text_field: str) -> tuple[list[Source], list[str]]:
+    """All sources, in order, and the files of directories that are left out, since no document is read from such.
 
-    `inputs` are files, globs, directories (searched through, hidden names and unknown kinds left out) and `datasets`
-    saved to disk; `manifest` names more of them.  Raises InputError for what is missing, unreadable, of unknown
-    kind, or named twice.
+    `inputs` are files, globs, directories (searched through, hidden names apart) and `datasets` saved to disk;
+    `manifest` names more of them.  Raises InputError for what is missing, unreadable, of unknown kind, or named twice.
     """
     found: list[Source] = []
+    left_out: list[str] = []
     for name in inputs:
-        found += _of(name, "--input", text_field)
+        found += _of(name, "--input", text_field, left_out)
     if manifest is not None:
         for where, name, field in _entries(Path(manifest)):
-            found += _of(name, where, field or text_field)
+            found += _of(name, where, field or text_field, left_out)
     if not found:
         raise InputError("--input: no input is given; give files, directories, or a --manifest")
     known: set[str] = set()
@@ -60,15 +87,16 @@ def sources_of(inputs: list[str], manifest: str | None, text_field: str) -> list
         if real in known:
             raise InputError(f"--input {source.path} is given twice; to repeat text, raise its weight in data.train")
         known.add(real)
-    return found
+    return found, left_out
 
 
 def refuse_texts(sources: list[Source]) -> None:
     """Raise InputError for a file that cannot hold conversations."""
     for source in sources:
-        if source.kind == ".txt":
-            kinds = ", ".join(suffix for suffix in SUFFIXES if suffix != ".txt")
-            raise InputError(f"--input {source.path}: a .txt has no turns; --chat reads {kinds} and saved `datasets`")
+        if source.kind == TEXT:
+            raise InputError(
+                f"--input {source.path}: a text has no turns; --chat reads JSON, Parquet and saved `datasets`"
+            )
 
 
 def _entries(manifest: Path) -> Iterator[tuple[str, str, str | None]]:
@@ -95,27 +123,27 @@ def _entries(manifest: Path) -> Iterator[tuple[str, str, str | None]]:
         yield where, str(manifest.parent / path), field
 
 
-def _of(name: str, where: str, field: str) -> list[Source]:
+def _of(name: str, where: str, field: str, left_out: list[str]) -> list[Source]:
     """The sources behind one name.  `where` opens the line of an error."""
     path = Path(name)
     if path.is_dir():
-        found = list(_within(path, where, field))
+        found = list(_within(path, where, field, left_out))
         if not found:
-            raise InputError(f"{where} {name}: no file in this directory is {', '.join(SUFFIXES)}")
+            raise InputError(f"{where} {name}: no file in this directory is {READ}")
         return found
     if not path.exists() and glob.has_magic(name):
         matches = sorted(glob.glob(name, recursive=True))
         if not matches:
             raise InputError(f"{where} {name}: no file matches")
-        return [source for match in matches for source in _of(match, where, field)]
+        return [source for match in matches for source in _of(match, where, field, left_out)]
     if not path.is_file():
         raise InputError(f"{where} {name}: no such file")
-    if not kind_of(name):
-        raise InputError(f"{where} {name}: unknown kind of file; use {', '.join(SUFFIXES)}")
-    return [_source(name, kind_of(name), where, field)]
+    if kind_of(name) is None:
+        raise InputError(f"{where} {name}: unknown kind of file; use {READ}")
+    return [_source(name, where, field)]
 
 
-def _within(directory: Path, where: str, field: str) -> Iterator[Source]:
+def _within(directory: Path, where: str, field: str, left_out: list[str]) -> Iterator[Source]:
     if (directory / "dataset_dict.json").is_file():
         for split in read_json(directory / "dataset_dict.json", "a DatasetDict's list of splits").get("splits", []):
             yield from _saved_dataset(directory / split, where, field)
@@ -127,9 +155,11 @@ def _within(directory: Path, where: str, field: str) -> Iterator[Source]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _within(entry, where, field)
-        elif kind_of(entry.name):
-            yield _source(str(entry), kind_of(entry.name), where, field)
+            yield from _within(entry, where, field, left_out)
+        elif kind_of(entry.name) is None or entry.name in _DESCRIPTIONS:
+            left_out.append(str(entry))
+        else:
+            yield _source(str(entry), where, field)
 
 
 def _saved_dataset(directory: Path, where: str, field: str) -> Iterator[Source]:
@@ -145,19 +175,51 @@ def _saved_dataset(directory: Path, where: str, field: str) -> Iterator[Source]:
             f"{where} {directory}: its rows are selected by an index file; call flatten_indices() before save_to_disk"
         )
     for file in files:
-        yield _source(str(directory / file["filename"]), ARROW, where, field)
+        yield _source(str(directory / file["filename"]), where, field, (ARROW, ""))
 
 
-def _source(path: str, kind: str, where: str, field: str) -> Source:
+def _source(path: str, where: str, field: str, known: tuple[str, str] | None = None) -> Source:
+    kind, compression = known or kind_of(path)
     try:
-        with open(path, "rb") as opened:
-            opened.read(1)
-            state = os.fstat(opened.fileno())
+        with open(path, "rb") as file:
+            state = os.fstat(file.fileno())
+            if kind == LINES and not _is_lines(_head(file, compression)):
+                kind = JSON
+            file.read(1)
     except OSError as error:
-        raise InputError(f"{where} {path}: cannot be read ({error.strerror})") from None
-    return Source(path, kind, field, state.st_size, state.st_mtime_ns)
+        raise InputError(f"{where} {path}: cannot be read ({error.strerror or error})") from None
+    return Source(path, kind, compression, field, state.st_size, state.st_mtime_ns)
 
 
-def kind_of(name: str) -> str:
-    """The suffix of SUFFIXES that the name ends with, "" without one."""
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+def kind_of(name: str) -> tuple[str, str] | None:
+    """What a file of this name holds, and its compression; None for what is not read."""
+    stem, name = name.lower(), name.lower()
+    compression = ""
+    for ending, method in _COMPRESSED.items():
+        if name.endswith(ending):
+            stem, compression = name.removesuffix(ending), method
+    kind = next((kind for ending, kind in _ENDINGS.items() if stem.endswith(ending)), None)
+    return None if kind is None or (kind == PARQUET and compression) else (kind, compression)
+
+
+def _head(file: BinaryIO, compression: str) -> bytes:
+    """The first bytes of a file's content; of a broken one what there is, its reader says the rest."""
+    if not compression:
+        return file.read(_HEAD)
+    with contextlib.suppress(CompressionError):
+        return io.BufferedReader(Decompressed(file, compression), _HEAD).read(_HEAD)
+    return b""
+
+
+def _is_lines(head: bytes) -> bool:
+    """Whether JSON that begins so has a record a line, and is not one array, or one object over several lines."""
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    first, _, rest = head.partition(b"\n")
+    if head[:1] not in (b"[", b"{") or (head[:1] == b"{" and not rest.strip()):
+        return True
+    try:
+        orjson.loads(first)
+    except ValueError:
+        # An array begins on its first line; an object that ends on a later one has nothing but its beginning there.
+        return head[:1] == b"{" and first.strip() != b"{"
+    return head[:1] == b"{" or bool(rest.strip())

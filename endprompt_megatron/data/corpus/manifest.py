@@ -94,4 +94,7 @@ def summary(out: Path | str, manifest: dict) -> str:
         kinds = [f"{kind['count']} {name}" for name, kind in manifest["skipped"].items()]
         first = next(iter(manifest["skipped"].values()))["first"][0]
         line += f"; rejected and skipped: {', '.join(kinds)} (first: {first})"
+    if not_read := manifest.get("not_read"):
+        more = f" and {len(not_read) - MAX_PLACES} more" if len(not_read) > MAX_PLACES else ""
+        line += f"; files left out, of a kind that is not read: {', '.join(not_read[:MAX_PLACES])}{more}"
     return line

@@ -109,7 +109,7 @@ def prepare(
         with ranks_agree(comm):
             if comm is None or comm.rank == 0:
                 refuse_taken(out, outputs, suffixes)
-                sources = sources_of(inputs, manifest, text_field)
+                sources, not_read = sources_of(inputs, manifest, text_field)
                 loaded = load_tokenizer(tokenizer)
                 template = None
                 if chat:
@@ -126,6 +126,8 @@ def prepare(
                 if template is not None:
                     about |= {"kind": CHAT, "chat_template_sha256": digest_of_template(template.source)}
                 job_key = {"format": 1, "sources": [asdict(source) for source in sources], **about}
+                if not_read:
+                    about["not_read"] = not_read
                 staging = stack.enter_context(locked_staging(Path(out), job_key))
                 finished = finish_renaming(staging, out, outputs, suffixes)
                 if finished is None:

@@ -1,4 +1,4 @@
-"""The documents of a chunk: lines of .jsonl, plain or compressed, texts of a .txt; columns.py has the other kinds.
+"""The documents of a chunk: lines or records of JSON, texts, plain or compressed; columns.py has the other kinds.
 
 A document is a text, or a conversation in the one form of chat_formats.py.
 """
@@ -7,21 +7,19 @@ import io
 import json
 import mmap
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import orjson
 
 from endprompt_megatron.data.corpus import columns
 from endprompt_megatron.data.corpus.chat_formats import conversation_of
 from endprompt_megatron.data.corpus.chunks import Chunk, Reading
-from endprompt_megatron.data.corpus.inputs import ARROW
+from endprompt_megatron.data.corpus.decompress import CompressionError, Decompressed
+from endprompt_megatron.data.corpus.inputs import ARROW, JSON, LINES, PARQUET, TEXT
 from endprompt_megatron.data.corpus.rejects import Reject
 
 _BLOCK = 1 << 20
-_COMPRESSED_BLOCK = 1 << 12  # bytes at once: the most extreme zstd makes 128 MiB of them
 
 
 def documents(chunk: Chunk, reading: Reading) -> Iterator[tuple[int, str | Reject]]:
@@ -29,16 +27,20 @@ def documents(chunk: Chunk, reading: Reading) -> Iterator[tuple[int, str | Rejec
     source = chunk.source
     if source.bytes == 0:
         yield 0, Reject("empty_file", "empty file")
-    elif source.kind == ".txt":
-        yield from _split_txt(chunk, reading.split_blank_lines) if reading.split_blank_lines else _whole_txt(chunk)
-    elif source.kind in (".parquet", ARROW):
+    elif source.kind in (PARQUET, ARROW):
         yield from columns.rows(source, chunk.start, chunk.stop, reading.chat)
-    else:
+    elif source.kind == LINES:
         for number, line in enumerate(_lines(chunk), start=1):
             if isinstance(line, Reject):
                 yield 0, line
-            else:
-                yield number, _conversation(line, reading.chat) if reading.chat else _text_of(line, source.text_field)
+            elif not line.isspace():  # a blank line holds no document that could be lost
+                yield number, _document(_value(line, source.text_field), source.text_field, reading.chat)
+    else:
+        try:
+            read = _records if source.kind == JSON else _texts
+            yield from read(chunk, reading)
+        except CompressionError as error:
+            yield 0, Reject("broken_file", f"broken {source.compression} ({error})")
 
 
 def place(chunk: Chunk, number: int) -> str:
@@ -46,9 +48,13 @@ def place(chunk: Chunk, number: int) -> str:
     source = chunk.source
     if number == 0:
         return source.path
-    if source.kind in (".parquet", ARROW):
+    if source.kind in (PARQUET, ARROW):
         return f"{source.path}: row {number}"
-    if source.kind == ".txt":  # numbered by its first wrong byte, from 1
+    if source.kind == JSON:
+        return f"{source.path}: record {number}"
+    if source.kind == TEXT:  # numbered by its first wrong byte, from 1
+        if source.compression:
+            return f"{source.path}: byte {number - 1} of its text"
         return f"{source.path}:{_line_ends(source.path, number - 1)[0] + 1}"
     if chunk.start == 0:
         return f"{source.path}:{number}"
@@ -66,11 +72,11 @@ def _line_ends(path: str, stop: int) -> tuple[int, bool]:
 
 
 def _lines(chunk: Chunk) -> Iterator[bytes | Reject]:
-    if chunk.source.kind == ".jsonl":
+    name = chunk.source.compression
+    if not name:
         yield from _lines_within(chunk)
         return
     read = 0
-    name = "gzip" if chunk.source.kind == ".jsonl.gz" else "zstd"
     try:
         with open(chunk.source.path, "rb") as file:
             for line in io.BufferedReader(Decompressed(file, name), _BLOCK):
@@ -99,13 +105,12 @@ def _lines_within(chunk: Chunk) -> Iterator[bytes]:
                 return
 
 
-def _text_of(line: bytes, field: str) -> str | Reject:
-    try:
-        value = orjson.loads(line)
-    except ValueError:
-        value = _slowly(line, field)
+def _document(value: object, field: str, chat: str | None) -> str | Reject:
+    """The text or the conversation in a record of JSON."""
     if isinstance(value, Reject):
         return value
+    if chat:
+        return conversation_of(value, chat)
     if not isinstance(value, dict) or field not in value:
         found = f"keys {', '.join(list(value)[:8])}" if isinstance(value, dict) else type(value).__name__
         return Reject("no_field", f"no field {field!r} ({found}); --text-field names another")
@@ -115,24 +120,22 @@ def _text_of(line: bytes, field: str) -> str | Reject:
     return Reject("not_text", f"field {field!r} is {'null' if text is None else type(text).__name__}, not text")
 
 
-def _conversation(line: bytes, asked: str) -> str | Reject:
+def _value(line: bytes, field: str) -> object:
+    """What a line of JSON holds, or a Reject."""
     try:
-        value = orjson.loads(line)
+        return orjson.loads(line)
     except ValueError:
-        value = _slowly(line)
-    return value if isinstance(value, Reject) else conversation_of(value, asked)
-
-
-def _slowly(line: bytes, field: str | None = None) -> object:
-    """A line that orjson refused: Python's json accepts more (NaN), and says what is wrong with the rest."""
-    if not line.strip():
-        return Reject("empty_line", f"empty line; expected a JSON object{f' with {field!r}' if field else ''}")
+        pass  # Python's json accepts more (NaN), and says what is wrong with the rest
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return Reject("not_utf8", f"not UTF-8 at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
         return Reject("not_json", f"not JSON ({error})")
+    return _without_surrogates(value, field)
+
+
+def _without_surrogates(value: object, field: str) -> object:
     text = value.get(field) if isinstance(value, dict) else None
     try:
         if isinstance(text, str):
@@ -142,35 +145,95 @@ def _slowly(line: bytes, field: str | None = None) -> object:
     return value
 
 
-def _whole_txt(chunk: Chunk) -> Iterator[tuple[int, str | Reject]]:
+def _records(chunk: Chunk, reading: Reading) -> Iterator[tuple[int, str | Reject]]:
+    """The elements of one JSON array, or the objects of a file that writes each over several lines."""
+    field = chunk.source.text_field
     try:
-        yield 1, Path(chunk.source.path).read_bytes().decode("utf-8-sig")
+        content = _content(chunk).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        yield error.start + 1, _not_utf8(error.start)
-
-
-def _split_txt(chunk: Chunk, blank_lines: int) -> Iterator[tuple[int, str | Reject]]:
-    """The documents that begin inside the chunk."""
-    gap = re.compile(rb"\n(?:[ \t\r]*\n){%d,}" % blank_lines)
-    with open(chunk.source.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        begin = chunk.start
-        if begin > 0:
-            # A gap begins where its white space does, which may be in the chunk before.
-            while begin > 0 and content[begin - 1] in b" \t\r\n":
-                begin -= 1
-            begin = _end_of_gap(gap, content, begin, chunk.start)
-        while begin < chunk.stop:
-            found = gap.search(content, begin)
-            end, following = found.span() if found else (len(content), len(content))
-            document = content[begin:end]
+        yield 0, _not_utf8(error.start)
+        return
+    if content.startswith("["):
+        # At once: it has to be read to its end before the first element is known to be one.
+        try:
+            values: list = orjson.loads(content)
+        except ValueError:
             try:
-                yield begin + 1, document.decode("utf-8-sig" if begin == 0 else "utf-8").strip("\r\n")
-            except UnicodeDecodeError as error:
-                yield begin + error.start + 1, _not_utf8(begin + error.start)
-            begin = following
+                values = json.loads(content)
+            except (ValueError, RecursionError) as error:
+                yield 0, Reject("not_json", f"not a JSON array ({error})")
+                return
+        if not values:
+            yield 0, Reject("empty_file", "an array without elements")
+    else:
+        values = _objects(content)
+    for number, value in enumerate(values, start=1):
+        yield number, _document(_without_surrogates(value, field), field, reading.chat)
 
 
-def _end_of_gap(gap: re.Pattern, content: mmap.mmap, at: int, min_end: int) -> int:
+def _objects(content: str) -> Iterator[object]:
+    decoder, at = json.JSONDecoder(), 0
+    while at < len(content):
+        try:
+            value, at = decoder.raw_decode(content, at)
+        except (ValueError, RecursionError) as error:
+            yield Reject("not_json", f"not JSON ({error})")
+            return
+        yield value
+        while at < len(content) and content[at].isspace():
+            at += 1
+
+
+def _content(chunk: Chunk) -> bytes:
+    """All bytes of a source, decompressed.  Raises CompressionError."""
+    source = chunk.source
+    if not source.compression:
+        return Path(source.path).read_bytes()
+    with open(source.path, "rb") as file:
+        return io.BufferedReader(Decompressed(file, source.compression), _BLOCK).read()
+
+
+def _texts(chunk: Chunk, reading: Reading) -> Iterator[tuple[int, str | Reject]]:
+    blank_lines = reading.split_blank_lines
+    if blank_lines and not chunk.source.compression:
+        with open(chunk.source.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield from _split_text(content, chunk.start, chunk.stop, blank_lines)
+        return
+    content = _content(chunk)
+    if not content:
+        yield 0, Reject("empty_file", f"{chunk.source.compression} of an empty file")
+    elif blank_lines:
+        yield from _split_text(content, 0, len(content), blank_lines)
+    else:
+        try:
+            yield 1, content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            yield error.start + 1, _not_utf8(error.start)
+
+
+def _split_text(
+    content: bytes | mmap.mmap, start: int, stop: int, blank_lines: int
+) -> Iterator[tuple[int, str | Reject]]:
+    """The documents that begin in `start`..`stop`."""
+    gap = re.compile(rb"\n(?:[ \t\r]*\n){%d,}" % blank_lines)
+    begin = start
+    if begin > 0:
+        # A gap begins where its white space does, which may be in the chunk before.
+        while begin > 0 and content[begin - 1] in b" \t\r\n":
+            begin -= 1
+        begin = _end_of_gap(gap, content, begin, start)
+    while begin < stop:
+        found = gap.search(content, begin)
+        end, following = found.span() if found else (len(content), len(content))
+        document = content[begin:end]
+        try:
+            yield begin + 1, document.decode("utf-8-sig" if begin == 0 else "utf-8").strip("\r\n")
+        except UnicodeDecodeError as error:
+            yield begin + error.start + 1, _not_utf8(begin + error.start)
+        begin = following
+
+
+def _end_of_gap(gap: re.Pattern, content: bytes | mmap.mmap, at: int, min_end: int) -> int:
     """Where the first gap from `at` on ends that ends at `min_end` or later."""
     while (found := gap.search(content, at)) and found.end() < min_end:
         at = found.end()
@@ -179,53 +242,3 @@ def _end_of_gap(gap: re.Pattern, content: mmap.mmap, at: int, min_end: int) -> i
 
 def _not_utf8(byte: int) -> Reject:
     return Reject("not_utf8", f"not UTF-8 at byte {byte}; convert it first")
-
-
-class CompressionError(Exception):
-    """The file is cut short or damaged; what could be read before was."""
-
-
-class Decompressed(io.RawIOBase):
-    """What a .gz or .zst holds, as a file: a few megabytes of it at a time, and all of it up to where it breaks.
-
-    `name` is gzip or zstd; several frames one after the other are one file.  Raises CompressionError.
-    """
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self._file, self._name = file, name
-        self._frame = self._begin()
-        self._begun = False  # whether something of the frame was read
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self._ready:
-            data = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._begun = self._begin(), False
-            data = data or self._file.read(_COMPRESSED_BLOCK)
-            if not data:
-                if self._begun:
-                    raise CompressionError("it is cut short")
-                return 0
-            if not self._begun and self._name == "gzip" and not data.strip(b"\0"):
-                continue  # gzip allows zeros after its frames, as tapes have them
-            try:
-                self._ready = memoryview(self._frame.decompress(data))
-            except self._errors as error:
-                raise CompressionError(str(error)) from None
-            self._begun = True
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def _begin(self):
-        if self._name == "gzip":
-            self._errors: tuple[type[Exception], ...] = (zlib.error,)
-            return zlib.decompressobj(31)
-        import zstandard
-
-        self._errors = (zstandard.ZstdError,)
-        return zstandard.ZstdDecompressor().decompressobj()
