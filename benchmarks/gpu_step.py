@@ -66,6 +66,7 @@ def sample(recipe, vocab: int) -> dict:
 
 def ours(directory: Path, overrides: list[str]):
     from endprompt_megatron.config.constraints.check import load_checked
+    from endprompt_megatron.config.resolve import config_to_export
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.distributed import runtime, te
     from endprompt_megatron.distributed.hardware import here
@@ -80,14 +81,13 @@ def ours(directory: Path, overrides: list[str]):
     runtime.start(1, 1, None, 1, seed=0)
     import torch
 
-    from endprompt_megatron.method.rope import scaled_config
     from endprompt_megatron.model.flops import flops_per_token
     from endprompt_megatron.model.llama import build_model
     from endprompt_megatron.training.optimizer import build_optimizer, update, wrap_models, zero_grad
     from endprompt_megatron.training.step import run_batch
 
     c = recipe.context
-    config = scaled_config(json.loads((directory / "config.json").read_text()), "linear", 8.0, 8192, TARGET, "")
+    config = config_to_export(recipe, shape, "benchmark")
     models = wrap_models(build_model(shape, recipe, config, shared_positions=positions_are_shared(recipe)), recipe)
     with torch.no_grad():
         for parameter in models[0].parameters():

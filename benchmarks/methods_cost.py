@@ -79,20 +79,18 @@ def serve(pipe, directory: Path, method: str, target: int, short: int, threads: 
 
     torch.set_num_threads(threads)
     from endprompt_megatron.config.constraints.check import check
+    from endprompt_megatron.config.resolve import config_to_export
     from endprompt_megatron.distributed import runtime
 
     runtime.quiet_libraries()
     recipe = recipe_of(directory, method, target, short)
     shape = check(recipe, "benchmark", world_size=1)
     runtime.start(1, 1, None, 1, seed=0)
-    from endprompt_megatron.method.rope import scaled_config
     from endprompt_megatron.model.llama import build_model
     from endprompt_megatron.training.optimizer import build_optimizer, update, wrap_models, zero_grad
     from endprompt_megatron.training.step import run_batch
 
-    c = recipe.context
-    config = json.loads((directory / "config.json").read_text())
-    exported = scaled_config(config, "linear", c.rope.factor, c.original, c.target, "benchmark")
+    exported = config_to_export(recipe, shape, "benchmark")
     before = 0.0 if runtime.has_cuda() else runtime.peak_memory_gib()
     models = wrap_models(build_model(shape, recipe, exported), recipe)
     torch.manual_seed(0)

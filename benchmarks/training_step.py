@@ -63,12 +63,12 @@ def sample(length: int) -> dict:
 
 def ours(directory: str, length: int):
     from endprompt_megatron.config.load import load_recipe
+    from endprompt_megatron.config.resolve import config_to_export, resolve
     from endprompt_megatron.distributed import runtime
 
     runtime.start(1, 1, None, 1, seed=0)
     import torch
 
-    from endprompt_megatron.method.rope import scaled_config
     from endprompt_megatron.model.llama import build_model
     from endprompt_megatron.model.shape import read_shape
     from endprompt_megatron.training.optimizer import build_optimizer, update, wrap_models, zero_grad
@@ -80,8 +80,10 @@ def ours(directory: str, length: int):
         f"train: {{steps: 100, global_batch_size: 1}}\ncheckpoint: {{dir: {directory}/run}}\n"
     )
     recipe = load_recipe(path)
-    config = scaled_config(json.loads((Path(directory) / "config.json").read_text()), "linear", 2.0, 8192, TARGET, "")
-    models = wrap_models(build_model(read_shape(directory), recipe, config), recipe)
+    shape = read_shape(directory)
+    resolve(recipe, shape)
+    config = config_to_export(recipe, shape, "benchmark")
+    models = wrap_models(build_model(shape, recipe, config), recipe)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in models[0].parameters():

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from endprompt_megatron.checkpoint.run_state import Progress, RunState
 from endprompt_megatron.common.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
-from endprompt_megatron.common.files import read_json
 from endprompt_megatron.config.constraints.check import check
 from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.config.resolve import config_to_export
 from endprompt_megatron.distributed import runtime, te
 from endprompt_megatron.distributed.hardware import here
 from endprompt_megatron.distributed.run_lock import RunLock
@@ -44,7 +44,6 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.data.samples.feed import open_feed
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.distributed.watchdog import Watch
-    from endprompt_megatron.method.rope import scaled_config
     from endprompt_megatron.model.llama import build_model
     from endprompt_megatron.training.metrics import Recorder
     from endprompt_megatron.training.optimizer import (
@@ -57,11 +56,8 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.training.step import run_batch
     from endprompt_megatron.training.validation import Validation
 
-    c, t = recipe.context, recipe.train
-    config = read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config")
-    export_config = scaled_config(
-        config, c.rope.type, c.rope.factor, c.original, c.target, where, default_theta=shape.rope_theta
-    )
+    t = recipe.train
+    export_config = config_to_export(recipe, shape, where)
     feed = open_feed(recipe, where, shape.vocab_size)
     te.share_buffers(recipe, shape)
     models = build_model(shape, recipe, export_config, shared_positions=positions_are_shared(recipe))

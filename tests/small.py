@@ -99,6 +99,19 @@ def small_llama(directory: Path, *, seed: int = 0, dtype: str = "float32", token
     return directory
 
 
+def scaled_config(
+    config: dict, rope_type: str, factor: float, original: int, target: int, theta: float | None = None, **knobs: object
+) -> dict:
+    """The config (parsed config.json) that a recipe with this context.rope exports a model with."""
+    from endprompt_megatron.method.rope_parameters import Scaling, read_rope, scaled, written
+    from endprompt_megatron.model.families import FAMILIES
+
+    whole = FAMILIES[config["model_type"]].complete(config)
+    head_dim = whole["head_dim"] or whole["hidden_size"] // whole["num_attention_heads"]
+    own = read_rope(whole, head_dim, "config.json")
+    return written(config, scaled(own, Scaling(rope_type, factor, original, target, theta, knobs), "recipe.yaml"))
+
+
 def run_tool(
     name: str, *args: object, timeout: float = PATIENCE, env: dict | None = None
 ) -> subprocess.CompletedProcess:

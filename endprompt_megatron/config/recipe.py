@@ -4,12 +4,13 @@ load.py reads it from YAML, resolve.py fills in what follows from the model, con
 together.  docs/recipes.md has the same table, made by key_table.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.config.keys import REQUIRED, entry, in_yaml_names, section
 from endprompt_megatron.method.positions import MAPS
+from endprompt_megatron.method.rope_parameters import Scaling
 
 ROPE_TYPES = {
     "linear": "position interpolation",
@@ -17,6 +18,7 @@ ROPE_TYPES = {
     "dynamic": "a base that follows the input's length",
     "yarn": "",
     "llama3": "",
+    "longrope": "a divisor for each pair of dimensions, `long_factor`, in inputs beyond the original window",
     "none": "the model's own RoPE in a longer window",
     "keep": "its own RoPE and window, for a model that was extended already, whose window is `context.target`",
 }
@@ -37,6 +39,11 @@ RECOMPUTE = {
 }
 FP8 = {"hybrid": "E4M3, gradients in E5M2", "e4m3": ""}
 FP8_RECIPES = {"delayed": "", "tensorwise": "current scaling", "blockwise": "", "mxfp8": "Blackwell"}
+# Which keys of context.rope a type takes beside factor and theta.
+ROPE_KNOBS = {
+    "yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor"),
+    "longrope": ("long_factor", "short_factor", "attention_factor"),
+}
 # What keys without a value stand for.
 ALIGN = "2 x `parallel.context`, 1 without it"
 OVERLAP = "on GPUs with several replicas"
@@ -52,6 +59,25 @@ class Model:
 class Rope:
     type: str = entry("linear", "how RoPE is scaled", choices=ROPE_TYPES, fixed=True)
     factor: float | None = entry(None, "interpolation factor s", unset="target / original", positive=True, fixed=True)
+    theta: float | None = entry(
+        None, "another base, before it is scaled", unset="the model's", positive=True, fixed=True
+    )
+    beta_fast: float | None = entry(None, "YaRN's", unset="32", positive=True, fixed=True)
+    beta_slow: float | None = entry(None, "YaRN's", unset="1", positive=True, fixed=True)
+    truncate: bool | None = entry(None, "YaRN rounds the borders of its ramp", unset="true", fixed=True)
+    attention_factor: float | None = entry(
+        None, "YaRN's and LongRoPE's, of cosines and sines", unset="that of the paper", positive=True, fixed=True
+    )
+    long_factor: list[float] | None = entry(None, "LongRoPE's divisors, half of head_dim", unset="refused", fixed=True)
+    short_factor: list[float] | None = entry(
+        None, "the same for inputs within the original window", unset="ones", fixed=True
+    )
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """What is set beside type, factor and base, under transformers' names, which are these."""
+        names = [field.name for field in fields(self) if field.name not in ("type", "factor", "theta")]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass
@@ -91,6 +117,11 @@ class Context:
         """What the method's position map takes beside lengths, index and seed; what is not set keeps its default."""
         values = {name: getattr(self, name, None) for name in MAPS[self.method].knobs}
         return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def scaling(self) -> Scaling:
+        """The RoPE scaling of the extension, once `original` and `rope.factor` are resolved."""
+        return Scaling(self.rope.type, self.rope.factor, self.original, self.target, self.rope.theta, self.rope.knobs)
 
 
 @dataclass

@@ -1,9 +1,11 @@
-"""Fills in what a recipe leaves to its model: the window before the extension, and the interpolation factor."""
+"""Fills in what a recipe leaves to its model, and makes the config that the extended model is exported with."""
 
 from pathlib import Path
 
+from endprompt_megatron.common.files import read_json
 from endprompt_megatron.config.load import load_recipe, set_factor
 from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.method.rope_parameters import scaled, written
 from endprompt_megatron.model.shape import ModelShape, read_shape
 
 
@@ -12,6 +14,12 @@ def resolve(recipe: Recipe, shape: ModelShape) -> None:
     if recipe.context.original is None:
         recipe.context.original = shape.window
     set_factor(recipe.context)
+
+
+def config_to_export(recipe: Recipe, shape: ModelShape, where: str) -> dict:
+    """The Hugging Face config of the model that training by a resolved recipe gives.  Raises InputError."""
+    config = read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config")
+    return written(config, scaled(shape.rope, recipe.context.scaling, where))
 
 
 def load_resolved(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -10,7 +10,6 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
 from endprompt_megatron.common.units import format_bytes
 from endprompt_megatron.convert.hf_weights import HfWeights
-from endprompt_megatron.method.rope_parameters import rope_parameters
 from endprompt_megatron.model.shape import shape_of
 
 _OPTIMIZER = "optimizer."
@@ -133,9 +132,8 @@ def _model(directory: Path) -> dict[str, object]:
     path = directory / "config.json"
     config = read_json(path, "a Hugging Face config")
     shape = shape_of(config, str(path))
-    rope = rope_parameters(config)
-    said = f"{rope.type}, theta {shape.rope_theta:g}"
-    said += "".join(f", {key} {value}" for key, value in rope.scaling.items())
+    said = f"{shape.rope.type}, theta {shape.rope.theta:g}"
+    said += "".join(f", {key} {value}" for key, value in shape.rope.scaling.items())
     return {
         "family": shape.family,
         "parameters": f"{shape.parameters:,}",

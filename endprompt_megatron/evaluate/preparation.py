@@ -9,12 +9,10 @@ from pathlib import Path
 from endprompt_megatron import __version__
 from endprompt_megatron.checkpoint import layout
 from endprompt_megatron.common.errors import InputError, Unavailable
-from endprompt_megatron.common.files import read_json
 from endprompt_megatron.evaluate.held_out_text import HeldOut, held_out
 from endprompt_megatron.evaluate.model_fingerprint import fingerprint
 from endprompt_megatron.evaluate.registry import EXTENDED, SUITES, Prepared, Settings, Subject, all_options
 from endprompt_megatron.evaluate.requests import Request
-from endprompt_megatron.method.rope_parameters import rope_parameters
 from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.tokenizer import Tokenizer, load_tokenizer
 
@@ -29,11 +27,7 @@ class Model:
     @property
     def window(self) -> int:
         """Tokens that it is made for.  Raises InputError for a config that cannot be read."""
-        window = read_shape(self.config).window
-        config = read_json(self.config / "config.json", "a Hugging Face config")
-        rope = rope_parameters(config)
-        # Dynamic scaling alone leaves the original window in the config, since its formula takes it from there.
-        return int(window * rope.scaling["factor"]) if rope.type == "dynamic" else window
+        return read_shape(self.config).window
 
 
 def model_at(path: Path, iteration: int | None = None) -> Model:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json
-from endprompt_megatron.method.rope_parameters import rope_parameters
+from endprompt_megatron.method.rope_parameters import RopeParameters, read_rope
 from endprompt_megatron.model.families import FAMILIES, Family, applies, supported
 
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -31,9 +31,12 @@ class ModelShape:
     qkv_bias: bool
     proj_bias: bool  # of the attention's output
     mlp_bias: bool
-    rope_theta: float
-    window: int  # max_position_embeddings: the context the checkpoint was trained for
-    rope_scaling: str = "default"  # type of the scaling that it has already
+    rope: RopeParameters
+
+    @property
+    def window(self) -> int:
+        """Tokens of context that the checkpoint is made for."""
+        return self.rope.window
 
     @property
     def parameters(self) -> int:
@@ -87,7 +90,7 @@ def shape_of(config: dict, where: str) -> ModelShape:
     # Null means what transformers takes it for.
     kv_heads = config["num_key_value_heads"]
     values["num_key_value_heads"] = kv_heads = heads if kv_heads is None else kv_heads
-    values["max_position_embeddings"] = window = config["max_position_embeddings"]
+    values["max_position_embeddings"] = config["max_position_embeddings"]
     if config["head_dim"] is not None:
         values["head_dim"] = config["head_dim"]
     for key, value in values.items():
@@ -101,18 +104,12 @@ def shape_of(config: dict, where: str) -> ModelShape:
         )
     if config["hidden_act"] != "silu":
         raise InputError(f"{where}: hidden_act={config['hidden_act']} is not supported; LLaMA models use silu")
-    _refuse_variants(config, family, window, where)
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(config.get(key), dict | None):
-            raise InputError(f"{where}: {key}={config[key]} should be an object or null")
-    rope = rope_parameters(config)
-    partial = rope.scaling.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
-    if partial != 1.0:
-        raise InputError(f"{where}: partial_rotary_factor={partial} is not supported; LLaMA models rotate whole heads")
+    head_dim = values.get("head_dim", hidden // heads)
+    rope = read_rope(config, head_dim, where)
+    _refuse_variants(config, family, rope.window, where)
     epsilon = config["rms_norm_eps"]
-    for key, value in (("rope_theta", rope.theta), ("rms_norm_eps", epsilon)):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise InputError(f"{where}: {key}={value} should be a positive number")
+    if not isinstance(epsilon, int | float) or isinstance(epsilon, bool) or not epsilon > 0:
+        raise InputError(f"{where}: rms_norm_eps={epsilon} should be a positive number")
     return ModelShape(
         family=family.model_type,
         num_layers=values["num_hidden_layers"],
@@ -120,16 +117,14 @@ def shape_of(config: dict, where: str) -> ModelShape:
         ffn_size=values["intermediate_size"],
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=values.get("head_dim", hidden // heads),
+        head_dim=head_dim,
         vocab_size=values["vocab_size"],
         tied_embeddings=bool(config["tie_word_embeddings"]),
         norm_epsilon=float(epsilon),
         qkv_bias=applies(family.qkv_bias, config),
         proj_bias=applies(family.proj_bias, config),
         mlp_bias=applies(family.mlp_bias, config),
-        rope_theta=float(rope.theta),
-        window=window,
-        rope_scaling=rope.type,
+        rope=rope,
     )
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json, write_json, write_text
 from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.config.resolve import config_to_export
+from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.study.grid import Study, Trial, option_text
 
 TRAIN, EXPORT, EVALUATE = "train", "export", "evaluate"
@@ -155,15 +157,10 @@ class Work:
 def interpolate(recipe: Recipe, out: Path) -> None:
     """Write `out`: the base model's weights, linked, under the config that training by `recipe` would export."""
     from endprompt_megatron.convert.linked import with_config
-    from endprompt_megatron.distributed.runtime import quiet_libraries
 
-    quiet_libraries()  # before Megatron is imported
-    from endprompt_megatron.method.rope import scaled_config
-
-    c, model = recipe.context, Path(recipe.model.hf)
-    config = read_json(model / "config.json", "a Hugging Face config")
-    scaled = scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, "untrained")
-    with_config(model, json.dumps(scaled, indent=2) + "\n", out)
+    model = Path(recipe.model.hf)
+    config = config_to_export(recipe, read_shape(model), "untrained")
+    with_config(model, json.dumps(config, indent=2) + "\n", out)
 
 
 def training_cost(metrics: Path) -> dict:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import PATIENCE, small_llama, text
+from small import PATIENCE, scaled_config, small_llama, text
 
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
-from endprompt_megatron.method.rope import scaled_config
 
 HERE = Path(__file__).resolve().parent
 WINDOW, FACTOR, PROMPT = 4096, 4.0, 9000
@@ -67,7 +66,7 @@ def exported(request, tmp_path_factory) -> Path:
     convert_hf_to_megatron(place / "hf", place / "megatron")
     config = place / "megatron/iter_0000000/hf/config.json"
     values = json.loads(config.read_text())
-    config.write_text(json.dumps(scaled_config(values, "linear", FACTOR, WINDOW, int(WINDOW * FACTOR), "test")))
+    config.write_text(json.dumps(scaled_config(values, "linear", FACTOR, WINDOW, int(WINDOW * FACTOR))))
     convert_megatron_to_hf(place / "megatron", place / "exported")
     generator = random.Random(0)
     (place / "tokens.json").write_text(json.dumps([generator.randrange(3, 260) for _ in range(PROMPT)]))

@@ -4,7 +4,6 @@ The reassembly is written out by hand here, apart from mapping.py, so that a mis
 seen and not repeated.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -174,11 +173,9 @@ def weights_held(recipe: Recipe) -> dict[str, np.ndarray]:
 
 
 def exported(recipe: Recipe) -> dict:
-    from endprompt_megatron.method.rope import scaled_config
+    from endprompt_megatron.config.resolve import config_to_export
 
-    c = recipe.context
-    config = json.loads((Path(recipe.model.hf) / "config.json").read_text())
-    return scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, "test")
+    return config_to_export(recipe, read_shape(recipe.model.hf), "test")
 
 
 def micro_batches(recipe: Recipe, samples: dict[str, np.ndarray] | list) -> list:

@@ -19,7 +19,7 @@ from endprompt_megatron.common.errors import run_cli  # noqa: E402
 from endprompt_megatron.config.load import load_recipe  # noqa: E402
 from endprompt_megatron.data.samples.feed import Feed  # noqa: E402
 from endprompt_megatron.distributed.signals import StopSignal  # noqa: E402
-from endprompt_megatron.method.rope import scaled_config  # noqa: E402, F401
+from endprompt_megatron.method.rope import frequencies  # noqa: E402, F401
 from endprompt_megatron.model.llama import build_model  # noqa: E402, F401
 from endprompt_megatron.training.metrics import Recorder  # noqa: E402, F401
 from endprompt_megatron.training.optimizer import build_optimizer  # noqa: E402, F401

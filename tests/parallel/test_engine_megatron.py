@@ -21,6 +21,10 @@ ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    "longrope": {
+        **{"rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64},
+        **{"short_factor": [1 + i / 20 for i in range(8)], "long_factor": [1 + i / 2 for i in range(8)]},
+    },
 }
 PROMPT, EXPECTED = 50, [7, 8, 9]
 

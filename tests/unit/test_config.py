@@ -34,6 +34,32 @@ KEYS = {
 VALUES = {
     "method": (["context.method=endprompt"], ["context.method=endprompt", "end_prompt, end_prompt_random"]),
     "rope": (["context.rope.type=pi"], ["context.rope.type=pi", "linear, ntk"]),
+    "knob-of-yarn": (
+        ["context.rope.beta_fast=16"],
+        ["context.rope.beta_fast=16.0 belongs to yarn, not to type=linear"],
+    ),
+    "knob-of-two": (
+        ["context.rope.attention_factor=1.1"],
+        ["context.rope.attention_factor=1.1 belongs to yarn or longrope, not to type=linear"],
+    ),
+    "ramp": (
+        ["context.rope.type=yarn", "context.rope.beta_fast=1"],
+        ["context.rope.beta_fast=1.0 should be above beta_slow=1"],
+    ),
+    "longrope-without": (["context.rope.type=longrope"], ["context.rope.long_factor is missing", "numbers"]),
+    "longrope-short": (
+        ["context.rope.type=longrope", "context.rope.long_factor=[1.0]"],
+        ["context.rope.long_factor should be a list of", "half of head_dim"],
+    ),
+    "theta-kept": (
+        ["context.rope.type=keep", "context.target=64", "context.physical=64", "context.rope.theta=5e5"],
+        ["context.rope.theta=500000.0 with type=keep"],
+    ),
+    "theta-negative": (["context.rope.theta=-1"], ["context.rope.theta=-1.0 should be positive"]),
+    "longrope-documents": (
+        ["data.packing=documents", "context.rope.type=longrope", "context.rope.long_factor=[1,1,1,1,1,1,1,1]"],
+        ["data.packing=documents with context.rope.type=longrope", "packing=stream"],
+    ),
     "target-not-above": (["context.target=64"], ["context.target=64", "context.original=64", "nothing to extend"]),
     "target-negative": (["context.target=-1"], ["context.target=-1", "positive"]),
     "physical-too-long": (["context.physical=512"], ["context.physical=512", "context.target=256"]),
@@ -77,7 +103,7 @@ VALUES = {
         ["data.packing=documents", "context.method=full", "context.physical=256"],
         ["data.packing=documents", "context.method=full", "method=short with physical=256"],
     ),
-    "packing-dynamic": (["data.packing=documents", "context.rope.type=dynamic"], ["rope.type=dynamic", "use ntk"]),
+    "packing-dynamic": (["data.packing=documents", "context.rope.type=dynamic"], ["rope.type=dynamic", "such as ntk"]),
     "recompute": (["parallel.recompute=some"], ["parallel.recompute=some", "none, selective, block, full"]),
     "hf-nowhere": (["model.hf=nowhere"], ["model.hf=nowhere", "no such directory", "Hugging Face checkpoint"]),
     "hf-a-file": (["model.hf=file"], ["model.hf=file", "no such directory"]),

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from small import small_llama
+from small import scaled_config, small_llama
 
 from endprompt_megatron.common.files import read_json
 from endprompt_megatron.data.samples.batches import KEYS
 from endprompt_megatron.method.positions import MAPS, position_ids, segment_lengths
-from endprompt_megatron.method.rope import PositionRotary, scaled_config, transformers_config
+from endprompt_megatron.method.rope import PositionRotary, transformers_config
 from endprompt_megatron.model.context_parallel import zigzag_slice
 from endprompt_megatron.model.loss import weighted_loss
 
@@ -53,7 +53,7 @@ def test_zigzag_shares_gathered_are_the_complete_sample(method, size):
 @pytest.mark.parametrize("method", ["end_prompt", "end_prompt_random", "pose"])
 def test_rotary_angles_come_from_the_sliced_positions(hf, method, rope, size):
     config = read_json(hf / "config.json", "config")
-    scaled = scaled_config(config, rope, TARGET / 64, 64, TARGET, "test")
+    scaled = scaled_config(config, rope, TARGET / 64, 64, TARGET)
     rotary = PositionRotary(transformers_config(scaled), head_dim=16)
     positions = batch(method)["position_ids"]
     shares = []

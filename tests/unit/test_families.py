@@ -41,8 +41,8 @@ def test_keys_left_out_mean_what_the_familys_transformers_class_means(family):
     assert shape.window == config.max_position_embeddings
     assert shape.norm_epsilon == config.rms_norm_eps
     assert shape.tied_embeddings == config.tie_word_embeddings
-    assert shape.rope_theta == config.rope_parameters["rope_theta"]
-    assert shape.rope_scaling == config.rope_parameters["rope_type"]
+    assert shape.rope.theta == config.rope_parameters["rope_theta"]
+    assert shape.rope.type == config.rope_parameters["rope_type"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -130,7 +130,7 @@ def test_a_family_from_outside_converts_there_and_back_to_the_bit(toy, tmp_path)
 
 def test_a_family_from_outside_is_read_by_its_own_defaults(toy):
     shape = read_shape(toy)
-    assert (shape.family, shape.num_kv_heads, shape.rope_theta) == ("toy", 2, 500000.0)
+    assert (shape.family, shape.num_kv_heads, shape.rope.theta) == ("toy", 2, 500000.0)
     assert (shape.qkv_bias, shape.proj_bias, shape.mlp_bias) == (True, True, False)
     assert not shape_of(CONFIG, "config.json").proj_bias
     assert shape_of(published_config("Toy-1B"), "Toy-1B").hidden_size == 128

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from small import ROOT
+from small import ROOT, scaled_config
 
 from endprompt_megatron.config.load import load_recipe
-from endprompt_megatron.method.rope import frequencies, scaled_config, transformers_config
+from endprompt_megatron.method.rope import frequencies, transformers_config
 from endprompt_megatron.model.published_shapes import published_config
 
 LCEG = sorted(path.stem for path in (ROOT / "recipes").glob("lceg_*.yaml"))
@@ -22,7 +22,7 @@ def trained(name: str) -> tuple[np.ndarray, float, float]:
     """(inverse frequencies at the length that is trained, attention factor, the model's own base)."""
     recipe = recipe_of(name)
     c, config = recipe.context, published_config(recipe.model.hf)
-    exported = scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target, name)
+    exported = scaled_config(config, c.rope.type, c.rope.factor, c.original, c.target)
     inv_freq, attention_factor = frequencies(transformers_config(exported), c.physical)
     return inv_freq.double().numpy(), attention_factor, config.get("rope_theta", 10000.0)
 

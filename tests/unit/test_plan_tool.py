@@ -171,7 +171,10 @@ def test_an_existing_model_directory_is_read_instead_of_the_published_shape(tmp_
     from endprompt_megatron.model.published_shapes import published_config
 
     (directory / "config.json").write_text(json.dumps(published_config("llama-3.2-1b")))
-    result = run_tool("plan", RECIPE, f"model.hf={directory}", "--json")
+    model = f"model.hf={directory}"
+    # What training refuses is refused here: LLaMA-3.2 has a scaling of its own.
+    assert_one_line_error(run_tool("plan", RECIPE, model), "context.rope.type=linear", "own llama3 scaling")
+    result = run_tool("plan", RECIPE, model, "context.rope.type=llama3", "--json")
     shape = json.loads(result.stdout)["shape"]
     assert (shape["num_layers"], shape["published"]) == (16, False)
 

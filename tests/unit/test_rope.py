@@ -5,16 +5,12 @@ import math
 
 import pytest
 import torch
+from small import scaled_config
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.method.rope import (
-    PositionRotary,
-    frequencies,
-    scaled_config,
-    transformers_config,
-)
+from endprompt_megatron.method.rope import PositionRotary, frequencies, transformers_config
 
 ORIGINAL, TARGET, FACTOR, THETA, DIM = 8192, 65536, 8.0, 500000.0, 128
 TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "none")
@@ -42,7 +38,7 @@ LLAMA_3_1 = {
 
 
 def scaled(rope_type: str, base: dict = FORMS["transformers-5"], factor: float = FACTOR, target: int = TARGET) -> dict:
-    return scaled_config(base, rope_type, factor, ORIGINAL, target, "recipe.yaml")
+    return scaled_config(base, rope_type, factor, ORIGINAL, target)
 
 
 def plain(theta: float = THETA) -> torch.Tensor:
@@ -62,7 +58,10 @@ def test_scaling_is_exported_for_transformers_4_and_5_and_vllm(form, rope_type):
     assert new["rope_type"] == kind
     assert new["rope_theta"] == config["rope_theta"]
     # transformers 4 takes theta from beside the scaling and warns of keys that it does not know
-    assert old == (None if kind == "default" else {key: value for key, value in new.items() if key != "rope_theta"})
+    parameters = {key: value for key, value in new.items() if key not in ("rope_theta", "rope_type")}
+    # ... and before 4.43 it takes linear and dynamic scaling under the older name alone
+    name = "type" if kind in ("linear", "dynamic") else "rope_type"
+    assert old == (None if kind == "default" else {name: kind, **parameters})
     if rope_type != "ntk":
         assert config["rope_theta"] == THETA
     if kind != "default":
@@ -91,7 +90,7 @@ def test_exported_config_gives_the_trained_frequencies_in_transformers(tmp_path,
 def test_scaling_a_config_twice_gives_the_same(rope_type):
     """What transformers reads and writes again is what was exported."""
     config = scaled(rope_type)
-    again = scaled_config(config, "none", 1.0, ORIGINAL, config["max_position_embeddings"], "recipe.yaml")
+    again = scaled_config(config, "none", 1.0, ORIGINAL, config["max_position_embeddings"])
     assert again["rope_parameters"] == config["rope_parameters"]
 
 
@@ -156,7 +155,7 @@ def test_llama3_scaling_of_the_base_is_multiplied(form):
         "type": BASE | {"rope_theta": THETA, "rope_scaling": {"type": "llama3", **LLAMA_3_1}},
         "rope_parameters": BASE | {"rope_parameters": {"rope_type": "llama3", "rope_theta": THETA, **LLAMA_3_1}},
     }[form] | {"max_position_embeddings": 131072}
-    config = scaled_config(base, "llama3", 2.0, 131072, 262144, "recipe.yaml")
+    config = scaled_config(base, "llama3", 2.0, 131072, 262144)
     assert config["rope_parameters"] == {"rope_type": "llama3", "rope_theta": THETA, **LLAMA_3_1, "factor": 16.0}
     assert config["max_position_embeddings"] == 262144
 
@@ -175,10 +174,10 @@ def test_other_scaling_on_a_llama3_base_is_refused(rope_type):
         scaled(rope_type, base)
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "ntk", "dynamic", "yarn", "llama3"])
+@pytest.mark.parametrize("rope_type", ["ntk", "dynamic", "yarn", "llama3"])
 def test_scaling_on_a_linear_base_is_refused(rope_type):
     base = BASE | {"rope_theta": THETA, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    with pytest.raises(InputError, match="own linear scaling: use none"):
+    with pytest.raises(InputError, match="own linear scaling: use linear or none"):
         scaled(rope_type, base)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat_files import CHATML, chat_tokenizer, conversations, write_chats
-from small import assert_one_line_error, edit_json, small_llama
+from small import assert_one_line_error, edit_json, scaled_config, small_llama
 from unit.preparing import stored_documents
 from unit.starting import write_tokens
 
@@ -19,7 +19,7 @@ from endprompt_megatron.data.describe.describe_data import look, look_at_documen
 from endprompt_megatron.data.describe.segments import segments
 from endprompt_megatron.data.samples.of_recipe import datasets_of
 from endprompt_megatron.distributed.hardware import Hardware
-from endprompt_megatron.method.rope import frequencies, scaled_config, transformers_config
+from endprompt_megatron.method.rope import frequencies, transformers_config
 from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.tokenizer import load_tokenizer
 
@@ -208,10 +208,10 @@ def test_rope_type_keep_trains_with_and_exports_the_models_own_scaling(name, for
     else:
         own = {key: value for key, value in rope.items() if key != "rope_theta"}
         given |= {"rope_theta": 5e5, "rope_scaling": None if name == "none" else own}
-    config = scaled_config(given, "keep", 1.0, 512, 512, "test")
+    config = scaled_config(given, "keep", 1.0, 512, 512)
     assert config["rope_parameters"] == rope
     assert config["max_position_embeddings"] == 512
-    assert scaled_config(config, "keep", 1.0, 512, 512, "test") == config
+    assert scaled_config(config, "keep", 1.0, 512, 512) == config
     ours, theirs = (frequencies(transformers_config(each)) for each in (config, given))
     assert (ours[0] == theirs[0]).all()
     assert ours[1] == theirs[1]
@@ -247,7 +247,7 @@ def test_fine_tuning_that_changes_no_weight_exports_the_model_that_it_began_with
     before, after = (json.loads((path / "config.json").read_text()) for path in (place / "hf", exported))
     for key in ("rope_parameters", "max_position_embeddings"):
         assert after[key] == before[key]
-    assert after["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    assert after["rope_scaling"] == {"type": "linear", "factor": 8.0}
     assert (logits_of(exported) == logits_of(place / "hf")).all()
     assert (exported / "chat_template.jinja").read_text() == CHATML
     card = (exported / "README.md").read_text()

@@ -56,7 +56,7 @@ def test_keys_left_out_of_llama_2s_config_mean_what_transformers_means():
     values = config(4096, 11008, 32, 32, None, 32000)
     shape = shape_of(values, "config.json")
     assert (shape.num_kv_heads, shape.head_dim, shape.tied_embeddings) == (32, 128, False)
-    assert (shape.rope_theta, shape.window, shape.norm_epsilon) == (10000.0, 2048, 1e-6)
+    assert (shape.rope.theta, shape.window, shape.norm_epsilon) == (10000.0, 2048, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_keys_left_out_of_llama_2s_config_mean_what_transformers_means():
     ids=["transformers-4", "transformers-5", "transformers-4-scaled", "null-scaling"],
 )
 def test_theta_is_read_in_both_forms(where):
-    assert shape_of(config(64, 112, 4, 4, 2, 320, **where), "config.json").rope_theta == 500000.0
+    assert shape_of(config(64, 112, 4, 4, 2, 320, **where), "config.json").rope.theta == 500000.0
 
 
 def test_head_dim_may_differ_from_hidden_size_over_heads():

@@ -62,8 +62,8 @@ MODEL = {
     "init-metadata": ([], lambda p: halve(checkpoint(p) / ".metadata"), ["megatron/iter_0000000", "cannot be read"]),
     "scaled-twice": (
         [],
-        lambda p: edit_json(p / "hf/config.json", rope_parameters={"rope_type": "linear", "factor": 2.0}),
-        ["context.rope.type=linear", "the model's own linear scaling", "use none"],
+        lambda p: edit_json(p / "hf/config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+        ["context.rope.type=linear", "the model's own yarn scaling", "use yarn or none"],
     ),
     "data-nowhere": (["data.train=nowhere"], lambda p: None, ["nowhere.idx", "no such file", "prepare_data.py"]),
     "data-a-number": (["data.train=5"], lambda p: None, ["data.train=5", "PREFIX"]),

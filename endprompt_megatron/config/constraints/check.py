@@ -14,6 +14,7 @@ from endprompt_megatron.config.constraints.longlora_rules import check_longlora
 from endprompt_megatron.config.constraints.packing_rules import check_packing
 from endprompt_megatron.config.constraints.parallel_rules import check_layout
 from endprompt_megatron.config.constraints.precision_rules import check_precision
+from endprompt_megatron.config.constraints.rope_rules import check_rope
 from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.config.resolve import resolve
@@ -65,27 +66,15 @@ def _check_context(recipe: Recipe, where: str, shape: ModelShape) -> None:
             )
     elif c.target <= c.original:
         raise InputError(
-            f"{where}: context.target={c.target} is not above context.original={c.original}; there is nothing to extend"
+            f"{where}: context.target={c.target} is not above context.original={c.original}; there is nothing to "
+            "extend: use context.rope.type=keep to train a model in its own window"
         )
     if c.physical > c.target:
         raise InputError(
             f"{where}: context.physical={c.physical} is longer than context.target={c.target}; use at most the target"
         )
     check_methods(recipe, where)
-    if c.rope.type in ("none", "keep") and shape.rope_scaling == "dynamic":
-        for key, on in (
-            ("data.packing=documents", recipe.data.packing == "documents"),
-            ("parallel.context above 1", recipe.parallel.context > 1),
-        ):
-            if on:
-                raise InputError(
-                    f"{where}: {key} with the dynamic RoPE of {recipe.model.hf}: its frequencies follow the length of "
-                    "one whole input; use a model with another scaling, or leave it out"
-                )
-    if c.rope.type != "none" and c.rope.factor < 1:
-        raise InputError(f"{where}: context.rope.factor={c.rope.factor} should be at least 1 (target / original)")
-    if shape.head_dim % 2:
-        raise InputError(f"{where}: head_dim={shape.head_dim} of {recipe.model.hf} is odd; RoPE needs pairs")
+    check_rope(recipe, where, shape)
 
 
 def check_data(recipe: Recipe, where: str) -> None:

@@ -37,11 +37,6 @@ def check_packing(recipe: Recipe, where: str, hardware: Hardware) -> None:
             f"{asked} with context.method={c.method}: a document need not be as long as the target; use "
             f"method=short with physical={c.target}, or packing=stream"
         )
-    if c.rope.type == "dynamic":
-        raise InputError(
-            f"{asked} with context.rope.type=dynamic: its frequencies follow the length of one input, and a row holds "
-            "several; use ntk, or packing=stream"
-        )
     if c.physical % d.align:
         raise InputError(f"{where}: context.physical={c.physical} should be a multiple of data.align={d.align}")
     if p.context > 1 and d.align % (2 * p.context):

@@ -114,11 +114,6 @@ def _check_context(recipe: Recipe, where: str, shape: ModelShape, name: str) -> 
             f"{where}: parallel.context_comm=a2a spreads the {heads} key-value heads of a tensor-parallel rank "
             f"({name}) over parallel.context={p.context}, which does not divide them: use p2p"
         )
-    if recipe.context.rope.type == "dynamic":
-        raise InputError(
-            f"{where}: context.rope.type=dynamic takes its frequencies from the longest position, which ranks of "
-            "parallel.context see parts of: use parallel.context=1, or ntk"
-        )
 
 
 def _check_recompute(p: Parallel, where: str, shape: ModelShape) -> None:

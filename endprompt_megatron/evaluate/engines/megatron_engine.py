@@ -94,8 +94,8 @@ class MegatronEngine:
         self.load_seconds = time.monotonic() - started
         self.end_ids = end_ids(config)
         self.rope = dict(transformers_config(exported).rope_parameters or {})
-        # Frequencies of dynamic RoPE grow with the input: keys of an earlier chunk would carry stale ones.
-        self.chunk = WHOLE if self.rope.get("rope_type") == "dynamic" else chunk
+        # Frequencies that follow the input's length: keys of an earlier chunk would carry stale ones.
+        self.chunk = WHOLE if self.shape.rope.follows_length else chunk
 
     def token_losses(
         self, tokens: np.ndarray, position_ids: np.ndarray | None = None, *, last: int | None = None

@@ -54,8 +54,8 @@ class TransformersEngine:
         self.rope = dict(self.model.config.rope_parameters or {})
         ends = self.model.generation_config.eos_token_id
         self.end_ids = set(ends if isinstance(ends, list) else [ends]) - {None}
-        if self.rope.get("rope_type") == "dynamic":
-            # Its frequencies grow with the input: keys cached from an earlier chunk would carry stale ones.
+        if self.shape.rope.follows_length:
+            # Keys cached from an earlier chunk would carry stale frequencies.
             self.whole = 2**62
 
     def token_losses(
@@ -65,6 +65,13 @@ class TransformersEngine:
         import torch
 
         tokens = self._checked(tokens)
+        if position_ids is not None and len(tokens) > 1 and self.shape.rope.follows_length:
+            # transformers takes the frequencies of the longest row for all of them.
+            rows = [
+                self.token_losses(row[None], places[None], last=last)
+                for row, places in zip(tokens.cpu().numpy(), np.asarray(position_ids), strict=True)
+            ]
+            return tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))
         if position_ids is not None:
             position_ids = torch.as_tensor(np.asarray(position_ids, dtype=np.int64), device=self.device)
         count = tokens.shape[1] - 1 if last is None else min(last, tokens.shape[1] - 1)
@@ -189,7 +196,7 @@ class TransformersEngine:
     def _reset_rope(self) -> None:
         """Forget how long earlier inputs were: dynamic RoPE keeps the longest one's frequencies otherwise."""
         rotary = self.model.model.rotary_emb
-        if self.rope.get("rope_type") == "dynamic":
+        if self.shape.rope.type == "dynamic":
             rotary.register_buffer("inv_freq", rotary.original_inv_freq.to(self.device).clone(), persistent=False)
             rotary.max_seq_len_cached = rotary.original_max_seq_len
 

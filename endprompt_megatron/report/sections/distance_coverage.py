@@ -87,9 +87,13 @@ def smoothness(run: Run) -> tuple[Smoothness, Smoothness, float] | None:
     None where neither the model's directory is here nor a published model has its name, or the recipe lacks something.
     """
     from endprompt_megatron.common.files import read_json
+    from endprompt_megatron.config.load import recipe_of
+    from endprompt_megatron.config.resolve import resolve
+    from endprompt_megatron.method.rope_parameters import scaled, written
     from endprompt_megatron.model.published_shapes import published_config
+    from endprompt_megatron.model.shape import shape_of
 
-    name, target, original = (run.value(key) for key in ("model.hf", "context.target", "context.original"))
+    name, target = run.value("model.hf"), run.value("context.target")
     if not isinstance(name, str) or not isinstance(target, int):
         return None
     try:
@@ -97,16 +101,15 @@ def smoothness(run: Run) -> tuple[Smoothness, Smoothness, float] | None:
         config = read_json(path, "a Hugging Face config") if path.is_file() else published_config(name)
         if config is None:
             return None
-        original = original if isinstance(original, int) else config.get("max_position_embeddings", 2048)
-        factor = float(run.value("context.rope.factor", target / original))
+        recipe, shape = recipe_of(run.recipe), shape_of(config, name)
+        resolve(recipe, shape)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each optional GPU package that is absent announces itself
-            from endprompt_megatron.method.rope import frequencies, scaled_config, transformers_config
+            from endprompt_megatron.method.rope import frequencies, transformers_config
 
-        kind = str(run.value("context.rope.type", "linear"))
-        scaled = scaled_config(config, kind, factor, original, target, str(run.directory))
+        exported = written(config, scaled(shape.rope, recipe.context.scaling, str(run.directory)))
         before, _ = frequencies(transformers_config(config))
-        after, attention = frequencies(transformers_config(scaled), target)
+        after, attention = frequencies(transformers_config(exported), target)
     except (InputError, TypeError, KeyError, ValueError):
         return None
     return Smoothness(before.double().numpy()), Smoothness(after.double().numpy()), attention
