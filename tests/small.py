@@ -46,8 +46,13 @@ def small_tokenizer(directory: Path, vocab_size: int = 256, texts: list[str] | N
     return directory
 
 
-def small_sentencepiece(directory: Path, sentences: list[str] = (), vocab_size: int = 70) -> Path:
-    """Train and save a real SentencePiece model, tokenizer.model, on English-looking text and `sentences`."""
+def small_sentencepiece(
+    directory: Path, sentences: list[str] = (), vocab_size: int = 70, *, llama_2: bool = False
+) -> Path:
+    """Train and save a real SentencePiece model, tokenizer.model, on English-looking text and `sentences`.
+
+    `llama_2`: by its rules (BPE, bytes for what it does not know, blanks as they are).
+    """
     import io
 
     import sentencepiece
@@ -58,7 +63,7 @@ def small_sentencepiece(directory: Path, sentences: list[str] = (), vocab_size: 
         model_writer=model,
         vocab_size=vocab_size,
         minloglevel=3,
-        byte_fallback=False,
+        **(_LLAMA_2 if llama_2 else {"byte_fallback": False}),
     )
     (directory / "tokenizer.model").write_bytes(model.getvalue())
     return directory
@@ -97,6 +102,12 @@ def small_llama(directory: Path, *, seed: int = 0, dtype: str = "float32", token
     if tokenizer:
         small_tokenizer(directory, vocab_size=min(300, fields["vocab_size"]))
     return directory
+
+
+_LLAMA_2 = {
+    **{"model_type": "bpe", "byte_fallback": True, "split_digits": True},
+    **{"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True},
+}
 
 
 def scaled_config(

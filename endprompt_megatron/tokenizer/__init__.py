@@ -4,7 +4,8 @@ What a directory holds decides: `tokenizer.json` is read by the library that def
 `tokenizer.model` by sentencepiece (LLaMA-2, Mistral) or as LLaMA-3's tiktoken file, whichever its content is, and
 anything else through transformers.  transformers is not asked for ids where there is a choice: version 5 replaces
 the rules in a LLaMA-2 tokenizer.json by its own, and turns a tokenizer.model into something that differs from
-sentencepiece in runs of blanks.  BOS and EOS of a Hugging Face directory are those that transformers uses.
+sentencepiece in runs of blanks.  BOS, EOS and added tokens of a directory are those that transformers uses
+(special_tokens.py), whatever its main file is.
 
 No special token is ever added here, and none is recognised in a text: prepare.py and prompts.py place them on purpose.
 """
@@ -34,7 +35,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
             return Llama3(place)
         from endprompt_megatron.tokenizer.sentencepiece_model import SentencePiece
 
-        return SentencePiece(place)
+        return SentencePiece(place, place.parent if place != Path(path) else None)
     except InputError:
         raise
     except Exception as error:  # each backend has its own errors for broken files, down to bare Exception

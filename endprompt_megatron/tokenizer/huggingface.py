@@ -1,7 +1,7 @@
 """Tokenizers in Hugging Face's form: `tokenizer.json`, or the files that transformers makes one of.
 
-transformers takes seconds to import, and worker processes need nothing of it: it is asked for BOS and EOS, and for
-everything where there is no tokenizer.json, when that is first wanted.
+transformers takes seconds to import, and worker processes need nothing of it: it is asked for BOS and EOS
+(special_tokens.py), and for everything where there is no tokenizer.json, when that is first wanted.
 """
 
 import functools
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.common.files import read_json
 from endprompt_megatron.tokenizer.chat_template import ChatTemplate
 from endprompt_megatron.tokenizer.fingerprint import checksum_of_files, pruned
+from endprompt_megatron.tokenizer.special_tokens import ADDED_TOKENS, Ends, added_tokens, by_transformers
 from endprompt_megatron.tokenizer.tokenizer import (
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
@@ -23,7 +23,7 @@ from endprompt_megatron.tokenizer.tokenizer import (
 
 class HuggingFace(Tokenizer):
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._directory, self._ends = directory, Ends(directory, lambda: self._transformers)
         self.backend = _read(directory)
         if self.backend is None:
             self.backend = getattr(self._transformers, "backend_tokenizer", None)
@@ -34,29 +34,23 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def _transformers(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
-        except Exception as error:  # down to bare Exception
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{self._directory}: the tokenizer cannot be read ({reason})") from None
+        return by_transformers(self._directory)
 
     @functools.cached_property
     def vocab_size(self) -> int:
         return max((self.backend or self._transformers).get_vocab().values()) + 1
 
-    @functools.cached_property
+    @property
     def bos_id(self) -> int | None:
-        return self._transformers.bos_token_id
+        return self._ends.bos_id
 
-    @functools.cached_property
+    @property
     def eos_id(self) -> int | None:
-        return self._transformers.eos_token_id
+        return self._ends.eos_id
 
-    @functools.cached_property
+    @property
     def starts_with_bos(self) -> bool:
-        return self.bos_id is not None and self._transformers("a").input_ids[:1] == [self.bos_id]
+        return self._ends.starts_with_bos
 
     @functools.cached_property
     def _ranks(self) -> dict[bytes, int] | None:
@@ -165,22 +159,24 @@ class HuggingFace(Tokenizer):
 
 
 def _read(directory: Path) -> Any | None:
-    """tokenizer.json by its own library; None if there is none, or if other files add tokens to it."""
+    """tokenizer.json by its own library, with the tokens that other files add; None if there is none."""
     file = directory / TOKENIZER_JSON
     if not file.is_file():
         return None
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_file(str(file))
-    known = backend.get_vocab()
-    return backend if _tokens_of_other_files(directory) <= known.keys() else None
-
-
-def _tokens_of_other_files(directory: Path) -> set[str]:
-    named: set[str] = set()
-    if (directory / "added_tokens.json").is_file():
-        named |= read_json(directory / "added_tokens.json", "added tokens").keys()
-    if (directory / TOKENIZER_CONFIG).is_file():
-        decoder = read_json(directory / TOKENIZER_CONFIG, "a tokenizer's configuration").get("added_tokens_decoder")
-        named |= {token["content"] for token in (decoder or {}).values()}
-    return named
+    for token in added_tokens(directory):
+        known = backend.token_to_id(token.content)
+        if known is None:
+            flags = {"normalized": False, **dict(token.flags)}
+            added = AddedToken(token.content, special=token.special, **flags)
+            (backend.add_special_tokens if token.special else backend.add_tokens)([added])
+            known = backend.token_to_id(token.content)
+        if known != token.id:
+            raise InputError(
+                f"{directory}: token {token.content!r} has id {token.id} in {ADDED_TOKENS} or {TOKENIZER_CONFIG}, but "
+                f"{known} with {TOKENIZER_JSON}; save the tokenizer once with transformers' save_pretrained"
+            )
+    return backend

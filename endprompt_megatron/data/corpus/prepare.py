@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -112,6 +113,12 @@ def prepare(
                 sources, not_read = sources_of(inputs, manifest, text_field)
                 loaded = load_tokenizer(tokenizer)
                 template = None
+                if eos and not chat and loaded.eos_id is None:
+                    print(
+                        f"{tokenizer}: neither the tokenizer nor a config.json names EOS, so documents run into each "
+                        "other; give eos_token in tokenizer_config.json",
+                        file=sys.stderr,
+                    )
                 if chat:
                     refuse_texts(sources)
                     template = loaded.chat_template(tokenizer, chat_template)

@@ -142,7 +142,8 @@ def _accepted(job: Job, chunk: Chunk, skipped: Skipped) -> Iterator[tuple[int, s
 
 def _skip(job: Job, chunk: Chunk, number: int, reject: Reject, skipped: Skipped) -> None:
     if not (job.reading.skip_bad and reject.skippable):
-        raise InputError(f"{place(chunk, number)}: {reject.message}")
+        skip = "; with --skip-bad it is left out" if reject.skippable else ""
+        raise InputError(f"{place(chunk, number)}: {reject.message}{skip}")
     skipped.add(number, reject)
 
 
