@@ -63,7 +63,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     models = build_model(shape, recipe, export_config, shared_positions=positions_are_shared(recipe))
     models = wrap_models(models, recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
-    state = RunState(models, optimizer, scheduler)
+    state = RunState(models, optimizer, scheduler, feed.identity)
 
     checkpoints = recipe.run_dir / "checkpoints"
     require_disk_space(checkpoints, shape, recipe.longlora, recipe.precision.dtype)

@@ -95,10 +95,11 @@ def write_manifest(
     dtype: str,
     source: str,
     files: dict[str, dict],
+    data: list[dict] | None = None,
 ) -> None:
     """Declare the checkpoint in `directory` complete.  `dtype` ("bfloat16") is what an export is written in.
 
-    `files`: bytes and CRC-32 of every other file, by name.
+    `files`: bytes and CRC-32 of every other file, by name.  `data`: what was trained on (data/samples/identity.py).
     """
     manifest = {
         "format": FORMAT,
@@ -109,6 +110,7 @@ def write_manifest(
         "dtype": dtype,
         "source": source,
         "files": files,
+        **({} if data is None else {"data": data}),
     }
     write_json(directory / MANIFEST, {**manifest, "crc32": _own_crc32(manifest)})
 

@@ -1,5 +1,6 @@
 """Find the newest complete checkpoint and continue from it; or begin from given weights."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ def resume(root: Path, recipe: Recipe, where: str, state: RunState) -> Progress 
     if directory is None:
         return None
     manifest = read_manifest(directory)
-    refuse_other_recipe(manifest["recipe"] or {}, recipe, where, directory)
+    with runtime.raise_on_all_ranks():
+        refuse_other_recipe(manifest["recipe"] or {}, recipe, where, directory)
+        if state.data is not None:
+            refuse_other_data(manifest, state.data, recipe, where, directory)
     checkpoint = Checkpoint(directory)
     weights = weights_of(state.models)
     read_weights(weights, checkpoint)
@@ -116,7 +120,7 @@ def initialise(source: WeightSource, models: list, optimizer: Any | None) -> Non
 def refuse_other_recipe(old: dict, recipe: Recipe, where: str, directory: Path) -> None:
     """Raise InputError if a key that decides steps is another one than in `old`, the checkpoint's recipe."""
     for declared in keys_of(type(recipe)):
-        if not declared.key.fixed:
+        if declared.key.fixed is not True:
             continue
         key = declared.dotted
         # A checkpoint older than the key was trained with the key's default.
@@ -126,3 +130,41 @@ def refuse_other_recipe(old: dict, recipe: Recipe, where: str, directory: Path) 
                 f"{where}: {key}={now} but {directory} was trained with {before}: "
                 "keep that value, or choose another checkpoint.dir"
             )
+
+
+def refuse_other_data(manifest: dict, data: list[dict], recipe: Recipe, where: str, directory: Path) -> None:
+    """Raise InputError unless `data` (data/samples/identity.py) is what the checkpoint in `directory` was trained on.
+
+    A path may differ where the content does not.
+    """
+    trained_on = manifest.get("data")
+    if trained_on is None:  # a checkpoint older than these records
+        before = get(manifest["recipe"] or {}, "data.train")
+        if before != recipe.data.train:
+            raise InputError(
+                f"{where}: data.train={recipe.data.train} but {directory} was trained with {before}: "
+                "keep that value, or choose another checkpoint.dir"
+            )
+        return
+    for old, now in itertools.zip_longest(trained_on, data, fillvalue={}):
+        differs = next((name for name in ("weight", "prompts") if old.get(name) != now.get(name)), None)
+        if not old or not now or differs:
+            raise InputError(
+                f"{where}: data.train={recipe.data.train} but {directory} was trained with {_sources(trained_on)}: "
+                "keep its sources, their weights and prompts, or choose another checkpoint.dir"
+            )
+        known = [name for name in ("index", "tokens", "crc32") if old[name] is not None and now[name] is not None]
+        if any(old[name] != now[name] for name in known):
+            raise InputError(
+                f"{where}: data.train: {now['prefix']} is not the data that {directory} was trained on "
+                f"({old['prefix']} as it was then), its documents differ: prepare it again from the same inputs, or "
+                "choose another checkpoint.dir"
+            )
+
+
+def _sources(data: list[dict]) -> str:
+    """data.train of a record, as a recipe has it."""
+    plain = all(source["weight"] == 1.0 and source["prompts"] is None for source in data)
+    if plain:
+        return str([source["prefix"] for source in data] if len(data) > 1 else data[0]["prefix"])
+    return str({source["prefix"]: {key: source[key] for key in ("weight", "prompts")} for source in data})

@@ -6,11 +6,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunState:
-    """What training changes on this rank.  `models`: the chunks of the model, wrapped or not."""
+    """What training changes on this rank, and what it reads.
+
+    `models`: the chunks of the model, wrapped or not.  `data`: on the first rank, what the run trains on
+    (data/samples/identity.py).
+    """
 
     models: list
     optimizer: Any
     scheduler: Any
+    data: list[dict] | None = None
 
 
 @dataclass

@@ -161,6 +161,7 @@ class Saver:
             dtype=self.recipe.precision.dtype,
             source=str(self.recipe.model.hf),
             files=files,
+            data=self.state.data,
         )
         integrity.publish(staging, self.root, step)
         integrity.prune(self.root, c.keep, c.keep_every)

@@ -5,17 +5,20 @@ throws out what is of more use.  File systems that know no O_DIRECT are read and
 """
 
 import concurrent.futures
+import functools
 import io
 import mmap
 import os
 import threading
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 try:
     from isal.isal_zlib import crc32 as add_crc32  # several times as fast as most builds of zlib
+    from isal.isal_zlib import crc32_combine
 except ImportError:
-    add_crc32 = zlib.crc32
+    add_crc32, crc32_combine = zlib.crc32, None
 
 _ALIGNED = 4096  # what O_DIRECT asks of memory, of places in files and of lengths, on every disk in use
 _BLOCK = 8 << 20
@@ -49,6 +52,31 @@ def crc32(path: Path, begin: int = 0, length: int | None = None) -> int:
             value = add_crc32(block[:count], value)
             left -= count
     return value
+
+
+def combined_crc32(chunks: Iterable[tuple[int, int]]) -> int:
+    """CRC-32 of chunks one after the other, of which (bytes, CRC-32) are known."""
+    value, combine = 0, crc32_combine or _zlib_combine
+    for count, checksum in chunks:
+        value = combine(value, checksum, count)
+    return value
+
+
+def _zlib_combine(first: int, second: int, count: int) -> int:
+    """CRC-32 of what has CRC-32 `first`, followed by `count` bytes that have CRC-32 `second` (zlib's crc32_combine)."""
+    # A CRC is linear: zero bytes behind the first act on its bits as a matrix, which is squared for each bit of count.
+    matrix = [0xEDB88320] + [1 << bit for bit in range(31)]  # one zero bit
+    for _ in range(3):
+        matrix = [_times(matrix, row) for row in matrix]
+    while count:
+        if count & 1:
+            first = _times(matrix, first)
+        matrix, count = [_times(matrix, row) for row in matrix], count >> 1
+    return first ^ second
+
+
+def _times(matrix: list[int], vector: int) -> int:
+    return functools.reduce(int.__xor__, (row for bit, row in enumerate(matrix) if vector >> bit & 1), 0)
 
 
 class ChecksummedFile(io.RawIOBase):

@@ -15,7 +15,7 @@ MODULE = "endprompt_megatron.config.key_table"
 def key_table(recipe: type = Recipe) -> str:
     """A row a key: its name, its default, whether a resumed run keeps it, what it means and takes."""
     rows = [
-        [f"`{declared.dotted}`", _default(declared), "fixed" if declared.key.fixed else "", _meaning(declared)]
+        [f"`{declared.dotted}`", _default(declared), _fixed(declared.key.fixed), _meaning(declared)]
         for declared in keys_of(recipe)
     ]
     return markdown(["key", "default", "on resume", "meaning"], rows)
@@ -32,6 +32,10 @@ def _default(declared: Declared) -> str:
     if isinstance(value, list):
         return f"`[{', '.join(map(str, value))}]`"
     return f"`{value}`" if isinstance(value, str) else f"{value}"
+
+
+def _fixed(said: bool | str) -> str:
+    return said if isinstance(said, str) else "fixed" if said else ""
 
 
 def _meaning(declared: Declared) -> str:

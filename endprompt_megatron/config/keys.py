@@ -24,7 +24,7 @@ class Key:
     positive: bool = False
     minimum: float | None = None
     maximum: float | None = None
-    fixed: bool = False  # it decides what a step does, so a resumed run keeps it
+    fixed: bool | str = False  # it decides what a step does, so a resumed run keeps it; or what of it, in words
     unset: str = ""  # what None stands for, in words
     name: str | None = None  # in YAML, where Python cannot have that name
 

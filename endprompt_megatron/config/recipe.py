@@ -130,7 +130,7 @@ class Data:
         None,
         "PREFIX of tools/prepare_data.py, a list of them, `{PREFIX: weight}` or "
         "`{PREFIX: {weight: 0.3, prompts: [EP_2]}}`",
-        fixed=True,
+        fixed="its content",
     )
     valid: Any = entry(None, "held-out data in the same form; or `99,1`: the last hundredth of `data.train`")
     kind: str = entry("text", "what the samples are made of", choices=DATA_KINDS, fixed=True)

@@ -13,13 +13,16 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.errors import InputError, TrainingError
 from endprompt_megatron.distributed.hardware import here
 from endprompt_megatron.distributed.signals import StopSignal
+
+_START_SECONDS = 600  # for all processes of a run to come together; ENDPROMPT_START_SECONDS is another
 
 
 def has_cuda() -> bool:
@@ -66,6 +69,7 @@ class Launch:
     rank: int
     world_size: int
     local_rank: int
+    said_by: str = ""  # the variable that gave world_size
 
 
 def launched_as() -> Launch:
@@ -77,7 +81,8 @@ def launched_as() -> Launch:
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
         ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        # A step's own count: the shell of salloc's interactive step is one process, in a job of many tasks.
+        ("SLURM_PROCID", _first_set("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), "SLURM_LOCALID"),
     )
     for names in families:
         # A batch script without srun has SLURM_PROCID=0 and SLURM_NTASKS=n: it is one process, not n.
@@ -85,10 +90,14 @@ def launched_as() -> Launch:
             continue
         if names[0] in os.environ and names[1] in os.environ:
             try:
-                return Launch(*(int(os.environ.get(name, "0")) for name in names))
+                return Launch(*(int(os.environ.get(name, "0")) for name in names), said_by=names[1])
             except ValueError:
                 raise InputError(f"{names[0]}={os.environ[names[0]]} in the environment is not a number") from None
     return Launch(0, 1, 0)
+
+
+def _first_set(*names: str) -> str:
+    return next((name for name in names if name in os.environ), names[-1])
 
 
 def take_device(launch: Launch) -> None:
@@ -134,12 +143,18 @@ def _initialise_process_group(launch: Launch) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    dist.init_process_group(
-        backend(),
-        rank=launch.rank,
-        world_size=launch.world_size,
-        device_id=device() if has_cuda() else None,
-    )
+    seconds = float(os.environ.get("ENDPROMPT_START_SECONDS", _START_SECONDS))
+    options = {"rank": launch.rank, "world_size": launch.world_size}
+    try:
+        store, *_ = next(dist.rendezvous("env://", **options, timeout=timedelta(seconds=seconds)))
+        dist.init_process_group(backend(), store=store, **options, device_id=device() if has_cuda() else None)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise TrainingError(
+            f"rank {launch.rank}: {launch.said_by or 'WORLD_SIZE'}={launch.world_size} processes should meet at "
+            f"{where}, but not all came within {seconds:g} s ({str(error).splitlines()[0][:120]}): start all of them (srun, "
+            "torchrun), or one without that variable; ENDPROMPT_START_SECONDS says how long to wait"
+        ) from None
 
 
 def finish() -> None:

@@ -70,10 +70,13 @@ def converted_checkpoint(recipe: Recipe, shape: ModelShape) -> Finding:
     root = recipe.run_dir / "checkpoints"
     newest = layout.newest_iteration(root)
     if newest is not None:
-        from endprompt_megatron.checkpoint.resume import refuse_other_recipe
+        from endprompt_megatron.checkpoint.resume import refuse_other_data, refuse_other_recipe
+        from endprompt_megatron.data.samples.identity import identity_of
 
         directory = layout.iteration_dir(root, newest)
-        refuse_other_recipe(layout.read_manifest(directory)["recipe"] or {}, recipe, "recipe", directory)
+        manifest = layout.read_manifest(directory)
+        refuse_other_recipe(manifest["recipe"] or {}, recipe, "recipe", directory)
+        refuse_other_data(manifest, identity_of(recipe), recipe, "recipe", directory)
         try:
             held = _bytes_of(directory)
         except InputError as error:

@@ -1,5 +1,6 @@
 """Ranks started on one machine: exit codes and signals pass through, and no rank is left waiting."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 
 import pytest
 from small import PATIENCE, ROOT
+
+from endprompt_megatron.distributed.runtime import launched_as
 
 # Rank r leaves with the r-th code, or waits for a lost rank if it is "wait".
 RANK = """
@@ -92,3 +95,37 @@ def test_spawn_sets_the_environment_variables_of_torchrun(tmp_path):
     ranks = sorted(line.split() for line in out.splitlines())
     assert [rank[:4] for rank in ranks] == [[str(r), str(r), "3", "127.0.0.1"] for r in range(3)]
     assert len({rank[4] for rank in ranks}) == 1
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+INTERACTIVE = SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "4294967290"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (2, 4, 1)),
+        # A batch script, whose variables are the job's: it is one process.
+        (SLURM | {"SLURM_PROCID": "0"}, (0, 1, 0)),
+        # A step of srun, by itself and with fewer tasks than its job.
+        (SLURM | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"}, (3, 8, 1)),
+        (SLURM | {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "4"}, (3, 4, 1)),
+        (SLURM | {"SLURM_STEP_ID": "0"}, (3, 8, 1)),
+        # salloc's interactive step, and `srun --pty` inside of an allocation.
+        (INTERACTIVE | {"SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0)),
+        (INTERACTIVE | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "2"}, (0, 1, 0)),
+        # torchrun inside of a step decides.
+        (SLURM | {"SLURM_STEP_ID": "0", "RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}, (5, 16, 5)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, (1, 2, 1)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (1, 2, 0)),
+    ],
+)
+def test_place_of_a_process_is_that_of_its_launcher(monkeypatch, environment, place):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "PMI_", "OMPI_", "MPI_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    launch = launched_as()
+    assert (launch.rank, launch.world_size, launch.local_rank) == place

@@ -1,11 +1,13 @@
 """Training does not start from what is missing, broken or of another model: one line, exit code 2."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from small import ROOT, assert_one_line_error, edit_json, run_tool
+from unit.starting import write_tokens
 
 
 def checkpoint(place: Path) -> Path:
@@ -119,6 +121,17 @@ def test_run_goes_on_only_with_the_recipe_and_the_checkpoint_it_was_started_with
     assert "done already" in extend(place, *arguments).stdout
     changed = extend(place, *arguments[:1], "context.target=128")
     assert_one_line_error(changed, "context.target=128", "run/checkpoints/iter_0000001", "256", "checkpoint.dir")
+    # The same data under another path goes on, other data under the same path does not.
+    for suffix in (".bin", ".idx"):
+        (place / f"train{suffix}").rename(place / f"moved{suffix}")
+    assert "done already" in extend(place, *arguments, "data.train=moved").stdout
+    write_tokens(place / "train", 5000, seed=9)
+    assert_one_line_error(extend(place, *arguments), "data.train: train is not the data", "(train as it was then)")
+    for other in ("data.train={moved: 2}", "data.train=[moved, train]", "data.train={moved: {prompts: [EP_2]}}"):
+        changed = extend(place, *arguments, other)
+        assert_one_line_error(changed, "was trained with train: keep its sources, their weights and prompts")
+    (place / "moved.bin").rename(place / "train.bin")
+    (place / "moved.idx").rename(place / "train.idx")
     halve(next((place / "run/checkpoints/iter_0000001").glob("*.distcp")))
     assert_one_line_error(extend(place, "recipe.yaml"), "run/checkpoints", "only damaged ones", "iter_0000001.damaged")
 
@@ -138,6 +151,20 @@ def anywhere(place) -> Path:
 def test_command_line_says_one_line_and_exits_2(anywhere, processes):
     result = run_tool("extend", anywhere, "context.target=64", "--processes", processes)
     assert_one_line_error(result, "recipe.yaml: context.target=64")
+
+
+def test_a_start_that_waits_for_ranks_that_nobody_starts_ends_with_the_reason(anywhere):
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ENDPROMPT_START_SECONDS": "2"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        alone["MASTER_PORT"] = str(free.getsockname()[1])
+    result = run_tool("extend", anywhere, env=alone)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    for said in ("WORLD_SIZE=2 processes should meet at 127.0.0.1:", "within 2 s", "ENDPROMPT_START_SECONDS"):
+        assert said in errors[0]
+    assert "Traceback" not in result.stderr
 
 
 def test_ranks_that_fail_together_say_one_line(anywhere):

@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from endprompt_megatron.common.direct_io import combined_crc32
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json, refuse_existing, write_json, write_text
 from endprompt_megatron.data.corpus.filters import first_of_each
@@ -42,13 +43,14 @@ class Joined:
     """A dataset in the staging directory: `lengths` of its documents in tokens (int32).
 
     `bounds` are the first document of each chunk, and the end; `duplicates` counts the copies that were left out;
-    `answers`, of conversations, the tokens that are answers.
+    `checksums` are CRC-32 by the suffix of a file (".bin"); `answers`, of conversations, the tokens that are answers.
     """
 
     lengths: np.ndarray
     bounds: np.ndarray
     duplicates: int
     max_id: int
+    checksums: dict[str, int]
     answers: int | None = None
 
 
@@ -67,8 +69,10 @@ def join(job: Job, tokenised: list[Tokenised], output: str) -> Joined:
     if job.filters.dedup:
         kept = first_of_each([job.chunk_file(number, output, ".digests") for number in numbers])
     kept_of_chunks = None if kept is None else np.split(kept, bounds[1:-1])
-    for stream, dtype in job.streams.items():
-        _join_stream(job, tokenised, output, stream, dtype, lengths, kept_of_chunks)
+    checksums = {
+        stream: _join_stream(job, tokenised, output, stream, dtype, lengths, kept_of_chunks)
+        for stream, dtype in job.streams.items()
+    }
     everything = np.concatenate(lengths)
     if kept is not None:
         everything = everything[kept]
@@ -78,7 +82,7 @@ def join(job: Job, tokenised: list[Tokenised], output: str) -> Joined:
     highest = max((each.max_ids[output] for each in tokenised), default=0)
     mask = joined_path(job.staging, output, f"{MASK}.bin")
     answers = _ones(mask) if job.reading.chat else None
-    return Joined(everything, bounds, sum(counts) - len(everything), highest, answers)
+    return Joined(everything, bounds, sum(counts) - len(everything), highest, checksums, answers)
 
 
 def _ones(mask: Path) -> int:
@@ -118,7 +122,8 @@ def _join_stream(
     dtype: np.dtype,
     lengths: list[np.ndarray],
     kept: list[np.ndarray] | None,
-) -> None:
+) -> int:
+    """Write the stream of all chunks into one file; returns its CRC-32."""
     target = joined_path(job.staging, output, stream)
     done = already_joined(job, output, stream)
     waiting = [job.chunk_file(number, output, stream) for number in range(len(done))]
@@ -144,6 +149,7 @@ def _join_stream(
                 for path in waiting:
                     path.unlink(missing_ok=True)
                 waiting, unsaved = [], 0
+    return combined_crc32(done)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:

@@ -43,6 +43,7 @@ def manifests(
             "skipped": skipped,
             **({} if dataset.answers is None else {"answer_tokens": dataset.answers}),
             "lengths": histogram(dataset.lengths),
+            "crc32": dataset.checksums,
             "sources": _sources(chunks, tokenised, dataset, checksums),
         }
     if VALID in found:

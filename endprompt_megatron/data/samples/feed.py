@@ -10,9 +10,10 @@ from endprompt_megatron.common.files import write_json
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.data.samples.batches import MicroBatches
 from endprompt_megatron.data.samples.dataset import Dataset, consumed, sources_in
+from endprompt_megatron.data.samples.identity import identity_of
 from endprompt_megatron.data.samples.of_recipe import datasets_of
 from endprompt_megatron.data.samples.packed import PackedDataset, context_tokens
-from endprompt_megatron.distributed.runtime import device, print_rank_zero
+from endprompt_megatron.distributed.runtime import device, is_rank_zero, print_rank_zero
 from endprompt_megatron.model.context_parallel import zigzag_slice
 
 CONSUMED_FILE = "data_seen.json"
@@ -32,14 +33,25 @@ def open_feed(recipe: Recipe, where: str, vocab_size: int) -> "Feed":
     for source in sources_in(train):
         if isinstance(source, PackedDataset):
             print_rank_zero(source.describe())
-    return Feed(train, valid, t.global_batch_size, t.micro_batch_size)
+    identity = identity_of(recipe) if is_rank_zero() else None
+    return Feed(train, valid, t.global_batch_size, t.micro_batch_size, identity)
 
 
 class Feed:
-    """Training and validation samples of a run; `valid`, None without, holds the samples of one validation."""
+    """Training and validation samples of a run; `valid`, None without, holds the samples of one validation.
 
-    def __init__(self, train: Dataset, valid: Dataset | None, global_batch_size: int, micro_batch_size: int) -> None:
-        self.train, self.valid = train, valid
+    `identity`: on the first rank, what is trained on (identity.py).
+    """
+
+    def __init__(
+        self,
+        train: Dataset,
+        valid: Dataset | None,
+        global_batch_size: int,
+        micro_batch_size: int,
+        identity: list[dict] | None = None,
+    ) -> None:
+        self.train, self.valid, self.identity = train, valid, identity
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
 
     def global_batch(self, consumed_samples: int) -> list[MicroBatch]:

@@ -1,0 +1,43 @@
+"""What a run trains on, told by its content: a checkpoint keeps it, and a run goes on with the same alone.
+
+A dataset that was prepared anew with other texts is another one under the same name; a copy of it, the same under
+another.
+"""
+
+import hashlib
+from pathlib import Path
+
+from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.data.indexed import path_of, read_idx, read_manifest
+from endprompt_megatron.data.samples.blend import sources_of
+
+_BLOCKS, _BLOCK = 64, 4096
+
+
+def identity_of(recipe: Recipe) -> list[dict]:
+    """For each source of data.train its PREFIX, weight and prompts, and checksums of what it holds.
+
+    `index`: SHA-256 of the .idx.  `tokens`: of some blocks of the .bin, which may be too large to read.  `crc32`: of
+    all of it, by suffix, as the manifest has it; None without.  Raises InputError for a dataset that cannot be read.
+    """
+    return [
+        {
+            "prefix": source.prefix,
+            "weight": source.weight,
+            "prompts": None if source.prompts is None else list(source.prompts),
+            "index": read_idx(source.prefix).digest,
+            "tokens": _digest_of_some(path_of(source.prefix, ".bin")),
+            "crc32": (read_manifest(source.prefix) or {}).get("crc32"),
+        }
+        for source in sources_of(recipe.data.train, "data.train")
+    ]
+
+
+def _digest_of_some(path: Path) -> str:
+    """SHA-256 of _BLOCKS blocks of a file, from its beginning to its end, evenly spread."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file:
+        for number in range(_BLOCKS):
+            file.seek(max(size - _BLOCK, 0) * number // (_BLOCKS - 1))
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
