@@ -152,8 +152,8 @@ def _initialise_process_group(launch: Launch) -> None:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TrainingError(
             f"rank {launch.rank}: {launch.said_by or 'WORLD_SIZE'}={launch.world_size} processes should meet at "
-            f"{where}, but not all came within {seconds:g} s ({str(error).splitlines()[0][:120]}): start all of them (srun, "
-            "torchrun), or one without that variable; ENDPROMPT_START_SECONDS says how long to wait"
+            f"{where}, but not all came within {seconds:g} s ({str(error).splitlines()[0][:120]}): start all of them "
+            "(srun, torchrun), or one without that variable; ENDPROMPT_START_SECONDS says how long to wait"
         ) from None
 
 
