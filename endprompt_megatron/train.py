@@ -41,6 +41,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.checkpoint.resume import initialise, resume
     from endprompt_megatron.checkpoint.save import Saver, require_disk_space
     from endprompt_megatron.convert.direct import weights_to_start_from
+    from endprompt_megatron.convert.exported_files import exported_files
     from endprompt_megatron.data.samples.feed import open_feed
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.distributed.watchdog import Watch
@@ -91,7 +92,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         with complete_parameters(models):
             recorder.validated(progress.step, validation.run())
 
-    saver = Saver(checkpoints, recipe, export_config, state, progress.step)
+    saver = Saver(checkpoints, recipe, exported_files(recipe, export_config, where), state, progress.step)
     recorder = Recorder(recipe, shape, progress)
     validation = Validation(recipe, feed, models) if feed.valid is not None else None
     if t.valid_interval and progress.step == 0:

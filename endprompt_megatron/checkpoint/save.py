@@ -49,12 +49,12 @@ class Saver:
         self,
         root: Path,
         recipe: Recipe,
-        export_config: dict,
+        export_files: dict[str, dict],
         state: RunState,
         newest: int = 0,
     ) -> None:
-        """`export_config` is the Hugging Face config that the model will be exported with (rope.scaled_config)."""
-        self.root, self.recipe, self.export_config = root, recipe, export_config
+        """`export_files`: config.json, and others of model.hf's small files, as the model will be exported with."""
+        self.root, self.recipe, self.export_files = root, recipe, export_files
         self.state, self.newest = state, newest
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._thread: threading.Thread | None = None
@@ -150,14 +150,15 @@ class Saver:
         """On the first rank: join what all ranks wrote, declare it complete, and remove what is not kept."""
         c = self.recipe.checkpoint
         copy_hf_files(Path(self.recipe.model.hf), staging / "hf")
-        write_json(staging / "hf" / "config.json", self.export_config)
+        for name, content in self.export_files.items():
+            write_json(staging / "hf" / name, content)
         files = integrity.join(staging, self.ranks, common, self._abandoned)
         write_manifest(
             staging,
             step=step,
             consumed_samples=consumed_samples,
             recipe=self.recipe.as_dict(),
-            vocab_size=self.export_config["vocab_size"],
+            vocab_size=self.export_files["config.json"]["vocab_size"],
             dtype=self.recipe.precision.dtype,
             source=str(self.recipe.model.hf),
             files=files,

@@ -297,7 +297,7 @@ def build_chunks(
 
     Weights are not set, but for LoRA's adapters, by `seed`: no checkpoint that training starts from has any.
 
-    `export_config` is the HF config that will be exported (rope.scaled_config).  `shared_positions`: every
+    `export_config` is the HF config that will be exported (resolve.config_to_export).  `shared_positions`: every
     micro-batch comes with one row of position ids, [1, s].  Needs parallel_state.
     """
     from endprompt_megatron.method.rope import frequencies

@@ -78,6 +78,24 @@ class ChatTemplate:
             spans = [(number, self._between(messages, number, text)) for number in answers]
         return text, [self._with_its_end(text, *span, number + 1) for number, span in spans]
 
+    def turn_ends(self) -> list[str]:
+        """The tokens that end answers, inside of a conversation and at its end; which a model learns to stop by.
+
+        Raises InputError for a template that takes no short conversation.
+        """
+        exchange = ["user", "assistant"]
+        for roles in (exchange * 2, exchange, ["system", *exchange]):
+            try:
+                text, spans = self.write([{"role": role, "content": "a"} for role in roles])
+                break
+            except (Refused, BadTemplate) as error:
+                reason = error
+        else:
+            raise InputError(f"the chat template takes no conversation of one question and answer ({reason})")
+        longest_first = sorted(self.tokens, key=len, reverse=True)
+        ends = [next(token for token in longest_first if text[:stop].endswith(token)) for _, stop in spans]
+        return list(dict.fromkeys(ends))
+
     def _between(self, messages: list[dict], number: int, text: str) -> tuple[int, int]:
         before = self._rendered(messages[:number], add_generation_prompt=True)
         after = text if number + 1 == len(messages) else self._rendered(messages[: number + 1])

@@ -56,7 +56,7 @@ def train_and_save(recipe, batches, root):
         seen.append((losses.total, norm))
     if not batches:
         progress.step += 1
-    with Saver(root, recipe, exported(recipe), state) as saver:
+    with Saver(root, recipe, {"config.json": exported(recipe)}, state) as saver:
         saver.save(progress)
         saver.wait()
     return seen
@@ -215,7 +215,7 @@ def memory_of_a_save(recipe, root):
     looking = threading.Thread(target=look)
     before = allocated()
     looking.start()
-    with Saver(root, recipe, exported(recipe), state) as saver:
+    with Saver(root, recipe, {"config.json": exported(recipe)}, state) as saver:
         saver.save(Progress(1, 0))
         saver.wait()
     ended.set()

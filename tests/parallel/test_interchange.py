@@ -35,7 +35,7 @@ def start_and_save(recipe, root):
 
     _, models, optimizer, scheduler = build(recipe)
     state = RunState(models, optimizer, scheduler)
-    with Saver(root, recipe, exported(recipe), state) as saver:
+    with Saver(root, recipe, {"config.json": exported(recipe)}, state) as saver:
         saver.save(Progress(step=3))
         saver.wait()
 

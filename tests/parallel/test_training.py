@@ -52,7 +52,7 @@ def train_steps(recipe, batches, root=None):
     if root is not None:
         progress = Progress(len(batches), 0)
         state = RunState(models, optimizer, scheduler)
-        with Saver(root, recipe, exported(recipe), state) as saver:
+        with Saver(root, recipe, {"config.json": exported(recipe)}, state) as saver:
             saver.save(progress)
             saver.wait()
     return seen
