@@ -63,6 +63,8 @@ def find_checkpoint(directory: Path, iteration: int | None = None, flag: str = "
     """
     if not directory.is_dir():
         raise InputError(f"{flag} {directory}: no such directory; expected a Megatron-Core checkpoint")
+    if (directory / "checkpoints").is_dir() and not complete_iterations(directory):
+        directory = directory / "checkpoints"  # RUN, as it stands in the recipe
     own = _ITERATION.fullmatch(directory.resolve().name)
     if own:
         if not (directory / MANIFEST).is_file():
@@ -76,6 +78,8 @@ def find_checkpoint(directory: Path, iteration: int | None = None, flag: str = "
         return directory
     complete = complete_iterations(directory)
     if not complete:
+        if is_hugging_face(directory):
+            raise InputError(f"{flag} {directory}: holds no complete checkpoint, but a Hugging Face model")
         raise InputError(f"{flag} {directory}: holds no complete checkpoint (iter_*/{MANIFEST})")
     if iteration is None:
         return iteration_dir(directory, complete[-1])

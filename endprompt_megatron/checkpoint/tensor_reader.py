@@ -11,10 +11,13 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+
+from endprompt_megatron.common.errors import InputError
 
 _BLOCK = 16 << 20
 _STORAGES = {
@@ -146,6 +149,23 @@ class _Layout(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         return pid
+
+
+def refuse_overflow(cast: torch.Tensor, stored: torch.dtype, source: Callable[[], torch.Tensor], where: str) -> None:
+    """Raise InputError, naming `where`, if a cast from dtype `stored` made finite numbers infinite.
+
+    `source` reads what was cast, as it is stored; it is asked for only where something is infinite.
+    """
+    if cast.dtype == stored or torch.finfo(cast.dtype).max >= torch.finfo(stored).max or not torch.isinf(cast).any():
+        return
+    lost = torch.isinf(cast) & torch.isfinite(source().reshape(cast.shape))
+    if lost.any():
+        value = float(source().reshape(cast.shape)[lost].abs().max())
+        name = str(cast.dtype).removeprefix("torch.")
+        raise InputError(
+            f"{where}: {value:g} does not fit {name}, whose largest number is {torch.finfo(cast.dtype).max:g}; convert "
+            "with --dtype bfloat16 or float32"
+        )
 
 
 def read_into(target: torch.Tensor, file: io.RawIOBase, record: Record, offset: tuple[int, ...]) -> None:

@@ -118,6 +118,11 @@ class Checkpoint:
         """Global shape of the tensor `key`; None if there is none."""
         return tuple(self.tensors[key].size) if key in self.tensors else None
 
+    def dtype(self, key: str) -> torch.dtype:
+        """What the tensor `key` is stored in.  Raises InputError if there is none."""
+        with self._damage(key):
+            return self.tensors[key].properties.dtype
+
     def is_float(self, key: str) -> bool:
         """Whether the tensor `key` is stored in floating point.  Raises InputError if there is none."""
         with self._damage(key):

@@ -87,8 +87,21 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, text + "\n")
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise InputError for a file that a clone without git-lfs left in the place of a large one."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise InputError(
+                f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` there, or download it again"
+            )
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 def read_json(path: Path, what: str) -> dict:
     """Read a JSON object.  Raises InputError naming `what` and the path if it is missing or broken."""
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

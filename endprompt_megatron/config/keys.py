@@ -62,10 +62,11 @@ def section(keys: type) -> Any:
 
 @dataclass(frozen=True)
 class Declared:
-    """A key where it stands: its dotted name in YAML, what the dataclass field is called, and its default."""
+    """A key where it stands: its dotted name in YAML, what the dataclass field is called, its type and its default."""
 
     dotted: str
     attribute: str
+    kind: str
     key: Key
     default: Any
 
@@ -76,7 +77,8 @@ def keys_of(recipe: type, prefix: str = "") -> Iterator[Declared]:
         dotted = prefix + yaml_name(declared)
         if "key" in declared.metadata:
             default = declared.default if declared.default is not MISSING else declared.default_factory()
-            yield Declared(dotted, declared.name, declared.metadata["key"], default)
+            kind = declared.type.__name__ if isinstance(declared.type, type) else str(declared.type)
+            yield Declared(dotted, declared.name, kind, declared.metadata["key"], default)
         elif is_dataclass(declared.default_factory):
             yield from keys_of(declared.default_factory, f"{dotted}.")
         else:

@@ -38,6 +38,7 @@ def load_recipe(
                 raise InputError(f"{override}: expected key=value, such as train.steps=100")
             given = OmegaConf.from_dotlist([override])
             _use_attribute_names(given, schema)
+            _take_whole_numbers(given, schema)
             merged = OmegaConf.merge(merged, given)
             # The budget is stated once: an override in steps replaces one in tokens, and the other way round.
             if key in _BUDGET:
@@ -91,6 +92,7 @@ def _read_yaml(path: Path, schema: type, seen: set[Path]) -> Any:
     if not OmegaConf.is_dict(config):
         raise InputError(f"{path}: a recipe is a mapping of sections (model, context, data, ...)")
     _use_attribute_names(config, schema)
+    _take_whole_numbers(config, schema)
     parent = config.pop("inherit", None)
     if parent is None:
         return config
@@ -114,6 +116,22 @@ def _use_attribute_names(config: Any, schema: type) -> None:
         node = OmegaConf.select(config, section)
         if OmegaConf.is_dict(node) and name in node:
             node[declared.attribute] = node.pop(name)
+
+
+def _take_whole_numbers(config: Any, schema: type) -> None:
+    """Integers as people write large ones, 1e9 or 1.0e9, which YAML reads as a float or as text."""
+    from omegaconf import OmegaConf
+
+    for declared in keys_of(schema):
+        if declared.kind not in ("int", "int | None"):
+            continue
+        section, _ = section_and_name(declared.dotted)
+        node = OmegaConf.select(config, section)
+        value = node.get(declared.attribute) if OmegaConf.is_dict(node) else None
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE]\+?\d+", value):
+            value = float(value)
+        if isinstance(value, float) and value.is_integer():
+            node[declared.attribute] = int(value)
 
 
 def _renamed(schema: type) -> list[Declared]:

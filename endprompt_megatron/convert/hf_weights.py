@@ -5,19 +5,21 @@ One file or several with an index, safetensors or the older pytorch_model.bin.
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from endprompt_megatron.checkpoint.tensor_reader import Record, read_into
+from endprompt_megatron.checkpoint.tensor_reader import Record, read_into, refuse_overflow
 from endprompt_megatron.common.direct_io import OnceFile
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.common.files import read_json
+from endprompt_megatron.common.files import read_json, refuse_pointer
 from endprompt_megatron.convert.bin_files import BinFile
 from endprompt_megatron.convert.mapping import MappedTensor
 from endprompt_megatron.convert.safetensors_header import Entry, read_header
+from endprompt_megatron.model.shape import something_else
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -26,6 +28,8 @@ OLD_INDEX = "pytorch_model.bin.index.json"
 DTYPE_OF = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 CODE_OF = {name: code for code, name in DTYPE_OF.items()}
 _NAMED = 3  # tensors that a message names
+# What older classes and patched ones save beside the weights: computed from the config, read by nobody.
+_BUFFER = re.compile(r"rotary_emb\.[a-z_]*(inv_freq|cos|sin)[a-z_]*$|^rope\.freqs$|\.(masked_bias|causal_mask)$")
 
 
 def weight_files(directory: Path) -> list[str]:
@@ -33,16 +37,41 @@ def weight_files(directory: Path) -> list[str]:
     index = _index(directory)
     if index is not None:
         return sorted(set(index[1].values()))
-    return [name for name in (SINGLE, OLD_SINGLE) if (directory / name).is_file()][:1]
+    whole = [name for name in (SINGLE, OLD_SINGLE) if (directory / name).is_file()][:1]
+    return whole or _shards_without_index(directory)
+
+
+_SHARD = re.compile(r"(model-|pytorch_model-)(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
+
+
+def _shards_without_index(directory: Path) -> list[str]:
+    """All shards of a set, by their names alone; [] where there are none.  Raises InputError if some lack."""
+    found = sorted(filter(None, (_SHARD.fullmatch(path.name) for path in directory.glob("*model-*"))), key=_set_of)
+    if not found:
+        return []
+    begin, _, count, ending = found[0].groups()
+    names = [f"{begin}{number:05d}-of-{count}{ending}" for number in range(1, int(count) + 1)]
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{directory}: {len(names) - len(missing)} of {len(names)} shards and no index; missing are "
+            f"{', '.join(missing[:_NAMED])}{' ...' if len(missing) > _NAMED else ''}: is the download complete?"
+        )
+    return names
+
+
+def _set_of(shard: re.Match) -> tuple[bool, str, str]:
+    """Orders shards: safetensors first, then by set."""
+    return shard.group(4) != ".safetensors", shard.group(3), shard.group(2)
 
 
 def _index(directory: Path) -> tuple[Path, dict[str, str]] | None:
-    """The index of which file each tensor is in; None if there is none, or a single safetensors file."""
-    for name in (INDEX, SINGLE, OLD_INDEX):
+    """The index of which file each tensor is in; None without one, or beside one whole file, which is taken."""
+    for name in (SINGLE, INDEX, OLD_SINGLE, OLD_INDEX):
         path = directory / name
         if not path.is_file():
             continue
-        if name == SINGLE:
+        if name in (SINGLE, OLD_SINGLE):
             return None
         index = read_json(path, "an index of weights").get("weight_map")
         if not isinstance(index, dict) or not index:
@@ -79,9 +108,12 @@ class HfWeights:
         self.tensors: dict[str, _Held] = {}
         files = weight_files(directory)
         if not files:
+            held = something_else(directory)
             raise InputError(
-                f"{directory}: no {SINGLE}, no {INDEX} and no {OLD_SINGLE}; weights in other formats: load them with "
-                "transformers and save_pretrained"
+                f"{directory}: {held}"
+                if held
+                else f"{directory}: no {SINGLE}, no {INDEX} and no {OLD_SINGLE}; weights in other formats: load them "
+                "with transformers and save_pretrained"
             )
         for name in files:
             self._open(name)
@@ -98,6 +130,7 @@ class HfWeights:
         path = self.directory / name
         if not path.is_file():
             raise InputError(f"{path}: no such file, though the index names it; download this shard")
+        refuse_pointer(path)
         try:
             if path.suffix == ".bin":
                 library = BinFile(path)
@@ -128,7 +161,7 @@ class HfWeights:
         embedding, copy = tied_copy or (None, None)
         for tensor, held in self.tensors.items():
             where = f"{self.directory / held.file_name}: {tensor}"
-            if tensor.endswith("rotary_emb.inv_freq"):
+            if _BUFFER.search(tensor):
                 continue
             if tensor == copy:
                 if embedding in self.tensors and not torch.equal(self.get(tensor), self.get(embedding)):
@@ -155,6 +188,10 @@ class HfWeights:
         """One tensor, read now."""
         return self.tensors[tensor].library.get_tensor(tensor)
 
+    def dtype(self, tensor: str) -> torch.dtype:
+        """What one tensor is stored in."""
+        return getattr(torch, DTYPE_OF[self.tensors[tensor].entry.dtype])
+
     def read_slice(self, tensor: str, slices: tuple[slice, ...]) -> torch.Tensor:
         """A slice of one tensor; no more than that is read."""
         return self.tensors[tensor].library.get_slice(tensor)[slices]
@@ -162,17 +199,20 @@ class HfWeights:
     def read_into(self, target: torch.Tensor, tensor: str, offset: tuple[int, ...]) -> None:
         """Fill `target` with the slice of a tensor that starts at `offset`, cast to the target's dtype.
 
-        From safetensors without a copy in between.  Raises InputError if the file has been cut meanwhile.
+        From safetensors without a copy in between.  Raises InputError if the file has been cut meanwhile, and for a
+        number that the target's dtype cannot hold.
         """
         held = self.tensors[tensor]
+        where = f"{self.directory / held.file_name}: {tensor}"
+        slices = tuple(slice(begin, begin + size) for begin, size in zip(offset, target.shape, strict=True))
         if held.record is None:
-            slices = tuple(slice(begin, begin + size) for begin, size in zip(offset, target.shape, strict=True))
             target.copy_(self.read_slice(tensor, slices))
-            return
-        try:
-            read_into(target, held.plain, held.record, offset)
-        except ValueError as error:
-            raise InputError(f"{self.directory / held.file_name}: {tensor}: {error}") from None
+        else:
+            try:
+                read_into(target, held.plain, held.record, offset)
+            except ValueError as error:
+                raise InputError(f"{where}: {error}") from None
+        refuse_overflow(target, self.dtype(tensor), lambda: self.read_slice(tensor, slices), where)
 
     def expect(self, tensor: str, first: int, count: int) -> None:
         """Let the disk begin with rows that are asked for next: of queries, keys and values a few here, a few there."""

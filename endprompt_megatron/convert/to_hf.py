@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from endprompt_megatron.checkpoint import layout
-from endprompt_megatron.checkpoint.tensor_reader import Scratch
+from endprompt_megatron.checkpoint.tensor_reader import Scratch, refuse_overflow
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json, refuse_existing, write_json, write_text
@@ -130,22 +130,37 @@ class MegatronWeights:
             # Queries, keys and values lie in between each other, and follow each other where they are written.
             if self._split is None or self._split[0] != mapped:
                 self._split = None  # before the next is read
-                value = self.checkpoint.read(mapped.key, mapped.offset, mapped.shape, dtype)
+                value = self._read(mapped, mapped.offset, mapped.shape, dtype)
                 self._split = mapped, mapping.split(mapped, value)
             tensor = self._split[1][index]
             # A copy: what is kept is asked for again.
-            yield self.merge.add_to(tensor.clone(), name).to(self.dtype) if merged else tensor
+            yield self._cast(self.merge.add_to(tensor.clone(), name), name) if merged else tensor
             return
         axis = 1 if mapped.per_layer else 0
         cuts = self.checkpoint.row_cuts(mapped.key, mapped.offset, mapped.shape, axis)
         for begin, end in itertools.pairwise(cuts):
             offset = (*mapped.offset[:axis], begin, *mapped.offset[axis + 1 :])
             shape = (*mapped.shape[:axis], end - begin, *mapped.shape[axis + 1 :])
-            rows = self.checkpoint.read(mapped.key, offset, shape, dtype, into=self.scratch.tensor(shape, dtype))
+            rows = self._read(mapped, offset, shape, dtype, into=self.scratch.tensor(shape, dtype))
             if merged:
                 added = self.merge.add_to(rows.reshape(-1, shape[-1]), name, begin)
-                rows = added.view_as(rows).to(self.dtype)
+                rows = self._cast(added.view_as(rows), name)
             yield rows
+
+    def _read(
+        self, mapped: mapping.MappedTensor, offset: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, **into
+    ) -> torch.Tensor:
+        value = self.checkpoint.read(mapped.key, offset, shape, dtype, **into)
+        stored = self.checkpoint.dtype(mapped.key)
+        where = f"{self.checkpoint.directory}: {mapped.key}"
+        refuse_overflow(value, stored, lambda: self.checkpoint.read(mapped.key, offset, shape, stored), where)
+        return value
+
+    def _cast(self, merged: torch.Tensor, name: str) -> torch.Tensor:
+        """A weight with adapters merged into it, float32, in the dtype of the export."""
+        cast = merged.to(self.dtype)
+        refuse_overflow(cast, merged.dtype, lambda: merged, f"{self.checkpoint.directory}: {name} with its adapters")
+        return cast
 
 
 def _check(checkpoint: Checkpoint, manifest: dict, shape: ModelShape, mapped: list[mapping.MappedTensor]) -> None:

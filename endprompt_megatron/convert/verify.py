@@ -1,4 +1,7 @@
-"""Do a Hugging Face directory and a Megatron checkpoint hold the same weights?  Tensor by tensor, by CRC-32.
+"""Do a Hugging Face directory and a Megatron checkpoint hold the same weights?  Tensor by tensor.
+
+By CRC-32 where both sides have one dtype.  Where one was cast, every number is compared with its source: it must be
+no farther away than rounding to the other dtype takes it.
 
 The Megatron side is taken apart by mapping.split, where conversion puts it together by mapping.spans: two ways to read
 the one table, so that a mistake in either is seen.
@@ -36,54 +39,97 @@ class Verified:
     tensors: int
     bytes: int
     seconds: float
+    cast: str | None = None  # the dtype that one side was cast to
 
     def __str__(self) -> str:
         compared = f"{self.tensors} tensors, {format_bytes(self.bytes)}, {self.seconds:.1f} s"
-        return f"verified {self.megatron} against {self.hf}: {compared}; every CRC-32 is the same"
+        how = f"every number is its source's, rounded to {self.cast}" if self.cast else "every CRC-32 is the same"
+        return f"verified {self.megatron} against {self.hf}: {compared}; {how}"
 
 
 def verify(hf: Path, megatron: Path, iteration: int | None = None, *, to_hf: bool, workers: int | None = 1) -> Verified:
     """Compare every tensor of `hf` with its counterpart in `megatron`; memory is that of a few slices of tensors.
 
-    Where dtypes differ, the side that was converted from is cast as the conversion casts it: Megatron's if `to_hf`.
-    Raises InputError if one is not complete, or naming the tensors that differ.
+    `to_hf`: Megatron's side is the source that was converted from.  Raises InputError if one is not complete, or
+    naming the tensors that differ.
     """
     started = time.monotonic()
     source = layout.find_checkpoint(Path(megatron), iteration)
     shape = read_shape(hf)
     layout.refuse_other_model(read_shape(source / layout.HF_DIRECTORY), shape, str(source), str(hf))
     dtypes = HfSource(Path(hf)).dtypes
-    dtype = layout.read_manifest(source)["dtype"] if not to_hf else next(iter(dtypes))
+    written = next(iter(dtypes)) if to_hf else layout.read_manifest(source)["dtype"]
     mapped = list(mapping.mapped_tensors(shape))
-    sizes = [tensor.elements * getattr(torch, dtype).itemsize for tensor in mapped]
+    sizes = [tensor.elements * getattr(torch, written).itemsize for tensor in mapped]
     workers = number_of(workers, None, MAX_WORKERS)
-    start = functools.partial(_start, Path(hf), source, dtype)
+    start = functools.partial(_start, Path(hf), source, to_hf)
     with Progress("verifying", sum(sizes)) as progress:
         found = for_each(start, sizes, workers, progress.add, fork=True)
-    wrong = [line for lines in found for line in lines]
+    wrong = [line for lines, _ in found for line in lines]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{source} and {hf} differ: {'; '.join(wrong[:3])}{more}; convert again")
-    return Verified(Path(hf), source, sum(len(tensor.hf) for tensor in mapped), sum(sizes), time.monotonic() - started)
+    cast = written if any(was_cast for _, was_cast in found) else None
+    tensors = sum(len(tensor.hf) for tensor in mapped)
+    return Verified(Path(hf), source, tensors, sum(sizes), time.monotonic() - started, cast)
 
 
-def _start(hf: Path, megatron: Path, dtype: str) -> Callable[[int], list[str]]:
-    """What compares the weights of a mapped tensor, made once in every worker; gives a line for each that differs."""
-    torch_dtype = getattr(torch, dtype)
-    left, right = HfSource(hf).weights, MegatronWeights(megatron, torch_dtype)
-    mapped = list(mapping.mapped_tensors(read_shape(hf)))
+def _start(hf: Path, megatron: Path, to_hf: bool) -> Callable[[int], tuple[list[str], bool]]:
+    """What compares the weights of a mapped tensor, made once in every worker.
 
-    def compare(number: int) -> list[str]:
-        wrong = []
+    It gives a line for each that differs, and whether the two sides have different dtypes.
+    """
+    left, mapped = HfSource(hf).weights, list(mapping.mapped_tensors(read_shape(hf)))
+    readers: dict[torch.dtype, MegatronWeights] = {}
+
+    def compare(number: int) -> tuple[list[str], bool]:
+        wrong, cast = [], False
         for name, sizes in mapped[number].hf:
-            step = max(1, _BLOCK // (torch_dtype.itemsize * (sizes[1] if len(sizes) > 1 else 1)))
-            blocks = (left.read_slice(name, (slice(at, at + step),)).to(torch_dtype) for at in range(0, sizes[0], step))
-            ours, theirs = _crc32(blocks), _crc32(right.rows(name))
-            if ours != theirs:
-                wrong.append(f"{name} has CRC-32 {ours:08x} in Hugging Face's files and {theirs:08x} in Megatron's")
-        return wrong
+            ours = left.dtype(name)
+            theirs = _as_stored(megatron, readers, mapped[number].key, name)
+            step = max(1, _BLOCK // (ours.itemsize * (sizes[1] if len(sizes) > 1 else 1)))
+            rows = (left.read_slice(name, (slice(at, at + step),)) for at in range(0, sizes[0], step))
+            if ours == theirs.dtype:
+                both = _crc32(rows), _crc32(theirs.rows(name))
+                if both[0] != both[1]:
+                    wrong.append(
+                        f"{name} has CRC-32 {both[0]:08x} in Hugging Face's files and {both[1]:08x} in Megatron's"
+                    )
+                continue
+            cast = True
+            far = begin = 0
+            for part in theirs.rows(name):
+                block = part.reshape(-1, *sizes[1:])
+                other = left.read_slice(name, (slice(begin, begin + len(block)),))
+                far += _farther_than_rounding(*((block, other) if to_hf else (other, block)))
+                begin += len(block)
+            if far or begin != sizes[0]:
+                dtype = str(ours if to_hf else theirs.dtype).removeprefix("torch.")
+                wrong.append(f"{name} has {far} numbers that are not its source's, rounded to {dtype}")
+        return wrong, cast
 
     return compare
+
+
+def _as_stored(megatron: Path, readers: dict[torch.dtype, MegatronWeights], key: str, name: str) -> MegatronWeights:
+    """A reader of the Megatron weight `key` in the dtype that it has there; with adapters in it, in float32."""
+    any_reader = next(iter(readers.values()), None) or readers.setdefault(
+        torch.float32, MegatronWeights(megatron, torch.float32)
+    )
+    merged = any_reader.merge is not None and any_reader.merge.changes(name)
+    dtype = torch.float32 if merged else any_reader.checkpoint.dtype(key)
+    if dtype not in readers:
+        readers[dtype] = MegatronWeights(megatron, dtype)
+    return readers[dtype]
+
+
+def _farther_than_rounding(source: torch.Tensor, result: torch.Tensor) -> int:
+    """How many numbers of `result` are not those of `source`, to within half a unit of their last place."""
+    limits = torch.finfo(result.dtype)
+    exact, ours = source.double(), result.double()
+    # Half of the smallest number too, below which nothing is represented.
+    near = (ours - exact).abs() <= limits.eps / 2 * exact.abs() + limits.smallest_normal * limits.eps / 2
+    return int((~(near | (exact == ours) | (exact.isnan() & ours.isnan()))).sum())
 
 
 def _crc32(blocks: Iterator[torch.Tensor]) -> int:

@@ -71,7 +71,26 @@ def read_shape(directory: Path | str) -> ModelShape:
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
         raise InputError(f"{directory}: no such directory; expected a Hugging Face checkpoint with config.json")
+    if not path.is_file() and (held := something_else(Path(directory))):
+        raise InputError(f"{directory}: {held}")
     return shape_of(read_json(path, "a Hugging Face config"), str(path))
+
+
+def something_else(directory: Path) -> str | None:
+    """What a directory holds instead of a model in Hugging Face's format, and what to do; None if that is not known."""
+    if (directory / "adapter_config.json").is_file():
+        return (
+            "holds a LoRA adapter without its base model; merge it into the base (PEFT's merge_and_unload), and give "
+            "what save_pretrained writes"
+        )
+    if released := next((path for path in sorted(directory.glob("consolidated*")) if path.is_file()), None):
+        return (
+            f"holds the weights as their authors release them ({released.name}); get the model in Hugging Face's "
+            "format, or convert it by transformers' script for its family"
+        )
+    if any(directory.glob("iter_*")) or (directory / "checkpoints").is_dir():
+        return "holds Megatron-Core checkpoints; expected a Hugging Face directory with config.json"
+    return None
 
 
 def shape_of(config: dict, where: str) -> ModelShape:
@@ -102,7 +121,7 @@ def shape_of(config: dict, where: str) -> ModelShape:
         raise InputError(
             f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}, and head_dim is missing"
         )
-    if config["hidden_act"] != "silu":
+    if config["hidden_act"] not in ("silu", "swish"):  # two names of one function
         raise InputError(f"{where}: hidden_act={config['hidden_act']} is not supported; LLaMA models use silu")
     head_dim = values.get("head_dim", hidden // heads)
     rope = read_rope(config, head_dim, where)

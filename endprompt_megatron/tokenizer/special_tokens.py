@@ -73,18 +73,19 @@ def by_transformers(directory: Path) -> Any:
     """transformers' tokenizer of a directory; none of the directory's own code is run.  Raises InputError."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    options = {"local_files_only": True}
-    try:
-        config = _json(directory, TOKENIZER_CONFIG, "a tokenizer's configuration")
-        if config.get("auto_map") and (directory / TOKENIZER_JSON).is_file():
-            # The class that the directory's code would define is not needed for what tokenizer.json says.
-            return PreTrainedTokenizerFast.from_pretrained(directory, **options)
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **options)
-    except InputError:
-        raise
-    except Exception as error:  # down to bare Exception
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{directory}: the tokenizer cannot be read ({reason})") from None
+    config = _json(directory, TOKENIZER_CONFIG, "a tokenizer's configuration")
+    classes = [functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=False)]
+    if (directory / TOKENIZER_JSON).is_file():
+        # Needs neither the class that the directory's code would define nor what config.json says of the model.
+        classes.insert(0 if config.get("auto_map") else 1, PreTrainedTokenizerFast.from_pretrained)
+    reason = ""
+    for load in classes:
+        try:
+            return load(directory, local_files_only=True)
+        except Exception as error:  # down to bare Exception
+            reason = reason or " ".join(str(error).split())[:200]
+    _json(directory, "config.json", "a Hugging Face config")  # whose faults are not the tokenizer's
+    raise InputError(f"{directory}: the tokenizer cannot be read ({reason})")
 
 
 class Ends:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.common.errors import InputError
+from endprompt_megatron.common.files import refuse_pointer
 from endprompt_megatron.tokenizer.chat_template import ChatTemplate
 
 HUGGING_FACE, SENTENCE_PIECE, TIKTOKEN = "Hugging Face", "SentencePiece", "tiktoken"
@@ -32,6 +33,9 @@ def find(path: Path) -> tuple[str, Path]:
 
     Raises InputError if there is none.
     """
+    for file in (path, path / TOKENIZER_JSON, path / TOKENIZER_MODEL):
+        if file.is_file():
+            refuse_pointer(file)
     if path.is_file():
         return kind_of_model(path), path
     if not path.is_dir():

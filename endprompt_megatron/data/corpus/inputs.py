@@ -18,7 +18,7 @@ from typing import BinaryIO
 import orjson
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.common.files import read_json
+from endprompt_megatron.common.files import read_json, refuse_pointer
 from endprompt_megatron.data.corpus.decompress import CompressionError, Decompressed
 
 TEXT, LINES, JSON, PARQUET = "text", "JSON lines", "JSON", "parquet"
@@ -180,6 +180,7 @@ def _saved_dataset(directory: Path, where: str, field: str) -> Iterator[Source]:
 
 def _source(path: str, where: str, field: str, known: tuple[str, str] | None = None) -> Source:
     kind, compression = known or kind_of(path)
+    refuse_pointer(Path(path))
     try:
         with open(path, "rb") as file:
             state = os.fstat(file.fileno())
