@@ -4,6 +4,7 @@ It runs on every rank (srun, torchrun, mpirun), or as one process that checks wh
 the sequence of steps; the checks are functions of the other modules here.  Only rank 0 judges and prints.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from endprompt_megatron.common.errors import EXIT_INPUT, InputError
+from endprompt_megatron.config.load import load_recipe
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.config.resolve import load_resolved
 from endprompt_megatron.distributed.runtime import launched_as, quiet_libraries
@@ -50,9 +52,12 @@ def run(where: str, overrides: list[str], options: Options) -> Outcome:
     launch = launched_as()
     recipe = problem = None
     try:
-        recipe = load_resolved(where, overrides)
+        recipe = load_recipe(where, overrides)
     except InputError as error:
         problem = str(error)
+    else:
+        with contextlib.suppress(InputError):  # the checks below say what is wrong with the model
+            recipe = load_resolved(where, overrides)
     if problem and launch.world_size == 1:
         raise InputError(problem)
     meeting = Meeting(launch, problem, options.timeout)

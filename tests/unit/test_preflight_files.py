@@ -276,3 +276,20 @@ def test_a_tied_model_that_stores_its_embeddings_twice_is_complete(tmp_path, at,
     small_llama(place / "hf", tie_word_embeddings=True)
     found, _ = at(place)
     assert found["HF checkpoint"].verdict == OK
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "su", "factor": 4.0}}, "rope_parameters.rope_type=su is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": "8"}}, "rope_scaling.factor='8' should be a positive number"),
+        ({"model_type": "gpt2"}, "model_type=gpt2 is not supported"),
+    ],
+)
+def test_preflight_has_a_row_for_a_model_that_cannot_be_read(place, at, change, message):
+    edit_json(place / "hf/config.json", **change)
+    found, code = at(place)
+    assert code == 2
+    for check in ("recipe", "HF checkpoint"):
+        assert found[check].verdict == FAIL
+        assert message in found[check].found
