@@ -23,28 +23,31 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random draws: --seed {config.option.seed}"
 
 
+# Of the tests with several processes those that run beside the others: of two ranks or less, or short.
+_BESIDE = tuple(f"tests/parallel/test_{name}.py" for name in ("engine_megatron", "convert_layouts", "method_runs"))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Two workers side by side, file by file: one begins with those that start several processes, Slurm's first, the
-    other with tests/unit; the first that runs out of its own helps with the other's.
+    """Two workers side by side: one has the tests that start several processes, the other those of tests/unit, file by
+    file, and a few of the first kind at the end.
 
-    What a module sets up is set up once, and ranks have the cores to themselves for most of the time.
+    Ranks and Slurm's jobs then have their ports and most of the time a core each; eight ranks on two cores wait for
+    each other most of the time.  What a module sets up is set up once.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::", 1)[0]
-            return "tests/slurm" if file.startswith("tests/slurm") else file  # one Slurm is started, once
+            return file if file.startswith(("tests/unit/", *_BESIDE)) else "several processes"
 
         def _assign_work_unit(self, node) -> None:
-            first = node is next(iter(self.assigned_work))
-            ours = [scope for scope in self.workqueue if scope.startswith("tests/unit/") != first]
-            # From the others' end: what they come to last.
-            chosen = ours[0] if ours else next(reversed(self.workqueue))
-            if first and "tests/slurm" in self.workqueue:
-                chosen = "tests/slurm"
-            self.workqueue.move_to_end(chosen, last=False)
+            for scope in _BESIDE:
+                if scope in self.workqueue:
+                    self.workqueue.move_to_end(scope)
+            if "several processes" in self.workqueue:
+                self.workqueue.move_to_end("several processes", last=False)
             super()._assign_work_unit(node)
 
     return ByFile(config, log)

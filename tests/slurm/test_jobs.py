@@ -160,6 +160,7 @@ def test_the_evaluation_job_runs_after_the_training_job(ground, whole):
     assert list((ground.place / "whole").glob("*.html"))
 
 
+@pytest.mark.full
 def test_signal_before_the_limit_checkpoints_and_requeues_bit_exact(ground, reference):
     job = ground.submit("signalled")
     ground.until_step("signalled", 12)
@@ -177,6 +178,7 @@ def test_a_slurm_job_resumes_after_kill_9_of_a_rank(ground, reference):
     assert "ranks were lost; requeueing" in ground.log("killed").read_text()
 
 
+@pytest.mark.full
 def test_a_slurm_job_resumes_after_a_node_is_lost_and_returns(ground, reference):
     job = ground.submit("nodeless")
     ground.until_step("nodeless", 14)
@@ -186,6 +188,7 @@ def test_a_slurm_job_resumes_after_a_node_is_lost_and_returns(ground, reference)
     ground.finish("nodeless", job, reference)
 
 
+@pytest.mark.full
 def test_time_limit_checkpoints_and_requeues(ground, reference):
     """Slurm's own warning, 45 to 75 s after a start; a run of any length is stopped by it, and then asked to finish."""
     recipe = ground.place / "endless.yaml"
@@ -208,6 +211,7 @@ def test_time_limit_checkpoints_and_requeues(ground, reference):
     assert "asked to finish: not requeued" in said
 
 
+@pytest.mark.full
 def test_a_slurm_job_without_progress_gives_up(ground, reference):
     """Ranks that are lost before the first checkpoint, each time: not for ever."""
     job = ground.submit("nowhere", MAX_FAILURES=2)
@@ -225,6 +229,7 @@ def ranks(job: int, start: int, rank: int = 3) -> list[int]:
     return list(set.intersection(*(set(with_environment(name)) for name in named)))
 
 
+@pytest.mark.full
 def test_second_job_on_the_same_run_directory_is_refused(ground, reference):
     # Both hold one node's worth of ranks, so that they can run side by side.
     one_node = ground.place / "one_node.yaml"
