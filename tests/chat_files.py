@@ -31,6 +31,15 @@ MARKED = (
     "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# CHATML that describes tools before the first turn and writes calls, as Qwen2.5's does.
+WRITES_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    '{% for call in message.tool_calls or [] %}{{ \'<tool_call>{"name": "\' + call.function.name }}'
+    '{{ \'", "arguments": \' + '
+    "call.function.arguments | tojson + '}</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "inst": INST, "marked": MARKED}
 
 

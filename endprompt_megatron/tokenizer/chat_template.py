@@ -62,20 +62,20 @@ class ChatTemplate:
         found = self._token.search(text)
         return found.group() if found else None
 
-    def write(self, messages: list[dict]) -> tuple[str, Spans]:
-        """A conversation as text, and (start, stop) of every answer in it, in characters.
+    def write(self, messages: list[dict], tools: list[dict] | None = None) -> tuple[str, Spans]:
+        """A conversation as text, and (start, stop) of every answer in it, in characters; `tools` that it may call.
 
         Raises Refused, and BadTemplate with the number of the turn.
         """
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if _MARKS.search(self.source):
-            text, marked = self._marked(messages)
+            text, marked = self._marked(messages, tools)
             if len(marked) != len(answers):
                 raise BadTemplate(f"marks {len(marked)} of {len(answers)} answers with {{% generation %}}")
             spans = list(zip(answers, marked, strict=True))
         else:
-            text = self._rendered(messages)
-            spans = [(number, self._between(messages, number, text)) for number in answers]
+            text = self._rendered(messages, tools)
+            spans = [(number, self._between(messages, tools, number, text)) for number in answers]
         return text, [self._with_its_end(text, *span, number + 1) for number, span in spans]
 
     def turn_ends(self) -> list[str]:
@@ -96,9 +96,9 @@ class ChatTemplate:
         ends = [next(token for token in longest_first if text[:stop].endswith(token)) for _, stop in spans]
         return list(dict.fromkeys(ends))
 
-    def _between(self, messages: list[dict], number: int, text: str) -> tuple[int, int]:
-        before = self._rendered(messages[:number], add_generation_prompt=True)
-        after = text if number + 1 == len(messages) else self._rendered(messages[: number + 1])
+    def _between(self, messages: list[dict], tools: list[dict] | None, number: int, text: str) -> tuple[int, int]:
+        before = self._rendered(messages[:number], tools, add_generation_prompt=True)
+        after = text if number + 1 == len(messages) else self._rendered(messages[: number + 1], tools)
         for beginning, what in ((before, "up to"), (after, "up to and with")):
             if not text.startswith(beginning):
                 raise BadTemplate(
@@ -123,22 +123,22 @@ class ChatTemplate:
             )
         return start, stop
 
-    def _rendered(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        return "".join(self._blocks(messages, add_generation_prompt))
+    def _rendered(self, messages: list[dict], tools: list[dict] | None, add_generation_prompt: bool = False) -> str:
+        return "".join(self._blocks(messages, tools, add_generation_prompt))
 
-    def _marked(self, messages: list[dict]) -> tuple[str, Spans]:
+    def _marked(self, messages: list[dict], tools: list[dict] | None) -> tuple[str, Spans]:
         marks = _compiled(self.source).environment.marks
         marks.begin()
-        for block in self._blocks(messages, False):
+        for block in self._blocks(messages, tools, False):
             marks.written += len(block)
             marks.blocks.append(block)
         return "".join(marks.blocks), list(marks.spans)
 
-    def _blocks(self, messages: list[dict], add_generation_prompt: bool) -> Any:
+    def _blocks(self, messages: list[dict], tools: list[dict] | None, add_generation_prompt: bool) -> Any:
         try:
             yield from _compiled(self.source).generate(
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **dict(self.names),

@@ -53,12 +53,17 @@ class Conversations:
         encodings = iter(self._backend.encode_batch([text for text, _ in good], add_special_tokens=False))
         return [each if isinstance(each, Reject) else self._encoded(next(encodings), each[1]) for each in written]
 
-    def _written(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]] | Reject:
+    def _written(self, record: list[dict] | dict) -> tuple[str, list[tuple[int, int]]] | Reject:
+        messages, tools = (record["messages"], record["tools"]) if isinstance(record, dict) else (record, None)
         for number, message in enumerate(messages, start=1):
-            if token := self._template.token_in(message["content"]):
+            said = message["content"] + orjson.dumps(message.get("tool_calls", "")).decode()
+            if token := self._template.token_in(said):
                 return Reject("special_token", f"turn {number} contains {token!r}, a special token of the tokenizer")
+        for used, name in ((tools, "tools"), (any("tool_calls" in each for each in messages), "tool_calls")):
+            if used and name not in self._template.source:
+                return Reject("template_refused", f"the chat template writes no {name}, and the conversation has some")
         try:
-            return self._template.write(messages)
+            return self._template.write(messages, tools)
         except Refused as error:
             return Reject("template_refused", f"the chat template refuses it ({error})")
         except BadTemplate as error:
