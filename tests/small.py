@@ -72,7 +72,7 @@ def small_sentencepiece(
 def small_llama(directory: Path, *, seed: int = 0, dtype: str = "float32", tokenizer: bool = True, **overrides) -> Path:
     """Save a random LLaMA of 4 layers (GQA 4/2, vocabulary 320, window 64) with safetensors weights and tokenizer.
 
-    `overrides` are LlamaConfig fields; `model_type="mistral"` makes a Mistral, "qwen2" a Qwen2.5.
+    `overrides` are LlamaConfig fields; `model_type="mistral"` makes a Mistral, "qwen2" a Qwen2.5, "qwen3" a Qwen3.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -20,15 +20,6 @@ from endprompt_megatron.model.shape import ModelShape
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Objects that a GPTModel's sharded state dict asks for beside its weights.  Only FP8 puts anything into them.
-EXTRA_STATES = (
-    LAYERS + "self_attention.linear_qkv._extra_state",
-    LAYERS + "self_attention.linear_proj._extra_state",
-    LAYERS + "mlp.linear_fc1._extra_state",
-    LAYERS + "mlp.linear_fc2._extra_state",
-    "decoder.final_layernorm._extra_state",
-)
-
 PADDED = (EMBEDDING, OUTPUT)  # Megatron may pad their vocabulary
 
 
@@ -61,6 +52,13 @@ class MappedTensor:
         return self.shape[1] if self.per_layer else self.shape[0]
 
 
+def extra_states(shape: ModelShape) -> list[str]:
+    """Objects that a GPTModel's sharded state dict asks for beside its weights.  Only FP8 puts anything into them."""
+    attention = ["linear_qkv", "linear_proj", *(["q_layernorm", "k_layernorm"] if shape.qk_norm else [])]
+    names = [f"self_attention.{name}" for name in attention] + ["mlp.linear_fc1", "mlp.linear_fc2"]
+    return [*(f"{LAYERS}{name}._extra_state" for name in names), "decoder.final_layernorm._extra_state"]
+
+
 def tied_copy(shape: ModelShape) -> tuple[str, str] | None:
     """Hugging Face's names of the embedding and of the copy that some tied checkpoints hold; None if not tied."""
     family = FAMILIES[shape.family]
@@ -83,6 +81,7 @@ def _mapped(row: Row, shape: ModelShape, layer: int | None) -> Iterator[MappedTe
         "ffn": shape.ffn_size,
         "q": shape.num_heads * shape.head_dim,
         "kv": shape.num_kv_heads * shape.head_dim,
+        "head": shape.head_dim,
     }
     weights = tuple(
         (name.format(layer), tuple(dimensions[dimension] for dimension in sizes.split()))

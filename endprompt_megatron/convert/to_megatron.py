@@ -168,7 +168,7 @@ def _start(hf: Path, dtype: str, files: list[list[_PlannedShard]], staging: Path
 def _extra_states(shape: ModelShape) -> list[str]:
     """Megatron's keys of the (empty) extra states: ShardedObjects, one a layer."""
     keys = []
-    for key in mapping.EXTRA_STATES:
+    for key in mapping.extra_states(shape):
         count = shape.num_layers if key.startswith(mapping.LAYERS) else 1
         keys += [f"{key}/shard_{index}_{count}" for index in range(count)]
     return keys

@@ -57,6 +57,16 @@ LLAMA_ROWS = (
         per_group=True,
         only_if="qkv_bias",
     ),
+    Row(
+        LAYERS + "self_attention.q_layernorm.weight",
+        {_HF_LAYERS + "self_attn.q_norm.weight": "head"},
+        only_if="qk_norm",
+    ),
+    Row(
+        LAYERS + "self_attention.k_layernorm.weight",
+        {_HF_LAYERS + "self_attn.k_norm.weight": "head"},
+        only_if="qk_norm",
+    ),
     Row(PROJ, {_HF_LAYERS + "self_attn.o_proj.weight": "hidden q"}),
     Row(
         LAYERS + "self_attention.linear_proj.bias",
@@ -112,6 +122,7 @@ class Family:
     qkv_bias: bool | str = False
     proj_bias: bool | str = False  # of the attention's output
     mlp_bias: bool | str = False
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys, before they are rotated
     sliding_window: bool | str = False
     without_window: str = ""  # which of its models have no sliding window in use: a refusal names them
     published: Mapping[str, dict] = field(default_factory=dict)  # configs by name: published_shapes.py
@@ -201,7 +212,30 @@ _QWEN2 = Family(
     without_window="Qwen2.5 has use_sliding_window=false",
 )
 
-FAMILIES = {family.model_type: family for family in (_LLAMA, _MISTRAL, _QWEN2)}
+_QWEN3 = Family(
+    model_type="qwen3",
+    models="Qwen3 (dense)",
+    defaults={
+        **LLAMA_DEFAULTS,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+    },
+    qkv_bias="attention_bias",
+    proj_bias="attention_bias",
+    qk_norm=True,
+    sliding_window="use_sliding_window",
+    without_window="Qwen3 has use_sliding_window=false",
+    published={
+        "qwen3-8b": _config(
+            4096, 12288, 36, 32, 8, 151936, 40960, rope_theta=1000000.0, head_dim=128, rms_norm_eps=1e-6
+        ),
+    },
+)
+
+FAMILIES = {family.model_type: family for family in (_LLAMA, _MISTRAL, _QWEN2, _QWEN3)}
 
 
 def supported() -> str:

@@ -10,9 +10,12 @@ MODULE = "endprompt_megatron.model.family_table"
 
 
 def family_table() -> str:
-    """A row a family: its model_type, the published models that were tried, where it has biases."""
-    rows = [[f"`{family.model_type}`", family.models, _biases(family)] for family in FAMILIES.values()]
-    return markdown(["`model_type`", "models", "biases"], rows)
+    """A row a family: its model_type, the published models that were tried, where it has biases, and further norms."""
+    rows = [
+        [f"`{family.model_type}`", family.models, _biases(family), "queries and keys" if family.qk_norm else ""]
+        for family in FAMILIES.values()
+    ]
+    return markdown(["`model_type`", "models", "biases", "norms of heads"], rows)
 
 
 def _biases(family: Family) -> str:

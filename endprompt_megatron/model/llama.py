@@ -67,6 +67,7 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        qk_layernorm=shape.qk_norm,
         add_qkv_bias=shape.qkv_bias,  # other biases: layer_spec, since Megatron would have all of them or none
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -149,7 +150,7 @@ def layer_spec(
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Layer spec of this pipeline stage: TE's, or ours where TE is absent (the same checkpoint names)."""
     if has_transformer_engine():
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = packed_attention(attention.core_attention)
         if longlora.rank:
@@ -159,7 +160,10 @@ def layer_spec(
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SdpaAttention
+    if shape.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     _replace_layers(layer, shape, longlora)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

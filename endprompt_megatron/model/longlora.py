@@ -41,7 +41,7 @@ def trained_parameters(shape: ModelShape, longlora: LongLora) -> int:
         return shape.parameters
     count = shape.num_layers * adapter_elements(shape, longlora.rank)
     if longlora.train_norms:
-        count += (2 * shape.num_layers + 1) * shape.hidden_size
+        count += shape.num_layers * shape.layer_norms + shape.hidden_size
     if longlora.train_embeddings:
         count += shape.vocab_size * shape.hidden_size
     return count

@@ -31,6 +31,7 @@ class ModelShape:
     qkv_bias: bool
     proj_bias: bool  # of the attention's output
     mlp_bias: bool
+    qk_norm: bool
     rope: RopeParameters
 
     @property
@@ -59,7 +60,12 @@ class ModelShape:
     @property
     def whole_vectors(self) -> int:
         """Elements of a layer's norms and biases that every tensor-parallel rank holds complete."""
-        return self.hidden_size * (2 + self.proj_bias + self.mlp_bias)
+        return self.layer_norms + self.hidden_size * (self.proj_bias + self.mlp_bias)
+
+    @property
+    def layer_norms(self) -> int:
+        """Elements of a layer's norms."""
+        return 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
 
     def padded_vocab(self, multiple: int) -> int:
         """Vocabulary rounded up so that `multiple` (a tensor-parallel size) divides it."""
@@ -143,6 +149,7 @@ def shape_of(config: dict, where: str) -> ModelShape:
         qkv_bias=applies(family.qkv_bias, config),
         proj_bias=applies(family.proj_bias, config),
         mlp_bias=applies(family.mlp_bias, config),
+        qk_norm=family.qk_norm,
         rope=rope,
     )
 

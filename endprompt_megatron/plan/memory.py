@@ -98,7 +98,7 @@ def stage_elements(shape: ModelShape, recipe: Recipe, stage: int) -> tuple[int, 
     first, last = stage == 0, stage == p.pipeline - 1
     trained = adapters = layers * adapter_elements(shape, longlora.rank, p.tensor)
     if longlora.train_norms:
-        trained += (2 * layers + last) * shape.hidden_size
+        trained += layers * shape.layer_norms + last * shape.hidden_size
     if longlora.train_embeddings and (first or (last and shape.tied_embeddings)):
         trained += shape.padded_vocab(p.tensor) // p.tensor * shape.hidden_size
     return held + adapters, trained

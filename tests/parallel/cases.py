@@ -25,6 +25,7 @@ SHAPES = {
     "head-dim": {"head_dim": 32},
     "mistral": {"model_type": "mistral"},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24},
     "attention-bias": {"attention_bias": True},
     "mlp-bias-mha": {"mlp_bias": True, "num_key_value_heads": 4},
 }
@@ -288,6 +289,8 @@ def _to_hf(name: str, parts: list[np.ndarray], shape: ModelShape) -> dict[str, n
         return {prefix + "input_layernorm.weight": parts[0]}
     if kind in ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"):
         return {prefix + "post_attention_layernorm.weight": parts[0]}
+    if kind in ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"):
+        return {prefix + f"self_attn.{kind[len('self_attention.')]}_norm.weight": parts[0]}
     if ".adapter." in kind:
         return _adapters_to_hf(prefix + "self_attn.", kind, parts, rows)
     if kind == "self_attention.linear_proj.bias":

@@ -17,6 +17,7 @@ from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 MODELS = {
     "untied": {"vocab_size": 321, "head_dim": 24},
     "tied-mha": {"vocab_size": 321, "tie_word_embeddings": True, "num_key_value_heads": 4},
+    "normed-heads": {"model_type": "qwen3", "head_dim": 24},
     "biased": {"attention_bias": True, "mlp_bias": True},
 }
 

@@ -23,6 +23,7 @@ MODELS = {
         "num_key_value_heads": 4,
         "dtype": "bfloat16",
     },
+    "normed-heads": {"model_type": "qwen3", "head_dim": 24},
     "biased-sharded": {"attention_bias": True, "mlp_bias": True},
 }
 

@@ -45,6 +45,7 @@ FAMILIES = {
     "mistral": {"model_type": "mistral", "vocab_size": 328, "sliding_window": None},
     "smollm2": {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 48, "tie_word_embeddings": True},
     "qwen2.5": {"model_type": "qwen2", "vocab_size": 322},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24, "attention_bias": True},
     "qwen2.5-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
 }
 SHAPES |= {
