@@ -5,6 +5,7 @@ maybe stop.  Everything that is about devices, files or formats is a call.
 """
 
 import time
+from functools import partial
 from pathlib import Path
 
 from endprompt_megatron.checkpoint.run_state import Progress, RunState
@@ -42,6 +43,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.checkpoint.save import Saver, require_disk_space
     from endprompt_megatron.convert.direct import weights_to_start_from
     from endprompt_megatron.convert.exported_files import exported_files
+    from endprompt_megatron.convert.exports import Exports, pending
     from endprompt_megatron.data.samples.feed import open_feed
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.distributed.watchdog import Watch
@@ -80,6 +82,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         progress = Progress()
     if progress.step >= t.steps:
         runtime.print_rank_zero(f"{checkpoints}: all {t.steps} steps are done already")
+        Exports(checkpoints, recipe.checkpoint.export_every).finish()
         return EXIT_DONE
 
     def save() -> None:
@@ -92,7 +95,10 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         with complete_parameters(models):
             recorder.validated(progress.step, validation.run())
 
-    saver = Saver(checkpoints, recipe, exported_files(recipe, export_config, where), state, progress.step)
+    every = recipe.checkpoint.export_every
+    files = exported_files(recipe, export_config, where)
+    saver = Saver(checkpoints, recipe, files, state, progress.step, partial(pending, checkpoints, every))
+    exports = Exports(checkpoints, every)
     recorder = Recorder(recipe, shape, progress)
     validation = Validation(recipe, feed, models) if feed.valid is not None else None
     if t.valid_interval and progress.step == 0:
@@ -136,6 +142,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
             watch.step_ends()
             if last or signal_number or progress.step % recipe.checkpoint.interval == 0:
                 save()  # before anything that could take the time that a scheduler leaves
+                exports.go_on()
             if last or signal_number:
                 saver.wait()
             if signal_number and not last:
@@ -143,4 +150,5 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
                 return EXIT_RESUMABLE
             if validation and (last or (t.valid_interval and progress.step % t.valid_interval == 0)):
                 validate()
+    exports.finish()
     return EXIT_DONE

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from endprompt_megatron.common.errors import run_cli
+from endprompt_megatron.common.errors import InputError, run_cli
 
 
 def main() -> None:
@@ -24,10 +24,21 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a weight file (default: 5GB)")
     parser.add_argument("--workers", type=int, metavar="N", help="writing processes (default: one per CPU, at most 8)")
     parser.add_argument(
+        "--adapter", action="store_true", help="write LoRA's adapters alone, in PEFT's format, instead of merging them"
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="compare all tensors afterwards; if OUT exists, just that"
     )
     options = parser.parse_args()
 
+    if options.adapter:
+        for option, given in (("--verify", options.verify), ("--dtype", options.dtype is not None)):
+            if given:
+                raise InputError(f"{option} applies to a model; --adapter writes what was trained, as it is")
+        from endprompt_megatron.convert.peft_adapter import convert_megatron_to_peft
+
+        print(convert_megatron_to_peft(options.megatron, options.out, options.iteration), flush=True)
+        return
     from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 
     first = True

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from endprompt_megatron.checkpoint import layout
@@ -98,10 +98,10 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def prune(root: Path, keep: int, every: int) -> None:
-    """Remove all complete iterations but the newest `keep` (0: all are kept) and the multiples of `every`."""
+def prune(root: Path, keep: int, every: int, spared: Collection[int] = ()) -> None:
+    """Remove all complete iterations but the newest `keep` (0: all are kept), multiples of `every`, and `spared`."""
     for iteration in layout.complete_iterations(root)[:-keep] if keep else []:
-        if not (every and iteration % every == 0):
+        if not (every and iteration % every == 0) and iteration not in spared:
             remove(layout.iteration_dir(root, iteration))
 
 

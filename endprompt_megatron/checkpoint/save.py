@@ -9,6 +9,7 @@ which all versions read.
 
 import threading
 import time
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,8 +53,13 @@ class Saver:
         export_files: dict[str, dict],
         state: RunState,
         newest: int = 0,
+        spared: Callable[[], Collection[int]] = tuple,
     ) -> None:
-        """`export_files`: config.json, and others of model.hf's small files, as the model will be exported with."""
+        """`export_files`: config.json, and others of model.hf's small files, as the model will be exported with.
+
+        `spared`: iterations that somebody needs, whatever checkpoint.keep says.
+        """
+        self.spared = spared
         self.root, self.recipe, self.export_files = root, recipe, export_files
         self.state, self.newest = state, newest
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -165,7 +171,7 @@ class Saver:
             data=self.state.data,
         )
         integrity.publish(staging, self.root, step)
-        integrity.prune(self.root, c.keep, c.keep_every)
+        integrity.prune(self.root, c.keep, c.keep_every, self.spared())
 
     def _noting_errors(self, function: Any, *args: Any) -> None:
         """Call; what goes wrong is kept for `_agree`, so that no rank waits for one that failed."""

@@ -228,6 +228,9 @@ class Checkpoint:
     interval: int = entry(100, "steps between checkpoints", positive=True)
     keep: int = entry(2, "newest complete iterations kept; 0 keeps all", minimum=0)
     keep_every: int = entry(0, "iterations that are multiples of so many steps are kept for good; 0: none", minimum=0)
+    export_every: int = entry(
+        0, "Hugging Face weights of iterations that are multiples of so many steps, in RUN/exports; 0: none", minimum=0
+    )
     # `async` is a reserved word in Python.
     asynchronous: bool = entry(False, "write checkpoints while training goes on", name="async")
 

@@ -65,6 +65,13 @@ class Merge:
         b = self._read(up, (layer, first, 0), (1, count, self.rank))
         return rows.addmm_(b, a, alpha=self.scale)
 
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, inputs] and B [outputs, rank] of the tensor `name`, float32, as they were trained."""
+        layer, down, number, up = self.adapters[name]
+        inputs, outputs = self.checkpoint.shape(down)[2], self.checkpoint.shape(up)[1]
+        a = self._read(down, (layer, number * self.rank, 0), (1, self.rank, inputs))
+        return a, self._read(up, (layer, 0, 0), (1, outputs, self.rank))
+
     def _read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         return self.checkpoint.read(key, offset, shape, torch.float32)[0]
 

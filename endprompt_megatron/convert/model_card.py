@@ -72,6 +72,14 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
     table += [("Parameters", f"{shape.parameters:,}"), ("Weights", dtype)]
     lines += ["| | |", "| --- | --- |"]
     lines += [f"| {label} | {_escaped(value)} |" for label, value in table]
+    if shape.rope.type == "linear":
+        lines += [
+            "",
+            f"vLLM takes {shape.window} x {shape.rope.scaling['factor']:g} tokens for the window of a linear scaling: "
+            f"give `--max-model-len {shape.window}`.",
+        ]
+    elif shape.rope.type not in ("default", "dynamic"):
+        lines += ["", f"transformers before 4.43 does not know this model's RoPE ({shape.rope.type})."]
     lines += ["", "Made with endprompt_megatron. The licence is that of the base model.", ""]
     return "\n".join(lines)
 

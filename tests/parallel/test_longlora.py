@@ -25,7 +25,7 @@ from parallel.cases import (
 from parallel.reference import assert_as_exact, compare, compare_float32, huggingface_model
 from parallel.test_checkpoints import assert_same, everything, train_and_save
 from parallel.test_engine_megatron import ask_megatron
-from small import run_tool
+from small import assert_one_line_error, run_tool
 
 from endprompt_megatron.checkpoint.layout import read_manifest, write_manifest
 from endprompt_megatron.common.errors import InputError
@@ -375,3 +375,39 @@ def test_adapters_without_a_recipe_that_scales_them_are_refused(trained, tmp_pat
     with pytest.raises(InputError, match=r"longlora\.rank=4"):
         convert_megatron_to_hf(copy, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["longlora.train_embeddings=false", "longlora.train_norms=false"]])
+def test_an_adapter_in_pefts_format_is_the_merged_model_on_the_base(ranks, models, tmp_path, given):
+    """PEFT itself reads it, on the base model with the exported config."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    recipe = recipe_for(*models("odd-vocab"), "parallel.tensor=2", *LORA, *given)
+    ranks.run(4, train_and_save, recipe, batches_for(recipe, 3), tmp_path / "run")
+    done = run_tool(
+        "convert_megatron_to_hf", "--megatron", tmp_path / "run", "--out", tmp_path / "adapter", "--adapter"
+    )
+    assert done.returncode == 0, done.stderr
+    convert_megatron_to_hf(tmp_path / "run", tmp_path / "merged")
+    config = AutoConfig.from_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.hf, config=config, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, config.vocab_size, (1, 90)))
+    with torch.no_grad():
+        rounded = merged(ids).logits.numpy()
+        with Float64():
+            found, expected = adapted.double()(ids).logits.numpy(), merged.double()(ids).logits.numpy()
+    assert_as_exact(found, rounded, expected)
+    plain = AutoModelForCausalLM.from_pretrained(recipe.model.hf, config=config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert np.abs(plain(ids).logits.numpy() - expected).max() > 1e-2, "the adapter changed next to nothing"
+
+
+def test_an_adapter_of_a_model_without_any_is_refused(models, tmp_path):
+    for options, said in (((), "holds no LoRA adapters"), (("--verify",), "--verify applies to a model")):
+        megatron = models("gqa")[2]
+        arguments = ("--megatron", megatron, "--out", tmp_path / "out", "--adapter", *options)
+        assert_one_line_error(run_tool("convert_megatron_to_hf", *arguments), said)
+    assert not list(tmp_path.iterdir())

@@ -94,6 +94,12 @@ def _check_training(recipe: Recipe, where: str) -> None:
         raise InputError(f"{where}: optim.betas={list(o.betas)} should be two numbers in [0, 1)")
     if o.min_lr > o.lr:
         raise InputError(f"{where}: optim.min_lr={o.min_lr} is above optim.lr={o.lr}; the rate only falls")
+    c = recipe.checkpoint
+    if c.export_every % c.interval:
+        raise InputError(
+            f"{where}: checkpoint.export_every={c.export_every} should be a multiple of checkpoint.interval="
+            f"{c.interval}: weights are made of checkpoints"
+        )
     check_data(recipe, where)
     for key, wants in (("valid_interval", t.valid_interval > 0), ("virtual_distances", bool(t.virtual_distances))):
         if wants and d.valid is None:
