@@ -28,7 +28,7 @@ def test_equal_weights_are_verified(place, monkeypatch, workers):
     assert (done.tensors, done.bytes) == (len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 
-@pytest.mark.parametrize("row", LLAMA_ROWS, ids=lambda row: row.megatron)
+@pytest.mark.parametrize("row", [row for row in LLAMA_ROWS if row.only_if != "qk_norm"], ids=lambda row: row.megatron)
 def test_verify_names_the_tensor_with_one_changed_element(place, tmp_path, row):
     tensors = load_file(place / "hf/model.safetensors")
     name = list(row.hf)[-1].format(2)
