@@ -27,7 +27,7 @@ def both(tmp_path_factory):
     return HfSource(hf), Checkpoint(place / "megatron/iter_0000000")
 
 
-@pytest.mark.parametrize("row", LLAMA_ROWS, ids=lambda row: row.megatron)
+@pytest.mark.parametrize("row", [row for row in LLAMA_ROWS if row.only_if != "qk_norm"], ids=lambda row: row.megatron)
 def test_any_shard_read_from_hugging_face_equals_the_converted_one(both, row):
     direct, converted = both
     whole = converted.shape(row.megatron)
