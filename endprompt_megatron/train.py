@@ -44,6 +44,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.convert.direct import weights_to_start_from
     from endprompt_megatron.convert.exported_files import exported_files
     from endprompt_megatron.convert.exports import Exports, pending
+    from endprompt_megatron.convert.peft_start import adapter_to_start_from
     from endprompt_megatron.data.samples.feed import open_feed
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.distributed.watchdog import Watch
@@ -78,7 +79,8 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
                 "directory of model.hf"
             )
         weights = weights_to_start_from(Path(recipe.model.init_from), shape, f"{where}: model.init_from")
-        initialise(weights, models, optimizer)
+        adapter = adapter_to_start_from(recipe.longlora, shape, where)
+        initialise(weights, models, optimizer, adapter, adapter.keys if adapter else ())
         progress = Progress()
     if progress.step >= t.steps:
         runtime.print_rank_zero(f"{checkpoints}: all {t.steps} steps are done already")

@@ -109,9 +109,17 @@ def _from_rank_zero(value: Any) -> Any:
     return held[0]
 
 
-def initialise(source: WeightSource, models: list, optimizer: Any | None) -> None:
-    """Weights to begin with; the master weights follow.  LoRA's adapters start as they were built."""
-    read_weights([weight for weight in weights_of(models) if ADAPTER not in weight.key], source)
+def initialise(
+    source: WeightSource, models: list, optimizer: Any | None, over: WeightSource | None = None, keys: Any = ()
+) -> None:
+    """Weights to begin with; the master weights follow.  LoRA's adapters start as they were built.
+
+    `over` has weights `keys` to put over them: adapters that go on, and what was trained beside them.
+    """
+    weights = weights_of(models)
+    read_weights([weight for weight in weights if ADAPTER not in weight.key], source)
+    if over is not None:
+        read_weights([weight for weight in weights if weight.key in keys], over)
     read_objects(models, source)
     if optimizer is not None:
         optimizer.reload_model_params()

@@ -31,6 +31,16 @@ def adapted(checkpoint: Checkpoint) -> bool:
     return checkpoint.shape(_QKV + "down") is not None
 
 
+def adapters_of(shape: ModelShape) -> dict[str, tuple[int, str, int, str]]:
+    """Layer, A, which of those in it, and B, by the name of Hugging Face's matrix that they change."""
+    return {
+        name: (mapped.offset[0], *adapter)
+        for mapped in mapped_tensors(shape)
+        if mapped.key in _ADAPTERS
+        for (name, _), adapter in zip(mapped.hf, _ADAPTERS[mapped.key], strict=True)
+    }
+
+
 class Merge:
     """Adds adapters to Hugging Face's matrices, some rows at a time."""
 
@@ -46,12 +56,7 @@ class Merge:
                     "those of such adapters; the checkpoint is damaged"
                 )
 
-        self.adapters = {  # layer, A, which of those in it, B, by Hugging Face's name
-            name: (mapped.offset[0], *adapter)
-            for mapped in mapped_tensors(shape)
-            if mapped.key in _ADAPTERS
-            for (name, _), adapter in zip(mapped.hf, _ADAPTERS[mapped.key], strict=True)
-        }
+        self.adapters = adapters_of(shape)
 
     def changes(self, name: str) -> bool:
         """Whether Hugging Face's tensor `name` has an adapter."""

@@ -148,6 +148,7 @@ def build(recipe: Recipe):
     p = recipe.parallel
     runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
     from endprompt_megatron.convert.direct import weights_to_start_from
+    from endprompt_megatron.convert.peft_start import adapter_to_start_from
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
     from endprompt_megatron.model.llama import build_model
     from endprompt_megatron.training.optimizer import build_optimizer, wrap_models
@@ -157,7 +158,8 @@ def build(recipe: Recipe):
     models = wrap_models(build_model(shape, recipe, exported(recipe), shared_positions=shared), recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
     weights = weights_to_start_from(Path(recipe.model.init_from), shape, "test: model.init_from")
-    initialise(weights, models, optimizer)
+    adapter = adapter_to_start_from(recipe.longlora, shape, "test")
+    initialise(weights, models, optimizer, adapter, adapter.keys if adapter else ())
     return shape, models, optimizer, scheduler
 
 

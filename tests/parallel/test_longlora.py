@@ -25,11 +25,13 @@ from parallel.cases import (
 from parallel.reference import assert_as_exact, compare, compare_float32, huggingface_model
 from parallel.test_checkpoints import assert_same, everything, train_and_save
 from parallel.test_engine_megatron import ask_megatron
-from small import assert_one_line_error, run_tool
+from small import assert_one_line_error, edit_json, run_tool
 
 from endprompt_megatron.checkpoint.layout import read_manifest, write_manifest
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.convert.describe_checkpoint import inspect
+from endprompt_megatron.convert.peft_adapter import convert_megatron_to_peft
+from endprompt_megatron.convert.peft_start import adapter_to_start_from
 from endprompt_megatron.convert.to_hf import convert_megatron_to_hf
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 from endprompt_megatron.model.shape import read_shape
@@ -411,3 +413,53 @@ def test_an_adapter_of_a_model_without_any_is_refused(models, tmp_path):
         arguments = ("--megatron", megatron, "--out", tmp_path / "out", "--adapter", *options)
         assert_one_line_error(run_tool("convert_megatron_to_hf", *arguments), said)
     assert not list(tmp_path.iterdir())
+
+
+def test_training_starts_from_an_adapter_in_pefts_format_in_every_layout(ranks, models, trained, tmp_path):
+    """What is saved before a step is what the adapter's run had saved, master weights included."""
+    vocab = read_shape(models("odd-vocab")[1]).vocab_size
+    convert_megatron_to_peft(trained, tmp_path / "adapter", 3)
+    expected = {
+        key: value
+        for key, value in everything(trained / "iter_0000003", vocab).items()
+        if isinstance(value, torch.Tensor) and "optimizer.state.exp_avg" not in key
+    }
+    for layout in ("one", "tp2-pp2-sp"):
+        world, keys = LAYOUTS[layout]
+        start = f"longlora.init_from={tmp_path}/adapter"
+        recipe = recipe_for(*models("odd-vocab"), *LORA, *SHIFTED, *keys, start)
+        ranks.run(world, train_and_save, recipe, [], tmp_path / layout)
+        found = everything(tmp_path / layout / "iter_0000001", vocab)
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), key
+
+
+WRONG_ADAPTERS = {
+    "rank": ({"r": 5}, "r=5; set longlora.rank, which is 3, to that"),
+    "scale": ({"lora_alpha": 16}, "lora_alpha=16; set longlora.alpha, which is 7.0, to that"),
+    "dora": ({"use_dora": True}, "use_dora=True is not supported"),
+    "kind": ({"peft_type": "IA3"}, "peft_type=IA3 should be LORA"),
+    "missing": (["model.layers.1.self_attn.k_proj.lora_B.weight"], "self_attn.k_proj.lora_B.weight is missing"),
+    "mlp": ("model.layers.0.mlp.up_proj.lora_A.weight", "mlp.up_proj.lora_A.weight is nothing that longlora trains"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ADAPTERS)
+def test_an_adapter_of_another_kind_is_refused_by_key_and_value(models, trained, tmp_path, case):
+    from safetensors.torch import load_file, save_file
+
+    change, said = WRONG_ADAPTERS[case]
+    convert_megatron_to_peft(trained, tmp_path / "adapter", 3)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    if isinstance(change, dict):
+        edit_json(tmp_path / "adapter/adapter_config.json", **change)
+    elif isinstance(change, list):
+        save_file({name: value for name, value in tensors.items() if not name.endswith(change[0])}, path)
+    else:
+        save_file(tensors | {f"base_model.model.{change}": torch.zeros(3, 4)}, path)
+    recipe = recipe_for(*models("odd-vocab"), *LORA, f"longlora.init_from={tmp_path}/adapter")
+    with pytest.raises(InputError) as refused:
+        adapter_to_start_from(recipe.longlora, read_shape(recipe.model.hf), "recipe.yaml")
+    assert said in str(refused.value)
+    assert "recipe.yaml: longlora.init_from=" in str(refused.value)

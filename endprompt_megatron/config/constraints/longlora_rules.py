@@ -14,6 +14,8 @@ def check_longlora(recipe: Recipe, where: str) -> None:
     if longlora.rank:
         _check_rank(recipe, where)
         return
+    if longlora.init_from is not None:
+        raise InputError(f"{where}: longlora.init_from={longlora.init_from} needs longlora.rank: that of the adapter")
     for key in ("train_embeddings", "train_norms"):
         if not getattr(longlora, key):
             raise InputError(
