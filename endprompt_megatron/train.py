@@ -5,7 +5,6 @@ maybe stop.  Everything that is about devices, files or formats is a call.
 """
 
 import time
-from functools import partial
 from pathlib import Path
 
 from endprompt_megatron.checkpoint.run_state import Progress, RunState
@@ -43,7 +42,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.checkpoint.save import Saver, require_disk_space
     from endprompt_megatron.convert.direct import weights_to_start_from
     from endprompt_megatron.convert.exported_files import exported_files
-    from endprompt_megatron.convert.exports import Exports, pending
+    from endprompt_megatron.convert.exports import Exports
     from endprompt_megatron.convert.peft_start import adapter_to_start_from
     from endprompt_megatron.data.samples.feed import open_feed
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
@@ -82,9 +81,10 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         adapter = adapter_to_start_from(recipe.longlora, shape, where)
         initialise(weights, models, optimizer, adapter, adapter.keys if adapter else ())
         progress = Progress()
+    exports = Exports(checkpoints, recipe.checkpoint.export_every)
     if progress.step >= t.steps:
         runtime.print_rank_zero(f"{checkpoints}: all {t.steps} steps are done already")
-        Exports(checkpoints, recipe.checkpoint.export_every).finish()
+        exports.finish()
         return EXIT_DONE
 
     def save() -> None:
@@ -97,10 +97,8 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         with complete_parameters(models):
             recorder.validated(progress.step, validation.run())
 
-    every = recipe.checkpoint.export_every
     files = exported_files(recipe, export_config, where)
-    saver = Saver(checkpoints, recipe, files, state, progress.step, partial(pending, checkpoints, every))
-    exports = Exports(checkpoints, every)
+    saver = Saver(checkpoints, recipe, files, state, progress.step, spared=exports.due)
     recorder = Recorder(recipe, shape, progress)
     validation = Validation(recipe, feed, models) if feed.valid is not None else None
     if t.valid_interval and progress.step == 0:

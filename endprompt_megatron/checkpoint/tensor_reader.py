@@ -158,13 +158,13 @@ def refuse_overflow(cast: torch.Tensor, stored: torch.dtype, source: Callable[[]
     """
     if cast.dtype == stored or torch.finfo(cast.dtype).max >= torch.finfo(stored).max or not torch.isinf(cast).any():
         return
-    lost = torch.isinf(cast) & torch.isfinite(source().reshape(cast.shape))
+    exact = source().reshape(cast.shape)
+    lost = torch.isinf(cast) & torch.isfinite(exact)
     if lost.any():
-        value = float(source().reshape(cast.shape)[lost].abs().max())
         name = str(cast.dtype).removeprefix("torch.")
         raise InputError(
-            f"{where}: {value:g} does not fit {name}, whose largest number is {torch.finfo(cast.dtype).max:g}; convert "
-            "with --dtype bfloat16 or float32"
+            f"{where}: {float(exact[lost].abs().max()):g} does not fit {name}, whose largest number is "
+            f"{torch.finfo(cast.dtype).max:g}; use {'bfloat16 or ' if cast.dtype == torch.float16 else ''}float32"
         )
 
 

@@ -48,7 +48,7 @@ class Exports:
                 self._failed.add(self._number)
                 print_rank_zero(f"the export of step {self._number} failed: see {self._log()}; training goes on")
             self._process = None
-        due = [number for number in pending(self.checkpoints, self.every) if number not in self._failed]
+        due = self.due()
         if not due:
             return False
         self._number = due[0]
@@ -60,6 +60,10 @@ class Exports:
         with open(self._log(), "ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         return True
+
+    def due(self) -> list[int]:
+        """Iterations that are still to be exported; one whose export failed in this run is tried by the next."""
+        return [number for number in pending(self.checkpoints, self.every) if number not in self._failed]
 
     def finish(self) -> None:
         """Make all exports that lack."""

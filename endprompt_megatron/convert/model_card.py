@@ -31,12 +31,19 @@ _ROWS = (
 _OF_EXTENSION = ("context.original", "context.rope.factor", "context.prompts", "context.prompt_loss_weight")
 
 
+def base_name(manifest: dict) -> tuple[str, str]:
+    """The base model of a checkpoint as its recipe names it, and for a reader.
+
+    Where it lay on someone's disk is of no use to one; a relative name may be that of a hub.
+    """
+    base = str(get(manifest["recipe"], "model.hf") or manifest["source"])
+    return base, PurePath(base).name if base.startswith(("/", ".", "~")) else base
+
+
 def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
     """README.md with front matter.  A checkpoint without a recipe was converted and not trained: the card says so."""
     recipe = manifest["recipe"]
-    # Where it lay on someone's disk is of no use to a reader; a relative name may be that of a hub.
-    base = str(get(recipe, "model.hf") or manifest["source"])
-    name = PurePath(base).name if base.startswith(("/", ".", "~")) else base
+    base, name = base_name(manifest)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     method = get(recipe, "context.method")
     if get(recipe, "data.kind") == "chat":

@@ -15,12 +15,13 @@ from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json, staged_directory, write_json, write_text
 from endprompt_megatron.convert.lora_merge import longlora_of, merge_of
+from endprompt_megatron.convert.model_card import base_name
+from endprompt_megatron.convert.peft_start import CONFIG, PREFIX, WEIGHTS
 from endprompt_megatron.convert.to_hf import MegatronWeights
 from endprompt_megatron.convert.to_megatron import Written
 from endprompt_megatron.model.families import EMBEDDING, FAMILIES
 from endprompt_megatron.model.shape import shape_of
 
-_PREFIX = "base_model.model."  # before PEFT's names of what lies in the base
 _CARD = """---
 library_name: peft
 base_model: {base}
@@ -57,14 +58,14 @@ def convert_megatron_to_peft(megatron: Path, out: Path, iteration: int | None = 
             f"--adapter: {source} holds no LoRA adapters (longlora.rank is 0); export the model without it"
         )
     tensors = {}
-    for name in merge.adapters:
-        a, b = merge.factors(name)
-        module = _PREFIX + name.removesuffix(".weight")
+    for matrix in merge.adapters:
+        a, b = merge.factors(matrix)
+        module = PREFIX + matrix.removesuffix(".weight")
         tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     beside = _trained_beside(MegatronWeights(source, torch.float32), longlora, shape.family)
-    tensors |= {_PREFIX + name: value for name, value in beside.items()}
-    targets = sorted({name.split(".")[-2] for name in merge.adapters})
-    base = str((manifest["recipe"] or {}).get("model", {}).get("hf") or manifest["source"])
+    tensors |= {PREFIX + key: value for key, value in beside.items()}
+    targets = sorted({matrix.split(".")[-2] for matrix in merge.adapters})
+    base, name = base_name(manifest)
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -74,14 +75,14 @@ def convert_megatron_to_peft(megatron: Path, out: Path, iteration: int | None = 
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": targets,
-        "modules_to_save": sorted({name.split(".")[-2] for name in beside}) or None,
+        "modules_to_save": sorted({key.split(".")[-2] for key in beside}) or None,
         "inference_mode": True,
     }
     with staged_directory(Path(out)) as staging:
-        save_file(tensors, staging / "adapter_model.safetensors", {"format": "pt"})
-        write_json(staging / "adapter_config.json", described)
+        save_file(tensors, staging / WEIGHTS, {"format": "pt"})
+        write_json(staging / CONFIG, described)
         layout.copy_hf_files(hf, staging)
-        write_text(staging / "README.md", _CARD.format(base=base, window=shape.window))
+        write_text(staging / "README.md", _CARD.format(base=name, window=shape.window))
     total = sum(tensor.nbytes for tensor in tensors.values())
     return Written(Path(out), len(tensors), total, "float32", time.monotonic() - started)
 

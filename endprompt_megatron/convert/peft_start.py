@@ -17,7 +17,7 @@ from endprompt_megatron.convert.mapping import mapped_tensors
 from endprompt_megatron.model.shape import ModelShape
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # before PEFT's names of what lies in the base
 # What PEFT computes otherwise than alpha / rank B A with these set.
 _VARIANTS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out")
 
@@ -31,18 +31,20 @@ class PeftSource:
         self._check(read_json(directory / CONFIG, "PEFT's description of an adapter"), longlora)
         tensors = self._load(directory / WEIGHTS)
         self.matrices: dict[tuple[str, int], list[torch.Tensor]] = {}  # by key and layer, those that are stacked
+        mapped = list(mapped_tensors(shape))
+        sizes = {name: size for tensor in mapped for name, size in tensor.hf}
         for name, (layer, down, _, up) in adapters_of(shape).items():
-            module = name.removesuffix(".weight")
-            for key, factor in ((down, "lora_A"), (up, "lora_B")):
-                self.matrices.setdefault((key, layer), []).append(self._take(tensors, f"{module}.{factor}.weight"))
-        for mapped in mapped_tensors(shape):
-            [(name, sizes), *more] = mapped.hf
-            if not more and name in tensors:  # embeddings and norms
-                layer = mapped.offset[0] if mapped.per_layer else 0
-                value = tensors.pop(name)
-                if tuple(value.shape) != sizes:
-                    raise InputError(f"{self.where}: {name} has shape {list(value.shape)}; the model has {list(sizes)}")
-                self.matrices[mapped.key, layer] = [value]
+            module, (outputs, inputs) = name.removesuffix(".weight"), sizes[name]
+            a = self._take(tensors, f"{module}.lora_A.weight", (longlora.rank, inputs))
+            b = self._take(tensors, f"{module}.lora_B.weight", (outputs, longlora.rank))
+            self.matrices.setdefault((down, layer), []).append(a)
+            self.matrices[up, layer] = [b]
+        beside = [tensor for tensor in mapped if len(tensor.hf) == 1]  # embeddings and norms
+        held = {tensor.key for tensor in beside if tensor.hf[0][0] in tensors}
+        for tensor in beside:
+            if tensor.key in held:  # and then in every layer
+                layer = tensor.offset[0] if tensor.per_layer else 0
+                self.matrices[tensor.key, layer] = [self._take(tensors, *tensor.hf[0])]
         if tensors:
             raise InputError(
                 f"{self.where}: {min(tensors)} is nothing that longlora trains (q, k, v, o, embeddings, norms)"
@@ -68,8 +70,7 @@ class PeftSource:
             whole = torch.cat(self.matrices[key, offset[0] + index if per_layer else 0])
             shard, at = (target[index], offset[1:]) if per_layer else (target, offset)
             part = whole[tuple(slice(begin, begin + size) for begin, size in zip(at, shard.shape, strict=True))]
-            if part.shape != shard.shape and not zero_outside:
-                raise InputError(f"{self.where}: {key} has shape {list(whole.shape)}, which is not the model's")
+            # Smaller where the vocabulary is padded for the layout; every other shape was compared with the model's.
             shard[tuple(slice(size) for size in part.shape)].copy_(part)
         return target
 
@@ -97,12 +98,15 @@ class PeftSource:
             found = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.where}: {WEIGHTS} cannot be read ({str(error).splitlines()[0]})") from None
-        return {name.removeprefix(_PREFIX): value for name, value in found.items()}
+        return {name.removeprefix(PREFIX): value for name, value in found.items()}
 
-    def _take(self, tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    def _take(self, tensors: dict[str, torch.Tensor], name: str, sizes: tuple[int, ...]) -> torch.Tensor:
         if name not in tensors:
-            raise InputError(f"{self.where}: {name} is missing; longlora trains q, k, v and o of every layer")
-        return tensors.pop(name)
+            raise InputError(f"{self.where}: {name} is missing; an adapter here has q, k, v and o of every layer")
+        value = tensors.pop(name)
+        if tuple(value.shape) != sizes:
+            raise InputError(f"{self.where}: {name} has shape {list(value.shape)}; this model's is {list(sizes)}")
+        return value
 
 
 def adapter_to_start_from(longlora: LongLora, shape: ModelShape, where: str) -> PeftSource | None:
