@@ -28,6 +28,8 @@ _ROWS = (
     ("Weight decay", "optim.weight_decay"),
     ("Precision", "precision.dtype"),
 )
+# The first transformers 4 that computes a type as transformers 5 does: tests/engines/test_older_transformers.py.
+_TRANSFORMERS_4 = {"llama3": "4.43", "yarn": "4.51", "longrope": "4.51"}
 _OF_EXTENSION = ("context.original", "context.rope.factor", "context.prompts", "context.prompt_loss_weight")
 
 
@@ -85,8 +87,8 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
             f"vLLM takes {shape.window} x {shape.rope.scaling['factor']:g} tokens for the window of a linear scaling: "
             f"give `--max-model-len {shape.window}`.",
         ]
-    elif shape.rope.type not in ("default", "dynamic"):
-        lines += ["", f"transformers before 4.43 does not know this model's RoPE ({shape.rope.type})."]
+    elif needed := _TRANSFORMERS_4.get(shape.rope.type):
+        lines += ["", f"Of transformers 4, {needed} and later compute this model's RoPE ({shape.rope.type})."]
     lines += ["", "Made with endprompt_megatron. The licence is that of the base model.", ""]
     return "\n".join(lines)
 

@@ -212,8 +212,9 @@ def written(config: Mapping[str, Any], rope: RopeParameters) -> dict[str, Any]:
     only as {"type", "factor"}, with a factor above 1 that is a float; later ones take that too.
     """
     config = copy.deepcopy(dict(config))
-    if config.pop(ORIGINAL, None) is not None and rope.type == "longrope":
-        config[ORIGINAL] = rope.original  # where Phi-3's code looks for it
+    config.pop(ORIGINAL, None)
+    if rope.type == "longrope":
+        config[ORIGINAL] = rope.original  # where transformers 4 looks for it, as Phi-3 has it
     kind, scaling = rope.type, copy.deepcopy(rope.scaling)
     if kind == "linear" and scaling["factor"] == 1:
         kind, scaling = "default", {}
