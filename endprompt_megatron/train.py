@@ -5,6 +5,7 @@ maybe stop.  Everything that is about devices, files or formats is a call.
 """
 
 import time
+from functools import partial
 from pathlib import Path
 
 from endprompt_megatron.checkpoint.run_state import Progress, RunState
@@ -43,6 +44,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.convert.direct import weights_to_start_from
     from endprompt_megatron.convert.exported_files import exported_files
     from endprompt_megatron.convert.exports import Exports
+    from endprompt_megatron.convert.over_base import base_to_record, base_weights
     from endprompt_megatron.convert.peft_start import adapter_to_start_from
     from endprompt_megatron.data.samples.feed import open_feed
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
@@ -66,11 +68,11 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     models = build_model(shape, recipe, export_config, shared_positions=positions_are_shared(recipe))
     models = wrap_models(models, recipe)
     optimizer, scheduler = build_optimizer(recipe, models)
-    state = RunState(models, optimizer, scheduler, feed.identity)
+    state = RunState(models, optimizer, scheduler, feed.identity, base_to_record(recipe))
 
     checkpoints = recipe.run_dir / "checkpoints"
     require_disk_space(checkpoints, shape, recipe.longlora, recipe.precision.dtype)
-    progress = resume(checkpoints, recipe, where, state)
+    progress = resume(checkpoints, recipe, where, state, partial(base_weights, also=recipe.model.init_from))
     if progress is None:
         if recipe.model.init_from is None:
             raise InputError(

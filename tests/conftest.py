@@ -4,6 +4,7 @@ A test that is marked `full` runs under --all alone; a test that draws at random
 --all.  The draws have a fresh seed in each run, which the first lines name: --seed repeats them.
 """
 
+import os
 import random
 
 import pytest
@@ -17,13 +18,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(1_000_000)
+    if os.environ.get("PYTEST_XDIST_WORKER", _WITH_RANKS) != _WITH_RANKS:
+        os.nice(19)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"random draws: --seed {config.option.seed}"
 
 
-# Of the tests with several processes those that run beside the others: of two ranks or less, or short.
+_WITH_RANKS = "gw0"  # the worker that has the tests with several processes
+# Of those tests the ones that run beside the others: of two ranks or less, or short.
 _BESIDE = tuple(f"tests/parallel/test_{name}.py" for name in ("engine_megatron", "convert_layouts", "method_runs"))
 
 
@@ -32,8 +36,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """Two workers side by side: one has the tests that start several processes, the other those of tests/unit, file by
     file, and a few of the first kind at the end.
 
-    Ranks and Slurm's jobs then have their ports and most of the time a core each; eight ranks on two cores wait for
-    each other most of the time.  What a module sets up is set up once.
+    Ranks and Slurm's jobs then have their ports, and the other worker gives way to them: ranks that wait for each other
+    at every step take five times as long where each of them also waits for a core.  What a module sets up is set up
+    once.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -47,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
                 if scope in self.workqueue:
                     self.workqueue.move_to_end(scope)
             if "several processes" in self.workqueue:
-                self.workqueue.move_to_end("several processes", last=False)
+                self.workqueue.move_to_end("several processes", last=node.gateway.id != _WITH_RANKS)
             super()._assign_work_unit(node)
 
     return ByFile(config, log)

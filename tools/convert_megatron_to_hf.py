@@ -27,6 +27,12 @@ def main() -> None:
         "--adapter", action="store_true", help="write LoRA's adapters alone, in PEFT's format, instead of merging them"
     )
     parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="where model.init_from has moved to, for checkpoints of longlora.save_frozen=false",
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="compare all tensors afterwards; if OUT exists, just that"
     )
     options = parser.parse_args()
@@ -50,6 +56,7 @@ def main() -> None:
             dtype=options.dtype,
             max_shard_size=options.max_shard_size,
             workers=options.workers,
+            base=options.base,
         )
         first = written is not None
         if first:
@@ -57,7 +64,16 @@ def main() -> None:
     if options.verify and first:
         from endprompt_megatron.convert.verify import verify
 
-        print(verify(options.out, options.megatron, options.iteration, to_hf=True, workers=options.workers))
+        print(
+            verify(
+                options.out,
+                options.megatron,
+                options.iteration,
+                to_hf=True,
+                workers=options.workers,
+                base=options.base,
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -100,10 +100,12 @@ def write_manifest(
     source: str,
     files: dict[str, dict],
     data: list[dict] | None = None,
+    base: dict | None = None,
 ) -> None:
     """Declare the checkpoint in `directory` complete.  `dtype` ("bfloat16") is what an export is written in.
 
     `files`: bytes and CRC-32 of every other file, by name.  `data`: what was trained on (data/samples/identity.py).
+    `base`: whose weights are not here (convert/over_base.py).
     """
     manifest = {
         "format": FORMAT,
@@ -115,6 +117,7 @@ def write_manifest(
         "source": source,
         "files": files,
         **({} if data is None else {"data": data}),
+        **({} if base is None else {"base": base}),
     }
     write_json(directory / MANIFEST, {**manifest, "crc32": _own_crc32(manifest)})
 

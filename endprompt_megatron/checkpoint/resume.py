@@ -1,6 +1,7 @@
 """Find the newest complete checkpoint and continue from it; or begin from given weights."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ from endprompt_megatron.distributed import runtime
 from endprompt_megatron.model.longlora import ADAPTER
 
 
-def resume(root: Path, recipe: Recipe, where: str, state: RunState) -> Progress | None:
+def resume(
+    root: Path, recipe: Recipe, where: str, state: RunState, base: Callable[[dict, str], WeightSource] | None = None
+) -> Progress | None:
     """Load the newest checkpoint of this run that is complete; None if there is none yet.  All ranks must call.
 
+    `base` finds the weights of which a checkpoint holds a record alone (convert/over_base.py).
     A damaged one is renamed and the one before it is taken; what that loses is printed, and is in the progress.
     Raises InputError if all are damaged, and if the checkpoint was trained by a recipe that differs in a key
     that decides steps.
@@ -42,7 +46,13 @@ def resume(root: Path, recipe: Recipe, where: str, state: RunState) -> Progress 
             refuse_other_data(manifest, state.data, recipe, where, directory)
     checkpoint = Checkpoint(directory)
     weights = weights_of(state.models)
-    read_weights(weights, checkpoint)
+    held = weights
+    if manifest.get("base") is not None:
+        with runtime.raise_on_all_ranks():
+            source = base(manifest["base"], str(directory))
+        read_weights([weight for weight in weights if not weight.parameter.requires_grad], source)
+        held = [weight for weight in weights if weight.parameter.requires_grad]
+    read_weights(held, checkpoint)
     with runtime.raise_on_all_ranks():
         read_objects(state.models, checkpoint)
         common = torch.load(directory / "common.pt", map_location="cpu", weights_only=True)

@@ -9,13 +9,14 @@ class RunState:
     """What training changes on this rank, and what it reads.
 
     `models`: the chunks of the model, wrapped or not.  `data`: on the first rank, what the run trains on
-    (data/samples/identity.py).
+    (data/samples/identity.py).  `base`: there too, whose frozen weights checkpoints leave out (convert/over_base.py).
     """
 
     models: list
     optimizer: Any
     scheduler: Any
     data: list[dict] | None = None
+    base: dict | None = None
 
 
 @dataclass

@@ -86,6 +86,8 @@ class Saver:
         self.wait()
         self._step = progress.step
         weights = weights_of(self.state.models)
+        if not self.recipe.longlora.save_frozen:
+            weights = [weight for weight in weights if weight.parameter.requires_grad]
         shards = [*stored_weights(weights), *stored_state(self.state.optimizer, weights)]
         objects = stored_objects(self.state.models)
         updates = updates_of(self.state.optimizer)
@@ -169,6 +171,7 @@ class Saver:
             source=str(self.recipe.model.hf),
             files=files,
             data=self.state.data,
+            base=self.state.base,
         )
         integrity.publish(staging, self.root, step)
         integrity.prune(self.root, c.keep, c.keep_every, self.spared())

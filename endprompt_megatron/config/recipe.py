@@ -217,10 +217,12 @@ class LongLora:
     shifted: bool = entry(False, "shifted sparse attention in training ([longlora.md](longlora.md))", fixed=True)
     groups: int = entry(4, "groups of a sequence in which shifted attention is causal", positive=True, fixed=True)
     rank: int = entry(0, "rank of LoRA on q, k, v and o; 0: every parameter is trained", minimum=0, fixed=True)
+    mlp: bool = entry(False, "LoRA on gate, up and down as well", fixed=True)
     init_from: str | None = entry(None, "an adapter in PEFT's format to start from", unset="a new one")
     alpha: float = entry(16.0, "LoRA adds alpha / rank times its product", positive=True, fixed=True)
     train_embeddings: bool = entry(True, "train the embeddings beside LoRA", fixed=True)
     train_norms: bool = entry(True, "train the norms beside LoRA; all else is frozen", fixed=True)
+    save_frozen: bool = entry(True, "false: checkpoints without the frozen weights, which model.init_from has to keep")
 
 
 @dataclass

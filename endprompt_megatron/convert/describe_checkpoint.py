@@ -121,6 +121,8 @@ def _megatron(directory: Path) -> Contents:
             longlora = recipe.get("longlora") or {}
             if longlora.get("rank"):
                 training["adapters"] = f"LoRA of rank {longlora['rank']}, alpha {longlora['alpha']}, not merged here"
+            if manifest.get("base"):
+                training["without"] = f"what is frozen: {manifest['base']['path']} has it"
             training["layout"] = ", ".join(f"{key} {p[key]}" for key in _LAYOUT if p.get(key))
         training["exported as"] = manifest["dtype"]
     return Contents(

@@ -4,6 +4,7 @@ HfSource is a WeightSource (checkpoint/weights.py) as torch_dist.Checkpoint is: 
 it reads.
 """
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ from endprompt_megatron.model.shape import ModelShape, read_shape
 
 if TYPE_CHECKING:
     from endprompt_megatron.checkpoint.torch_dist import Checkpoint
+
+
+_MAX_ELEMENTS = 32 << 20
 
 
 class HfSource:
@@ -67,6 +71,17 @@ class HfSource:
             raise InputError(f"{self.directory}: has nothing for {lacking} of {target.numel()} elements of {key}")
         return target
 
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """Global shape of Megatron's tensor `key`; None if there is none."""
+        mapped = self.mapped.get((key, 0))
+        return mapped[0].global_shape if mapped else None
+
+    def row_cuts(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], axis: int) -> list[int]:
+        """Where to cut a slice along `axis` into parts of _MAX_ELEMENTS; offset[axis] comes first, its end last."""
+        first, last = offset[axis], offset[axis] + shape[axis]
+        rows = max(1, _MAX_ELEMENTS // (math.prod(shape) // shape[axis]))
+        return [*range(first, last, rows), last]
+
     def read_object(self, key: str) -> None:
         """None: Hugging Face weights have no state of Transformer Engine beside them."""
         return None
@@ -93,11 +108,11 @@ def weights_at(source: Path, shape: ModelShape, flag: str) -> "HfSource | Checkp
     if layout.is_hugging_face(source):
         layout.refuse_other_model(read_shape(source), shape, f"{flag}={source}")
         return HfSource(source)
-    from endprompt_megatron.checkpoint.torch_dist import Checkpoint
+    from endprompt_megatron.convert.over_base import checkpoint_at
 
     directory = layout.find_checkpoint(source, flag=flag)
     layout.refuse_other_model(read_shape(directory / layout.HF_DIRECTORY), shape, f"{flag}={source}")
-    return Checkpoint(directory)
+    return checkpoint_at(directory)
 
 
 def weights_to_start_from(source: Path, shape: ModelShape, flag: str) -> "HfSource | Checkpoint":

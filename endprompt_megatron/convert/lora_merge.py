@@ -4,7 +4,6 @@ The adapters' tensors are named as lora.py names their matrices, all layers of o
 in Hugging Face's order of heads: queries, keys and values each have a B of their own.
 """
 
-import itertools
 from pathlib import Path
 
 import torch
@@ -13,16 +12,21 @@ from endprompt_megatron.checkpoint import layout
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.convert.mapping import mapped_tensors
-from endprompt_megatron.model.families import LAYERS, PROJ, QKV
+from endprompt_megatron.model.families import FC1, FC2, LAYERS, PROJ, QKV
 from endprompt_megatron.model.longlora import ADAPTER
 from endprompt_megatron.model.shape import ModelShape
 
+_FC1, _FC2 = (LAYERS + f"mlp.linear_{name}" + ADAPTER for name in ("fc1", "fc2"))
 _QKV = LAYERS + "self_attention.linear_qkv" + ADAPTER
 _PROJ = LAYERS + "self_attention.linear_proj" + ADAPTER
 # Of each of Hugging Face's matrices that a weight of Megatron's is made of: A, which of those in it, B.
-_ADAPTERS = {
+_ATTENTION = {
     QKV: ((_QKV + "down", 0, _QKV + "up_q"), (_QKV + "down", 1, _QKV + "up_k"), (_QKV + "down", 2, _QKV + "up_v")),
     PROJ: ((_PROJ + "down", 0, _PROJ + "up"),),
+}
+_MLP = {
+    FC1: ((_FC1 + "down", 0, _FC1 + "up_gate"), (_FC1 + "down", 1, _FC1 + "up_up")),
+    FC2: ((_FC2 + "down", 0, _FC2 + "up"),),
 }
 
 
@@ -31,13 +35,17 @@ def adapted(checkpoint: Checkpoint) -> bool:
     return checkpoint.shape(_QKV + "down") is not None
 
 
-def adapters_of(shape: ModelShape) -> dict[str, tuple[int, str, int, str]]:
-    """Layer, A, which of those in it, and B, by the name of Hugging Face's matrix that they change."""
+def adapters_of(shape: ModelShape, mlp: bool) -> dict[str, tuple[int, str, int, str]]:
+    """Layer, A, which of those in it, and B, by the name of Hugging Face's matrix that they change; `mlp`: its too."""
+    adapters = _ATTENTION | (_MLP if mlp else {})
+    matrices: dict[tuple[int, str], list[str]] = {}  # in the order that they have in a weight
+    for mapped in mapped_tensors(shape):
+        if mapped.key in adapters:
+            matrices.setdefault((mapped.offset[0], mapped.key), []).extend(name for name, _ in mapped.hf)
     return {
-        name: (mapped.offset[0], *adapter)
-        for mapped in mapped_tensors(shape)
-        if mapped.key in _ADAPTERS
-        for (name, _), adapter in zip(mapped.hf, _ADAPTERS[mapped.key], strict=True)
+        name: (layer, *adapter)
+        for (layer, key), names in matrices.items()
+        for name, adapter in zip(names, adapters[key], strict=True)
     }
 
 
@@ -48,15 +56,14 @@ class Merge:
         """`longlora`: the section of the recipe in the manifest.  Raises InputError if the adapters are others."""
         self.checkpoint, self.rank = checkpoint, longlora["rank"]
         self.scale = longlora["alpha"] / self.rank
-        for down, number, up in itertools.chain(*_ADAPTERS.values()):
+        self.adapters = adapters_of(shape, longlora.get("mlp", False))
+        for down, number, up in sorted({adapter[1:] for adapter in self.adapters.values()}):
             stored = checkpoint.shape(down), checkpoint.shape(up)
             if None in stored or stored[0][1] <= number * self.rank or stored[1][2] != self.rank:
                 raise InputError(
                     f"{checkpoint.directory}: its recipe says longlora.rank={self.rank}, but {down} and {up} are not "
                     "those of such adapters; the checkpoint is damaged"
                 )
-
-        self.adapters = adapters_of(shape)
 
     def changes(self, name: str) -> bool:
         """Whether Hugging Face's tensor `name` has an adapter."""

@@ -68,7 +68,8 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
     rank = get(recipe, "longlora.rank")
     if rank:
         beside = [name for name in ("embeddings", "norms") if get(recipe, f"longlora.train_{name}")]
-        lora = f"rank {rank}, alpha {get(recipe, 'longlora.alpha')} on q, k, v and o, merged"
+        targets = "q, k, v, o, gate, up and down" if get(recipe, "longlora.mlp") else "q, k, v and o"
+        lora = f"rank {rank}, alpha {get(recipe, 'longlora.alpha')} on {targets}, merged"
         table.append(("LoRA", lora + (f"; {' and '.join(beside)} trained beside it" if beside else "")))
     for label, key in _ROWS if recipe else ():
         value = get(recipe, key)

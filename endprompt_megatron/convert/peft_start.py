@@ -13,7 +13,7 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import read_json, refuse_pointer
 from endprompt_megatron.config.recipe import LongLora
 from endprompt_megatron.convert.lora_merge import adapters_of
-from endprompt_megatron.convert.mapping import mapped_tensors
+from endprompt_megatron.convert.mapping import PADDED, mapped_tensors
 from endprompt_megatron.model.shape import ModelShape
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -28,18 +28,19 @@ class PeftSource:
     def __init__(self, directory: Path, longlora: LongLora, shape: ModelShape, where: str) -> None:
         """Raises InputError, naming `where`, for an adapter of another kind, rank, scale or model."""
         self.where = f"{where}={directory}"
+        self.targets = "q, k, v, o, gate, up, down" if longlora.mlp else "q, k, v, o"
         self._check(read_json(directory / CONFIG, "PEFT's description of an adapter"), longlora)
         tensors = self._load(directory / WEIGHTS)
         self.matrices: dict[tuple[str, int], list[torch.Tensor]] = {}  # by key and layer, those that are stacked
         mapped = list(mapped_tensors(shape))
         sizes = {name: size for tensor in mapped for name, size in tensor.hf}
-        for name, (layer, down, _, up) in adapters_of(shape).items():
+        for name, (layer, down, _, up) in adapters_of(shape, longlora.mlp).items():
             module, (outputs, inputs) = name.removesuffix(".weight"), sizes[name]
             a = self._take(tensors, f"{module}.lora_A.weight", (longlora.rank, inputs))
             b = self._take(tensors, f"{module}.lora_B.weight", (outputs, longlora.rank))
             self.matrices.setdefault((down, layer), []).append(a)
             self.matrices[up, layer] = [b]
-        beside = [tensor for tensor in mapped if len(tensor.hf) == 1]  # embeddings and norms
+        beside = [tensor for tensor in mapped if tensor.key in PADDED or "norm" in tensor.key]
         held = {tensor.key for tensor in beside if tensor.hf[0][0] in tensors}
         for tensor in beside:
             if tensor.key in held:  # and then in every layer
@@ -47,7 +48,7 @@ class PeftSource:
                 self.matrices[tensor.key, layer] = [self._take(tensors, *tensor.hf[0])]
         if tensors:
             raise InputError(
-                f"{self.where}: {min(tensors)} is nothing that longlora trains (q, k, v, o, embeddings, norms)"
+                f"{self.where}: {min(tensors)} is nothing that this longlora trains ({self.targets}, embeddings, norms)"
             )
         self.keys = {key for key, _ in self.matrices}
 
@@ -102,7 +103,7 @@ class PeftSource:
 
     def _take(self, tensors: dict[str, torch.Tensor], name: str, sizes: tuple[int, ...]) -> torch.Tensor:
         if name not in tensors:
-            raise InputError(f"{self.where}: {name} is missing; an adapter here has q, k, v and o of every layer")
+            raise InputError(f"{self.where}: {name} is missing; an adapter here has {self.targets} of every layer")
         value = tensors.pop(name)
         if tuple(value.shape) != sizes:
             raise InputError(f"{self.where}: {name} has shape {list(value.shape)}; this model's is {list(sizes)}")

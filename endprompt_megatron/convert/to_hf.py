@@ -26,6 +26,7 @@ from endprompt_megatron.convert.hf_writing import (
 )
 from endprompt_megatron.convert.lora_merge import merge_of
 from endprompt_megatron.convert.model_card import model_card
+from endprompt_megatron.convert.over_base import checkpoint_at
 from endprompt_megatron.convert.to_megatron import Written
 from endprompt_megatron.convert.work_units import identity, write_units
 from endprompt_megatron.model.shape import ModelShape, read_shape, shape_of
@@ -43,12 +44,14 @@ def convert_megatron_to_hf(
     dtype: str | None = None,
     max_shard_size: str = DEFAULT_SHARD,
     workers: int | None = 1,
+    base: Path | None = None,
 ) -> Written | None:
     """Export a checkpoint: weights, config, generation config, tokenizer files and a model card.
 
     `megatron` is a checkpoint directory (its newest complete iteration, or `iteration`) or one iter_ directory.
     `dtype` None writes what the manifest says.  The padding of the vocabulary is cut, optimizer state is not read;
-    LoRA's adapters are merged into the matrices, in float32, before they are cast.
+    LoRA's adapters are merged into the matrices, in float32, before they are cast.  `base`: where the frozen weights
+    have moved to, of a checkpoint without them.
     `workers` processes write a file each (None: one a CPU, at most 8); under mpirun or srun every rank is one, and
     all must call: None comes back on those past the first.  Everything is checked before anything is written, and
     `out` appears when it is complete.  After a kill, the same call continues.  Raises InputError.
@@ -65,7 +68,7 @@ def convert_megatron_to_hf(
         refuse_existing(out, "--out")
         check_vocabulary(hf, shape.vocab_size)
         mapped = list(mapping.mapped_tensors(shape))
-        checkpoint = Checkpoint(source)
+        checkpoint = checkpoint_at(source, base)
         _check(checkpoint, manifest, shape, mapped)
         merge_of(checkpoint, shape)
         dtype = layout.parse_dtype(dtype) or manifest["dtype"]
@@ -91,16 +94,18 @@ def convert_megatron_to_hf(
         "from": str(source.resolve()),
         "files": [*identity(source), *identity(hf)],
     }
-    start = functools.partial(_start, source, dtype, chunks)
+    start = functools.partial(_start, source, dtype, chunks, base)
     write_units(out, job, [chunk.bytes for chunk in chunks], start, finish, workers, comm)
     if comm and comm.rank:
         return None
     return Written(out, sum(len(tensor.hf) for tensor in mapped), total, dtype, time.monotonic() - started)
 
 
-def _start(source: Path, dtype: str, chunks: list[FileChunk], staging: Path) -> Callable[[int], dict]:
+def _start(
+    source: Path, dtype: str, chunks: list[FileChunk], base: Path | None, staging: Path
+) -> Callable[[int], dict]:
     """What a worker needs to write a chunk of a file, made once in each."""
-    weights = MegatronWeights(source, getattr(torch, dtype))
+    weights = MegatronWeights(source, getattr(torch, dtype), base)
     return lambda number: write_chunk(staging, chunks[number], dtype, weights.rows)
 
 
@@ -110,8 +115,8 @@ class MegatronWeights:
     LoRA's adapters are merged into them.
     """
 
-    def __init__(self, directory: Path, dtype: torch.dtype):
-        self.checkpoint, self.dtype, self.scratch = Checkpoint(directory, once=True), dtype, Scratch()
+    def __init__(self, directory: Path, dtype: torch.dtype, base: Path | None = None):
+        self.checkpoint, self.dtype, self.scratch = checkpoint_at(directory, base, once=True), dtype, Scratch()
         shape = read_shape(directory / layout.HF_DIRECTORY)
         self.merge = merge_of(self.checkpoint, shape)
         self.places = {
@@ -143,7 +148,7 @@ class MegatronWeights:
             shape = (*mapped.shape[:axis], end - begin, *mapped.shape[axis + 1 :])
             rows = self._read(mapped, offset, shape, dtype, into=self.scratch.tensor(shape, dtype))
             if merged:
-                added = self.merge.add_to(rows.reshape(-1, shape[-1]), name, begin)
+                added = self.merge.add_to(rows.reshape(-1, shape[-1]), name, begin - mapped.offset[axis])
                 rows = self._cast(added.view_as(rows), name)
             yield rows
 

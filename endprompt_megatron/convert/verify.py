@@ -47,11 +47,19 @@ class Verified:
         return f"verified {self.megatron} against {self.hf}: {compared}; {how}"
 
 
-def verify(hf: Path, megatron: Path, iteration: int | None = None, *, to_hf: bool, workers: int | None = 1) -> Verified:
+def verify(
+    hf: Path,
+    megatron: Path,
+    iteration: int | None = None,
+    *,
+    to_hf: bool,
+    workers: int | None = 1,
+    base: Path | None = None,
+) -> Verified:
     """Compare every tensor of `hf` with its counterpart in `megatron`; memory is that of a few slices of tensors.
 
-    `to_hf`: Megatron's side is the source that was converted from.  Raises InputError if one is not complete, or
-    naming the tensors that differ.
+    `to_hf`: Megatron's side is the source that was converted from.  `base`: as in convert_megatron_to_hf.  Raises
+    InputError if one is not complete, or naming the tensors that differ.
     """
     started = time.monotonic()
     source = layout.find_checkpoint(Path(megatron), iteration)
@@ -62,7 +70,7 @@ def verify(hf: Path, megatron: Path, iteration: int | None = None, *, to_hf: boo
     mapped = list(mapping.mapped_tensors(shape))
     sizes = [tensor.elements * getattr(torch, written).itemsize for tensor in mapped]
     workers = number_of(workers, None, MAX_WORKERS)
-    start = functools.partial(_start, Path(hf), source, to_hf)
+    start = functools.partial(_start, Path(hf), source, to_hf, base)
     with Progress("verifying", sum(sizes)) as progress:
         found = for_each(start, sizes, workers, progress.add, fork=True)
     wrong = [line for lines, _ in found for line in lines]
@@ -74,7 +82,7 @@ def verify(hf: Path, megatron: Path, iteration: int | None = None, *, to_hf: boo
     return Verified(Path(hf), source, tensors, sum(sizes), time.monotonic() - started, cast)
 
 
-def _start(hf: Path, megatron: Path, to_hf: bool) -> Callable[[int], tuple[list[str], bool]]:
+def _start(hf: Path, megatron: Path, to_hf: bool, base: Path | None) -> Callable[[int], tuple[list[str], bool]]:
     """What compares the weights of a mapped tensor, made once in every worker.
 
     It gives a line for each that differs, and whether the two sides have different dtypes.
@@ -86,7 +94,7 @@ def _start(hf: Path, megatron: Path, to_hf: bool) -> Callable[[int], tuple[list[
         wrong, cast = [], False
         for name, sizes in mapped[number].hf:
             ours = left.dtype(name)
-            theirs = _as_stored(megatron, readers, mapped[number].key, name)
+            theirs = _as_stored(megatron, base, readers, mapped[number].key, name)
             step = max(1, _BLOCK // (ours.itemsize * (sizes[1] if len(sizes) > 1 else 1)))
             rows = (left.read_slice(name, (slice(at, at + step),)) for at in range(0, sizes[0], step))
             if ours == theirs.dtype:
@@ -111,15 +119,17 @@ def _start(hf: Path, megatron: Path, to_hf: bool) -> Callable[[int], tuple[list[
     return compare
 
 
-def _as_stored(megatron: Path, readers: dict[torch.dtype, MegatronWeights], key: str, name: str) -> MegatronWeights:
+def _as_stored(
+    megatron: Path, base: Path | None, readers: dict[torch.dtype, MegatronWeights], key: str, name: str
+) -> MegatronWeights:
     """A reader of the Megatron weight `key` in the dtype that it has there; with adapters in it, in float32."""
     any_reader = next(iter(readers.values()), None) or readers.setdefault(
-        torch.float32, MegatronWeights(megatron, torch.float32)
+        torch.float32, MegatronWeights(megatron, torch.float32, base)
     )
     merged = any_reader.merge is not None and any_reader.merge.changes(name)
     dtype = torch.float32 if merged else any_reader.checkpoint.dtype(key)
     if dtype not in readers:
-        readers[dtype] = MegatronWeights(megatron, dtype)
+        readers[dtype] = MegatronWeights(megatron, dtype, base)
     return readers[dtype]
 
 

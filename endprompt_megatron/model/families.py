@@ -32,6 +32,7 @@ class Row:
 EMBEDDING = "embedding.word_embeddings.weight"
 QKV = LAYERS + "self_attention.linear_qkv.weight"
 PROJ = LAYERS + "self_attention.linear_proj.weight"
+FC1, FC2 = (LAYERS + f"mlp.linear_{name}.weight" for name in ("fc1", "fc2"))
 OUTPUT = "output_layer.weight"
 _HF_LAYERS = "model.layers.{}."
 
@@ -74,7 +75,7 @@ LLAMA_ROWS = (
         only_if="proj_bias",
     ),
     Row(
-        LAYERS + "mlp.linear_fc1.weight",
+        FC1,
         {
             _HF_LAYERS + "mlp.gate_proj.weight": "ffn hidden",
             _HF_LAYERS + "mlp.up_proj.weight": "ffn hidden",
@@ -85,7 +86,7 @@ LLAMA_ROWS = (
         {_HF_LAYERS + "mlp.gate_proj.bias": "ffn", _HF_LAYERS + "mlp.up_proj.bias": "ffn"},
         only_if="mlp_bias",
     ),
-    Row(LAYERS + "mlp.linear_fc2.weight", {_HF_LAYERS + "mlp.down_proj.weight": "hidden ffn"}),
+    Row(FC2, {_HF_LAYERS + "mlp.down_proj.weight": "hidden ffn"}),
     Row(LAYERS + "mlp.linear_fc2.bias", {_HF_LAYERS + "mlp.down_proj.bias": "hidden"}, only_if="mlp_bias"),
     Row(LAYERS + "self_attention.linear_qkv.layer_norm_weight", {_HF_LAYERS + "input_layernorm.weight": "hidden"}),
     Row(LAYERS + "mlp.linear_fc1.layer_norm_weight", {_HF_LAYERS + "post_attention_layernorm.weight": "hidden"}),

@@ -19,5 +19,5 @@ def flops_per_token(shape: ModelShape, length: int, longlora: LongLora | None = 
     scores = 12 * shape.num_layers * shape.num_heads * shape.head_dim * seen_tokens(longlora, length)
     if not longlora.rank:
         return 6.0 * (matrices + output) + scores
-    adapters = shape.num_layers * adapter_elements(shape, longlora.rank)
+    adapters = shape.num_layers * adapter_elements(shape, longlora)
     return 4.0 * matrices + 6.0 * adapters + (6 if output_is_trained(shape, longlora) else 4) * output + scores

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_defaults_if_not_set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,7 +34,14 @@ from endprompt_megatron.distributed.runtime import device_options
 from endprompt_megatron.method.rope import PositionRotary, transformers_config
 from endprompt_megatron.model.attention import RMSNorm, SdpaAttention
 from endprompt_megatron.model.cross_entropy import vocab_cross_entropy
-from endprompt_megatron.model.lora import ProjAdapter, QkvAdapter, start_adapters, with_adapter
+from endprompt_megatron.model.lora import (
+    Fc1Adapter,
+    Fc2Adapter,
+    ProjAdapter,
+    QkvAdapter,
+    start_adapters,
+    with_adapter,
+)
 from endprompt_megatron.model.packed_sequences import packed_attention, packed_sequences
 from endprompt_megatron.model.shape import ModelShape
 from endprompt_megatron.model.shifted_attention import shifted_attention
@@ -154,7 +162,7 @@ def layer_spec(
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = packed_attention(attention.core_attention)
         if longlora.rank:
-            _take_norm_out(layer)
+            _take_norms_out(layer, longlora)
         _replace_layers(layer, shape, longlora)
         return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -171,9 +179,7 @@ def layer_spec(
 
 def _replace_layers(layer: ModuleSpec, shape: ModelShape, longlora: LongLora) -> None:
     """In the spec, replace the layers that have a bias in this model, or an adapter or groups in this recipe."""
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp
-    # Megatron-Core 0.16 has a spec there, 0.19 a partial of the module.
-    mlp = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    attention, mlp = layer.submodules.self_attention.submodules, _mlp_of(layer)
     if shape.proj_bias:
         attention.linear_proj = _with_bias(attention.linear_proj)
     if shape.mlp_bias:
@@ -181,18 +187,31 @@ def _replace_layers(layer: ModuleSpec, shape: ModelShape, longlora: LongLora) ->
     if longlora.rank:
         attention.linear_qkv = with_adapter(attention.linear_qkv, QkvAdapter, longlora)
         attention.linear_proj = with_adapter(attention.linear_proj, ProjAdapter, longlora)
+    if longlora.rank and longlora.mlp:
+        mlp.linear_fc1 = with_adapter(mlp.linear_fc1, Fc1Adapter, longlora)
+        mlp.linear_fc2 = with_adapter(mlp.linear_fc2, Fc2Adapter, longlora)
     if longlora.shifted:
         # torch's flash attention, with Transformer Engine too: groups are rows of a batch to it.
         attention.core_attention = shifted_attention(longlora.groups)
 
 
-def _take_norm_out(layer: ModuleSpec) -> None:
-    """In TE's spec, the norm before queries, keys and values as a separate layer: adapters take its output."""
+def _mlp_of(layer: ModuleSpec) -> MLPSubmodules:
+    """The MLP's layers in the spec: Megatron-Core 0.16 has a spec there, 0.19 a partial of the module."""
+    mlp = layer.submodules.mlp
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+
+
+def _take_norms_out(layer: ModuleSpec, longlora: LongLora) -> None:
+    """In TE's spec, the norm before a matrix with adapters as a separate layer: they take its output."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     layer.submodules.input_layernorm = TENorm
     layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if longlora.mlp:
+        layer.submodules.pre_mlp_layernorm = TENorm
+        _mlp_of(layer).linear_fc1 = TEColumnParallelLinear
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     layer.submodules.sharded_state_dict_keys_map = {**layer.submodules.sharded_state_dict_keys_map, **names}
 
 

@@ -23,13 +23,16 @@ def seen_tokens(longlora: LongLora, length: int) -> float:
     return (plain + shifted) / 2
 
 
-def adapter_elements(shape: ModelShape, rank: int, tensor: int = 1) -> int:
+def adapter_elements(shape: ModelShape, longlora: LongLora, tensor: int = 1) -> int:
     """Elements of a layer's adapters on a tensor-parallel rank: the outer side of each is split, the inner one is not.
 
-    Queries, keys and values have a down-projection and an up-projection each, and so has the output.
+    Queries, keys and values have a down-projection and an up-projection each, and so have the output, gate, up, down.
     """
     queries, keys = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
-    return rank * (3 * shape.hidden_size + queries + 2 * keys + queries + shape.hidden_size)
+    wide = 4 * shape.hidden_size + 2 * queries + 2 * keys
+    if longlora.mlp:
+        wide += 3 * (shape.hidden_size + shape.ffn_size // tensor)
+    return longlora.rank * wide
 
 
 def trained_parameters(shape: ModelShape, longlora: LongLora) -> int:
@@ -39,7 +42,7 @@ def trained_parameters(shape: ModelShape, longlora: LongLora) -> int:
     """
     if not longlora.rank:
         return shape.parameters
-    count = shape.num_layers * adapter_elements(shape, longlora.rank)
+    count = shape.num_layers * adapter_elements(shape, longlora)
     if longlora.train_norms:
         count += shape.num_layers * shape.layer_norms + shape.hidden_size
     if longlora.train_embeddings:
@@ -54,12 +57,15 @@ def output_is_trained(shape: ModelShape, longlora: LongLora) -> bool:
 
 def held_parameters(shape: ModelShape, longlora: LongLora) -> int:
     """Parameters of the model and of its adapters."""
-    return shape.parameters + shape.num_layers * adapter_elements(shape, longlora.rank)
+    return shape.parameters + shape.num_layers * adapter_elements(shape, longlora)
 
 
 def checkpoint_bytes(shape: ModelShape, longlora: LongLora, weight: int) -> int:
     """Bytes of a run's checkpoint: weights of `weight` bytes, a float32 master weight and two moments where trained.
 
+    Without the frozen weights where `longlora` says so.
+
     Moments are float32 in a checkpoint whatever precision they are held in.
     """
-    return weight * held_parameters(shape, longlora) + 12 * trained_parameters(shape, longlora)
+    trained = trained_parameters(shape, longlora)
+    return weight * (held_parameters(shape, longlora) if longlora.save_frozen else trained) + 12 * trained

@@ -1,8 +1,9 @@
-"""LoRA on the matrices of attention (arXiv 2106.09685), and what of a model is trained beside it (LongLoRA).
+"""LoRA on the matrices of attention, and of the MLP (arXiv 2106.09685), and what is trained beside it (LongLoRA).
 
 An adapter is a low-rank product that is added to a frozen matrix's output: y + alpha / rank * B A x.  Queries, keys
-and values are one matrix here and have an adapter each, so that the product can be added to each of Hugging Face's
-matrices (lora_merge.py).  Tensor-parallel ranks exchange A x, which has `rank` columns, and nothing wider.
+and values are one matrix here, as gate and up are, and have an adapter each, so that the product can be added to each
+of Hugging Face's matrices (lora_merge.py).  Tensor-parallel ranks exchange A x, which has `rank` columns, and nothing
+wider.
 """
 
 import math
@@ -27,7 +28,7 @@ from endprompt_megatron.model.longlora import ADAPTER
 
 
 class Adapter(torch.nn.Module):
-    """What both kinds share: the names of their matrices, how ranks split them, how training starts.
+    """What all kinds share: the names of their matrices, how ranks split them, how training starts.
 
     `split` names the matrices that tensor-parallel ranks split, and the axis; the others are complete on each of them.
     """
@@ -87,23 +88,22 @@ class Adapter(torch.nn.Module):
         )
 
 
-class QkvAdapter(Adapter):
-    """For queries, keys and values: their A's stacked, [3 r, hidden], and their B's for this rank's heads."""
+class ColumnAdapter(Adapter):
+    """Beside a matrix whose outputs ranks split: the A's of Hugging Face's n matrices in it stacked, [n r, hidden], and
+    their B's for this rank's outputs."""
 
-    split: ClassVar = {"up_q": 0, "up_k": 0, "up_v": 0}
-
-    def __init__(self, config: TransformerConfig, longlora: LongLora) -> None:
+    def __init__(self, config: TransformerConfig, longlora: LongLora, outputs: tuple[int, ...], groups: int) -> None:
+        """`outputs` of each of the matrices, in the order of `split`, and the blocks that each is dealt out by."""
         super().__init__(config, longlora)
-        queries, keys = (n * config.kv_channels for n in (config.num_attention_heads, config.num_query_groups))
-        self.down = self.matrix(3 * self.rank, config.hidden_size, split=None, by_token=True)
-        self.up_q = self.matrix(queries, self.rank, split=0)
-        self.up_k = self.matrix(keys, self.rank, split=0)
-        self.up_v = self.matrix(keys, self.rank, split=0)
+        self.groups = groups // config.tensor_model_parallel_size or 1
+        self.down = self.matrix(len(outputs) * self.rank, config.hidden_size, split=None, by_token=True)
+        for name, rows in zip(self.split, outputs, strict=True):
+            self.register_parameter(name, self.matrix(rows, self.rank, split=0))
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """x [s, b, hidden], under sequence parallelism this rank's tokens; output [s, b, qkv / tensor parallel]."""
+        """x [s, b, hidden], under sequence parallelism this rank's tokens; output [s, b, outputs / tensor parallel]."""
         low = F.linear(x, self.down)
-        # Backward, either of them sums what the ranks' heads ask of A x.
+        # Backward, either of them sums what the ranks' outputs ask of A x.
         if self.config.sequence_parallel:
             low = gather_from_sequence_parallel_region(low)
         else:
@@ -111,34 +111,66 @@ class QkvAdapter(Adapter):
         return self.add(output, low, self.joined())
 
     def joined(self) -> Tensor:
-        """The three B's as one matrix [qkv / tensor parallel, 3 r], rows by KV group: [its queries, its key, value]."""
-        groups = self.config.num_query_groups // self.config.tensor_model_parallel_size
+        """The B's as one matrix [outputs / tensor parallel, n r], by group: rows of the first, of the second..."""
+        ups = [getattr(self, name) for name in self.split]
         padded = [
-            F.pad(up, (number * self.rank, (2 - number) * self.rank)).unflatten(0, (groups, -1))
-            for number, up in enumerate((self.up_q, self.up_k, self.up_v))
+            F.pad(up, (number * self.rank, (len(ups) - 1 - number) * self.rank)).unflatten(0, (self.groups, -1))
+            for number, up in enumerate(ups)
         ]
         return torch.cat(padded, 1).flatten(0, 1)
 
 
-class ProjAdapter(Adapter):
-    """For attention's output: A [r, q] for this rank's heads, B [hidden, r]."""
+class QkvAdapter(ColumnAdapter):
+    """For queries, keys and values, which lie in KV groups."""
+
+    split: ClassVar = {"up_q": 0, "up_k": 0, "up_v": 0}
+
+    def __init__(self, config: TransformerConfig, longlora: LongLora) -> None:
+        queries, keys = (n * config.kv_channels for n in (config.num_attention_heads, config.num_query_groups))
+        super().__init__(config, longlora, (queries, keys, keys), config.num_query_groups)
+
+
+class Fc1Adapter(ColumnAdapter):
+    """For the MLP's gate and up, which a rank holds one after the other."""
+
+    split: ClassVar = {"up_gate": 0, "up_up": 0}
+
+    def __init__(self, config: TransformerConfig, longlora: LongLora) -> None:
+        super().__init__(config, longlora, (config.ffn_hidden_size, config.ffn_hidden_size), 1)
+
+
+class RowAdapter(Adapter):
+    """Beside a matrix whose inputs ranks split: A [r, inputs] for this rank's inputs, B [hidden, r]."""
 
     split: ClassVar = {"down": 1}
 
-    def __init__(self, config: TransformerConfig, longlora: LongLora) -> None:
+    def __init__(self, config: TransformerConfig, longlora: LongLora, inputs: int) -> None:
         super().__init__(config, longlora)
-        queries = config.num_attention_heads * config.kv_channels
-        self.down = self.matrix(self.rank, queries, split=1)
+        self.down = self.matrix(self.rank, inputs, split=1)
         self.up = self.matrix(config.hidden_size, self.rank, split=None, by_token=True)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """x [s, b, q / tensor parallel]; output [s, b, hidden], under sequence parallelism this rank's tokens."""
+        """x [s, b, inputs / tensor parallel]; output [s, b, hidden], under sequence parallelism this rank's tokens."""
         low = F.linear(x, self.down)
         if self.config.sequence_parallel:
             low = reduce_scatter_to_sequence_parallel_region(low)
         else:
             low = reduce_from_tensor_model_parallel_region(low)
         return self.add(output, low, self.up)
+
+
+class ProjAdapter(RowAdapter):
+    """For attention's output."""
+
+    def __init__(self, config: TransformerConfig, longlora: LongLora) -> None:
+        super().__init__(config, longlora, config.num_attention_heads * config.kv_channels)
+
+
+class Fc2Adapter(RowAdapter):
+    """For the MLP's down."""
+
+    def __init__(self, config: TransformerConfig, longlora: LongLora) -> None:
+        super().__init__(config, longlora, config.ffn_hidden_size)
 
 
 def with_adapter(linear: type[torch.nn.Module], adapter: type[Adapter], longlora: LongLora) -> type[torch.nn.Module]:
@@ -163,9 +195,11 @@ def with_adapter(linear: type[torch.nn.Module], adapter: type[Adapter], longlora
 def start_adapters(model: torch.nn.Module, longlora: LongLora, seed: int) -> None:
     """Set the adapters of a model chunk, and freeze what is not trained: before DDP and the optimizer are built."""
     for layer in model.decoder.layers:
-        attention = layer.self_attention
+        attention, mlp = layer.self_attention, layer.mlp
         for which, linear in enumerate((attention.linear_qkv, attention.linear_proj)):
             linear.adapter.initialise((seed << 20) + 2 * layer.layer_number + which)
+        for which, linear in enumerate((mlp.linear_fc1, mlp.linear_fc2) if longlora.mlp else ()):
+            linear.adapter.initialise((seed << 20) + (1 << 19) + 2 * layer.layer_number + which)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_trained(name, longlora, model.share_embeddings_and_output_weights))
     if model.pre_process and not longlora.train_embeddings:

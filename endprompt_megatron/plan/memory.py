@@ -96,7 +96,7 @@ def stage_elements(shape: ModelShape, recipe: Recipe, stage: int) -> tuple[int, 
         return held, held
     layers = sum(chunk_layers(shape.num_layers, p)[stage])
     first, last = stage == 0, stage == p.pipeline - 1
-    trained = adapters = layers * adapter_elements(shape, longlora.rank, p.tensor)
+    trained = adapters = layers * adapter_elements(shape, longlora, p.tensor)
     if longlora.train_norms:
         trained += layers * shape.layer_norms + last * shape.hidden_size
     if longlora.train_embeddings and (first or (last and shape.tied_embeddings)):
@@ -126,14 +126,15 @@ def layer_activations(shape: ModelShape, recipe: Recipe, te: bool = True) -> flo
     ffn = shape.ffn_size / p.tensor
     log_sum = 4 * shape.num_heads / p.tensor  # of the softmax, float32
     norms = 2 * 4 / split  # one float32 per token and norm
-    # Shifted attention expands keys and values, even with TE, and joins the outputs of its groups.  LoRA keeps A x
-    # twice, but not the inputs of fc1 and fc2, whose weights have no gradient.
-    shifted, rank = recipe.longlora.shifted, recipe.longlora.rank
+    # Shifted attention expands keys and values, even with TE, and joins the outputs of its groups.  LoRA keeps A x,
+    # but the inputs of fc1 and fc2, whose weights have no gradient, only where they have adapters.
+    shifted = recipe.longlora.shifted
+    lora = _lora_activations(recipe, hidden, ffn)
     if not te:
         # Inputs and outputs of norms; q, expanded k and v, the output; gate and up, up again, silu, product; cosines
         # and sines for q and for k.
         kept = 4 * hidden + 4 * queries + 5 * ffn + 4 * shape.head_dim + shifted * queries
-        kept += (3 * rank + rank / split - hidden - ffn) if rank else 0
+        kept += lora
         return tokens * (size * kept + log_sum + norms)
     # In FP8 the inputs of the four matrices take one byte; what norms, RoPE, attention and SwiGLU keep does not.
     fp8 = precision.fp8 is not None
@@ -142,8 +143,17 @@ def layer_activations(shape: ModelShape, recipe: Recipe, te: bool = True) -> flo
     kept += size * (2 * queries + 2 * keys) + (matrix_input * queries if fp8 else 0)  # attention, its output for proj
     kept += size * 2 * ffn + matrix_input * ffn  # gate and up; the input of fc2
     kept += size * (3 * queries - 2 * keys) if shifted else 0
-    kept += size * (3 * rank + rank / split - hidden - ffn) if rank else 0
+    kept += size * lora
     return tokens * (kept + log_sum + norms)
+
+
+def _lora_activations(recipe: Recipe, hidden: float, ffn: float) -> float:
+    """Elements a token that a layer keeps more with LoRA than without; negative where it keeps fewer."""
+    rank, mlp = recipe.longlora.rank, recipe.longlora.mlp
+    if not rank:
+        return 0.0
+    split = recipe.parallel.tensor if recipe.parallel.sequence else 1
+    return (5 * rank + 2 * rank / split) if mlp else (3 * rank + rank / split - hidden - ffn)
 
 
 def layer_input(shape: ModelShape, recipe: Recipe) -> float:

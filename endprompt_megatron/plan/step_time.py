@@ -160,7 +160,11 @@ class Clock:
         gradient = 2 if self.recipe.precision.grad_reduce == "bfloat16" else 4
         rank = self.recipe.longlora.rank
         adapters = self._adapters() if rank else Work()
-        elements = adapter_elements(s, rank, p.tensor) if rank else layer_parameters(s, p.tensor) - 2 * s.hidden_size
+        elements = (
+            adapter_elements(s, self.recipe.longlora, p.tensor)
+            if rank
+            else layer_parameters(s, p.tensor) - 2 * s.hidden_size
+        )
         summed = 2 * gradient * elements
         backward = Work(
             gemm=gemm if rank else 2 * gemm,  # matrices that LoRA leaves frozen have no gradient
@@ -180,9 +184,13 @@ class Clock:
         s, rank, tensor = self.shape, self.recipe.longlora.rank, self.recipe.parallel.tensor
         queries, keys = s.num_heads * s.head_dim / tensor, s.num_kv_heads * s.head_dim / tensor
         products = [(3 * rank, s.hidden_size), (queries + 2 * keys, 3 * rank), (rank, queries), (s.hidden_size, rank)]
-        gemm = sum(self.gemm(outputs, inputs, False) for outputs, inputs in products)
-        # The wide side of each is read or written, which is bound by memory.
         wide = s.hidden_size + 2 * (queries + 2 * keys) + queries + 2 * s.hidden_size
+        if self.recipe.longlora.mlp:
+            ffn = s.ffn_size / tensor
+            products += [(2 * rank, s.hidden_size), (2 * ffn, 2 * rank), (rank, ffn), (s.hidden_size, rank)]
+            wide += s.hidden_size + 2 * (2 * ffn) + ffn + 2 * s.hidden_size
+        # The wide side of each is read or written, which is bound by memory.
+        gemm = sum(self.gemm(outputs, inputs, False) for outputs, inputs in products)
         return Work(gemm=gemm, memory=self.move(self.tokens * self.size * wide))
 
     def _bytes(self) -> float:

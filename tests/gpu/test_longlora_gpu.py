@@ -3,9 +3,9 @@
 import pytest
 from parallel.cases import recipe_for
 from parallel.reference import compare_roughly
-from parallel.test_longlora import LORA, SHIFTED, samples_and_model
+from parallel.test_longlora import LORA, MLP, SHIFTED, samples_and_model
 
-CASES = {"shifted": SHIFTED, "lora": LORA, "both": [*SHIFTED, *LORA, "parallel.recompute=full"]}
+CASES = {"shifted": SHIFTED, "lora": LORA, "mlp": [*LORA, *MLP], "both": [*SHIFTED, *LORA, "parallel.recompute=full"]}
 
 
 def check(rank, model, *keys, loss, gradient):
@@ -22,5 +22,5 @@ def test_float32_equals_huggingface(rank, model, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_is_close_to_huggingface(rank, model, case):
-    """With Transformer Engine, whose norm before q, k and v is a layer of its own here, or without."""
+    """With Transformer Engine, whose norms before matrices with adapters are layers of their own here, or without."""
     check(rank, model, *CASES[case], "precision.dtype=bfloat16", loss=1e-2, gradient=0.15)

@@ -294,7 +294,7 @@ def _to_hf(name: str, parts: list[np.ndarray], shape: ModelShape) -> dict[str, n
     if kind in ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"):
         return {prefix + f"self_attn.{kind[len('self_attention.')]}_norm.weight": parts[0]}
     if ".adapter." in kind:
-        return _adapters_to_hf(prefix + "self_attn.", kind, parts, rows)
+        return _adapters_to_hf(prefix, kind, parts, rows)
     if kind == "self_attention.linear_proj.bias":
         return {prefix + "self_attn.o_proj.bias": parts[0]}
     if kind == "mlp.linear_fc2.bias":
@@ -321,13 +321,23 @@ def _to_hf(name: str, parts: list[np.ndarray], shape: ModelShape) -> dict[str, n
     return {prefix + f"self_attn.{letter}_proj.{tail}": np.concatenate(value) for letter, value in names}
 
 
+# Hugging Face's matrices, by Megatron's that has an adapter.
+_ADAPTED = {
+    "self_attention.linear_qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "self_attention.linear_proj": ["self_attn.o_proj"],
+    "mlp.linear_fc1": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.linear_fc2": ["mlp.down_proj"],
+}
+
+
 def _adapters_to_hf(prefix: str, kind: str, parts: list[np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    if kind == "self_attention.linear_qkv.adapter.down":
-        downs = zip("qkv", np.split(parts[0], 3), strict=True)
-        return {f"{prefix}{letter}_proj.down": value for letter, value in downs}
-    if kind == "self_attention.linear_proj.adapter.down":
-        return {prefix + "o_proj.down": np.concatenate(parts, 1)}
-    if kind == "self_attention.linear_proj.adapter.up":
-        return {prefix + "o_proj.up": parts[0]}
-    assert kind[:-1] == "self_attention.linear_qkv.adapter.up_", kind
-    return {f"{prefix}{kind[-1]}_proj.up": rows}
+    linear, _, which = kind.partition(".adapter.")
+    names = _ADAPTED[linear]
+    if which == "up":
+        return {f"{prefix}{names[0]}.up": parts[0]}
+    if which != "down":
+        (name,) = (name for name in names if name.endswith(f".{which.removeprefix('up_')}_proj"))
+        return {f"{prefix}{name}.up": rows}
+    if len(names) == 1:
+        return {f"{prefix}{names[0]}.down": np.concatenate(parts, 1)}
+    return {f"{prefix}{name}.down": value for name, value in zip(names, np.split(parts[0], len(names)), strict=True)}

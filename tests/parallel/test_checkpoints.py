@@ -6,6 +6,7 @@ import math
 import platform
 import threading
 import time
+from functools import partial
 
 import pytest
 from parallel.cases import build, exported, make_samples, micro_batches, recipe_for
@@ -40,12 +41,14 @@ def train_and_save(recipe, batches, root):
     from endprompt_megatron.checkpoint.resume import resume
     from endprompt_megatron.checkpoint.run_state import Progress, RunState
     from endprompt_megatron.checkpoint.save import Saver
+    from endprompt_megatron.convert.over_base import base_to_record, base_weights
     from endprompt_megatron.training.optimizer import update, zero_grad
     from endprompt_megatron.training.step import run_batch
 
     _, models, optimizer, scheduler = build(recipe)
-    state = RunState(models, optimizer, scheduler)
-    progress = resume(root, recipe, "test", state) or Progress()
+    state = RunState(models, optimizer, scheduler, base=base_to_record(recipe))
+    base = partial(base_weights, also=recipe.model.init_from)
+    progress = resume(root, recipe, "test", state, base) or Progress()
     seen = []
     for samples in batches:
         zero_grad(models, optimizer)

@@ -49,6 +49,8 @@ LAYOUTS = {
 }
 SHIFTED = ["longlora.shifted=true"]
 LORA = ["longlora.rank=3", "longlora.alpha=7"]
+MLP = ["longlora.mlp=true"]
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # of which the MLP's are the last three
 AXES = {
     "layout": LAYOUTS,
     "kind": {"shifted": SHIFTED, "lora": LORA, "shifted-lora": [*SHIFTED, *LORA]},
@@ -58,6 +60,7 @@ AXES = {
         "norms-frozen": ["longlora.train_norms=false"],
         "adapters-alone": ["longlora.train_embeddings=false", "longlora.train_norms=false"],
     },
+    "targets": {"attention": [], "mlp": MLP},
     "recompute": {"kept": [], "recomputed": ["parallel.recompute=full"]},
     "groups": {"four-groups": [], "two-groups": ["longlora.groups=2"]},
     "length": {"prompted": [], "full-length": ["context.method=full", "context.physical=256"]},
@@ -69,7 +72,7 @@ def allowed(case: Case) -> bool:
     """Groups are cut from whole sequences, and without adapters everything is trained."""
     if "shifted" in case["kind"] and case["layout"] == "cp2":
         return False
-    return case["kind"] != "shifted" or case["trained"] == "all"
+    return case["kind"] != "shifted" or (case["trained"] == "all" and case["targets"] == "attention")
 
 
 def mask_of(heads: int, length: int, groups: int = 4) -> torch.Tensor:
@@ -97,7 +100,7 @@ def matrices(layer: int, which: str, rank: int, inputs: int, outputs: int) -> tu
 
     Were A as large in a wide model, attention would look at one token alone and gradients be lost in rounding.
     """
-    generator = np.random.default_rng(100 * layer + "qkvo".index(which))
+    generator = np.random.default_rng(100 * layer + TARGETS.index(which))
     down, up = (0.3 * generator.standard_normal(size, np.float32) for size in ((rank, inputs), (outputs, rank)))
     return torch.from_numpy(down) * (64 / inputs), torch.from_numpy(up)
 
@@ -110,31 +113,43 @@ def huggingface_lora(recipe):
         trained = longlora.train_norms if "norm" in name else longlora.train_embeddings and "embed" in name
         parameter.requires_grad_(trained)
     for layer, block in enumerate(model.model.layers):
-        for which in "qkvo":
-            base = getattr(block.self_attn, f"{which}_proj")
+        for number, which in enumerate(TARGETS if longlora.mlp else TARGETS[:4]):
+            holder = block.self_attn if number < 4 else block.mlp
+            base = getattr(holder, f"{which}_proj")
             made = matrices(layer, which, longlora.rank, base.in_features, base.out_features)
-            setattr(block.self_attn, f"{which}_proj", Lora(base, *made, longlora.alpha / longlora.rank))
+            setattr(holder, f"{which}_proj", Lora(base, *made, longlora.alpha / longlora.rank))
     return model
 
 
-def set_adapters(shape, models) -> None:
+def set_adapters(shape, mlp, models) -> None:
     """On a rank: the same adapters, cut by hand."""
     from megatron.core import parallel_state
 
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     queries, keys, hidden = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.hidden_size
-    with torch.no_grad():
-        for layer in (layer for model in models for layer in model.module.decoder.layers):
-            qkv, proj = layer.self_attention.linear_qkv.adapter, layer.self_attention.linear_proj.adapter
-            downs = []
-            for which, rows in (("q", queries), ("k", keys), ("v", keys)):
-                down, up = matrices(layer.layer_number - 1, which, qkv.rank, hidden, rows)
-                downs.append(down)
-                getattr(qkv, f"up_{which}").copy_(up.chunk(tp)[rank])
-            qkv.down.copy_(torch.cat(downs))
-            down, up = matrices(layer.layer_number - 1, "o", proj.rank, queries, hidden)
-            proj.down.copy_(down.chunk(tp, 1)[rank])
-            proj.up.copy_(up)
+
+    @torch.no_grad()
+    def by_outputs(number, adapter, **outputs) -> None:
+        downs = []
+        for which, rows in outputs.items():
+            down, up = matrices(number, which, adapter.rank, hidden, rows)
+            downs.append(down)
+            getattr(adapter, f"up_{which}").copy_(up.chunk(tp)[rank])
+        adapter.down.copy_(torch.cat(downs))
+
+    @torch.no_grad()
+    def by_inputs(number, adapter, which, inputs) -> None:
+        down, up = matrices(number, which, adapter.rank, inputs, hidden)
+        adapter.down.copy_(down.chunk(tp, 1)[rank])
+        adapter.up.copy_(up)
+
+    for layer in (layer for model in models for layer in model.module.decoder.layers):
+        number = layer.layer_number - 1
+        by_outputs(number, layer.self_attention.linear_qkv.adapter, q=queries, k=keys, v=keys)
+        by_inputs(number, layer.self_attention.linear_proj.adapter, "o", queries)
+        if mlp:
+            by_outputs(number, layer.mlp.linear_fc1.adapter, gate=shape.ffn_size, up=shape.ffn_size)
+            by_inputs(number, layer.mlp.linear_fc2.adapter, "down", shape.ffn_size)
 
 
 def prepared(models, case: Case):
@@ -151,7 +166,7 @@ def samples_and_model(recipe, rows: int = 8) -> tuple[dict, dict]:
     if recipe.longlora.shifted:
         how["mask"] = mask_of(shape.num_heads, recipe.context.physical, recipe.longlora.groups)
     if recipe.longlora.rank:
-        how |= {"make": huggingface_lora, "prepare": partial(set_adapters, shape)}
+        how |= {"make": huggingface_lora, "prepare": partial(set_adapters, shape, recipe.longlora.mlp)}
     return make_samples(recipe, shape.vocab_size, rows), how
 
 
@@ -169,9 +184,9 @@ def test_gradients_of_whatever_is_trained_equal_those_of_adapters_made_by_hand(r
     """The product of what is trained, recompute, models, kinds and layouts; the rest takes turns."""
     turn = list(LAYOUTS).index(layout) + list(AXES["kind"]).index(kind) + AXES["shape"].index(shape)
     for number, (trained, recompute) in enumerate(itertools.product(AXES["trained"], AXES["recompute"])):
-        rest = {axis: list(AXES[axis])[(turn + number) % 2] for axis in ("groups", "length", "rows")}
+        rest = {axis: list(AXES[axis])[(turn + number) % 2] for axis in ("groups", "length", "rows", "targets")}
         own = {"layout": layout, "kind": kind, "shape": shape, "trained": trained, "recompute": recompute, **rest}
-        if allowed(own):
+        if allowed(own | ({"targets": "attention"} if kind == "shifted" else {})):
             world, recipe, samples, how = prepared(models, own)
             compare(ranks, world, recipe, samples, samples, **how)
 
@@ -203,14 +218,14 @@ def test_adapters_start_at_the_base_models_loss_and_alike_in_every_layout(ranks,
     for layout in ("one", "tp2-sp", "pp2-vpp2"):
         world, keys = LAYOUTS[layout]
         base = ranks.run(world, started, recipe_for(*models("gqa"), *keys))
-        with_lora = ranks.run(world, started, recipe_for(*models("gqa"), *keys, *LORA))
+        with_lora = ranks.run(world, started, recipe_for(*models("gqa"), *keys, *LORA, *MLP))
         assert with_lora[0][0] == base[0][0], "B is zero, and so is what it adds"
         whole: dict[str, np.ndarray] = {}
         for _, parts in with_lora:
             for key, shape, offset, value in parts:
                 box = tuple(slice(begin, begin + count) for begin, count in zip(offset, value.shape, strict=True))
                 whole.setdefault(key, np.full(shape, np.nan, np.float32))[box] = value
-        assert len(whole) == 6
+        assert len(whole) == 11
         found[layout] = whole
     for key, value in found["one"].items():
         assert (value == 0).all() == (".up" in key), key
@@ -240,14 +255,14 @@ def batches_for(recipe, count) -> list:
 def trained(ranks, models, tmp_path_factory):
     """Three steps with adapters on two tensor-parallel and two data-parallel ranks, in float32."""
     root = tmp_path_factory.mktemp("longlora")
-    recipe = recipe_for(*models("odd-vocab"), "parallel.tensor=2", *LORA, *SHIFTED)
+    recipe = recipe_for(*models("odd-vocab"), "parallel.tensor=2", *LORA, *MLP, *SHIFTED)
     ranks.run(4, train_and_save, recipe, batches_for(recipe, 3), root)
     return root
 
 
 def test_saved_state_of_adapters_is_the_same_in_every_layout_and_of_trained_weights(ranks, models, trained, tmp_path):
     root = shutil.copytree(trained, tmp_path / "run")
-    recipe = recipe_for(*models("odd-vocab"), *LORA, *SHIFTED)
+    recipe = recipe_for(*models("odd-vocab"), *LORA, *MLP, *SHIFTED)
     vocab = read_shape(recipe.model.hf).vocab_size
     expected = everything(root / "iter_0000003", vocab)
     states = {key.removeprefix("optimizer.state.exp_avg.") for key in expected if ".exp_avg." in key}
@@ -262,7 +277,7 @@ def test_saved_state_of_adapters_is_the_same_in_every_layout_and_of_trained_weig
         assert torch.equal(expected[key], converted[key]), key
     for step, layout in enumerate(("one", "tp2-pp2-sp"), start=4):
         world, keys = LAYOUTS[layout]
-        ranks.run(world, train_and_save, recipe_for(*models("odd-vocab"), *LORA, *SHIFTED, *keys), [], root)
+        ranks.run(world, train_and_save, recipe_for(*models("odd-vocab"), *LORA, *MLP, *SHIFTED, *keys), [], root)
         assert_same(everything(root / f"iter_{step:07d}", vocab), dict(expected))
 
 
@@ -294,7 +309,7 @@ def logits_of(recipe, root, tokens) -> np.ndarray:
 
 def test_merged_logits_equal_those_of_the_adapters(ranks, models, trained, tmp_path):
     """In float64; the export's matrices are rounded to float32, which costs no more than to calculate in it."""
-    recipe = recipe_for(*models("odd-vocab"), *LORA, *SHIFTED)
+    recipe = recipe_for(*models("odd-vocab"), *LORA, *MLP, *SHIFTED)
     shape = read_shape(recipe.model.hf)
     convert_megatron_to_hf(trained, tmp_path / "hf", 3)
     from transformers import AutoModelForCausalLM
@@ -316,7 +331,7 @@ def test_merged_logits_equal_those_of_the_adapters(ranks, models, trained, tmp_p
     with Float64():
         expected = logits(merged.double())
     assert (
-        "| LoRA | rank 3, alpha 7.0 on q, k, v and o, merged; embeddings and norms"
+        "| LoRA | rank 3, alpha 7.0 on q, k, v, o, gate, up and down, merged; embeddings and norms"
         in (tmp_path / "hf" / "README.md").read_text()
     )
     assert inspect(trained, 3).training["adapters"] == "LoRA of rank 3, alpha 7.0, not merged here"

@@ -9,7 +9,7 @@ from float64 import Float64
 from parallel.cases import recipe_for
 from parallel.reference import assert_as_exact
 from parallel.test_checkpoints import everything, train_and_save
-from parallel.test_longlora import LAYOUTS, LORA, SHIFTED, batches_for
+from parallel.test_longlora import LAYOUTS, LORA, MLP, SHIFTED, batches_for
 from small import assert_one_line_error, edit_json, run_tool
 
 from endprompt_megatron.common.errors import InputError
@@ -28,7 +28,7 @@ def trained(ranks, models, tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("given", [[], ["longlora.train_embeddings=false", "longlora.train_norms=false"]])
+@pytest.mark.parametrize("given", [MLP, ["longlora.train_embeddings=false", "longlora.train_norms=false"]])
 def test_an_adapter_in_pefts_format_is_the_merged_model_on_the_base(ranks, models, tmp_path, given):
     """PEFT itself reads it, on the base model with the exported config."""
     peft = pytest.importorskip("peft")
@@ -91,7 +91,7 @@ WRONG_ADAPTERS = {
     "model": ({}, "self_attn.q_proj.lora_A.weight has shape [3, 64]; this model's is [3, 32]"),
     "a-layer-without-norms": (["model.layers.2.input_layernorm.weight"], "layers.2.input_layernorm.weight is missing"),
     "missing": (["model.layers.1.self_attn.k_proj.lora_B.weight"], "self_attn.k_proj.lora_B.weight is missing"),
-    "mlp": ("model.layers.0.mlp.up_proj.lora_A.weight", "mlp.up_proj.lora_A.weight is nothing that longlora trains"),
+    "mlp": ("model.layers.0.mlp.up_proj.lora_A.weight", "up_proj.lora_A.weight is nothing that this longlora trains"),
 }
 
 

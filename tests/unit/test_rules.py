@@ -115,6 +115,8 @@ ILLEGAL = {
     "groups-alone": ("8b", H100, 8, ["longlora.groups=8"], ["longlora.groups=8", "longlora.shifted=true"]),
     "lora-fp8": ("8b", H100, 8, [*TP2, *LORA, *FP8], ["longlora.rank=8", "precision.fp8=hybrid", "use null"]),
     "lora-overlap": ("8b", H100, 8, [*TP2, *LORA, "parallel.overlap_tensor=true"], ["overlap_tensor=true", "frozen"]),
+    "mlp-alone": ("8b", H100, 8, ["longlora.mlp=true"], ["longlora.mlp=true", "longlora.rank=0", "set a rank"]),
+    "save-frozen-alone": ("8b", H100, 8, ["longlora.save_frozen=false"], ["longlora.save_frozen=false", "rank=0"]),
     "frozen-norms-alone": ("8b", H100, 8, ["longlora.train_norms=false"], ["longlora.train_norms=false", "rank"]),
     "tensor-heads": ("8b", H100, 16, ["parallel.tensor=16"], ["num_key_value_heads=8", "1, 2, 4 or 8"]),
     "tensor-small": ("135m", CPU, 2, ["parallel.tensor=2"], ["num_key_value_heads=3", "use 1 or 3"]),

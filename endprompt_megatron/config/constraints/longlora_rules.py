@@ -16,7 +16,9 @@ def check_longlora(recipe: Recipe, where: str) -> None:
         return
     if longlora.init_from is not None:
         raise InputError(f"{where}: longlora.init_from={longlora.init_from} needs longlora.rank: that of the adapter")
-    for key in ("train_embeddings", "train_norms"):
+    if longlora.mlp:
+        raise InputError(f"{where}: longlora.mlp=true with longlora.rank=0, which trains every parameter: set a rank")
+    for key in ("train_embeddings", "train_norms", "save_frozen"):
         if not getattr(longlora, key):
             raise InputError(
                 f"{where}: longlora.{key}=false with longlora.rank=0, which trains every parameter: set a rank, such "
@@ -47,6 +49,10 @@ def _check_shifted(recipe: Recipe, where: str) -> None:
 
 def _check_rank(recipe: Recipe, where: str) -> None:
     asked = f"{where}: longlora.rank={recipe.longlora.rank}"
+    if not recipe.longlora.save_frozen and recipe.model.init_from is None:
+        raise InputError(
+            f"{where}: longlora.save_frozen=false without model.init_from: name the weights that are frozen"
+        )
     if recipe.precision.fp8 is not None:
         raise InputError(
             f"{asked} with precision.fp8={recipe.precision.fp8}: adapters and the matrices under them are in BF16; "

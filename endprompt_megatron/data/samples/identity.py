@@ -4,14 +4,10 @@ A dataset that was prepared anew with other texts is another one under the same 
 another.
 """
 
-import hashlib
-from pathlib import Path
-
+from endprompt_megatron.common.files import digest_of_some
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.data.indexed import path_of, read_idx, read_manifest
 from endprompt_megatron.data.samples.blend import sources_of
-
-_BLOCKS, _BLOCK = 64, 4096
 
 
 def identity_of(recipe: Recipe) -> list[dict]:
@@ -26,18 +22,8 @@ def identity_of(recipe: Recipe) -> list[dict]:
             "weight": source.weight,
             "prompts": None if source.prompts is None else list(source.prompts),
             "index": read_idx(source.prefix).digest,
-            "tokens": _digest_of_some(path_of(source.prefix, ".bin")),
+            "tokens": digest_of_some(path_of(source.prefix, ".bin")),
             "crc32": (read_manifest(source.prefix) or {}).get("crc32"),
         }
         for source in sources_of(recipe.data.train, "data.train")
     ]
-
-
-def _digest_of_some(path: Path) -> str:
-    """SHA-256 of _BLOCKS blocks of a file, from its beginning to its end, evenly spread."""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with open(path, "rb") as file:
-        for number in range(_BLOCKS):
-            file.seek(max(size - _BLOCK, 0) * number // (_BLOCKS - 1))
-            digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
