@@ -14,9 +14,11 @@ from endprompt_megatron.config.constraints.check import check
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.config.resolve import config_to_export
 from endprompt_megatron.distributed import runtime, te
+from endprompt_megatron.distributed.environment import set_before_cuda
 from endprompt_megatron.distributed.hardware import here
 from endprompt_megatron.distributed.run_lock import RunLock
 from endprompt_megatron.distributed.signals import StopSignal
+from endprompt_megatron.distributed.watchdog import Watch, group_seconds
 from endprompt_megatron.model.shape import ModelShape
 
 
@@ -26,15 +28,18 @@ def train(recipe: Recipe, where: str, stop: StopSignal) -> int:
     Raises InputError before anything is built if the recipe cannot work, and TrainingError if the loss or
     the gradients stay non-finite.
     """
-    shape = check(recipe, where, world_size=runtime.launched_as().world_size)
-    te.set_environment(recipe, where, here())
-    p = recipe.parallel
-    runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed)
-    try:
-        with RunLock(recipe.run_dir):
-            return _train(recipe, where, shape, stop)
-    finally:
-        runtime.finish()
+    launch = runtime.launched_as()
+    variables = set_before_cuda(recipe, where)
+    shape = check(recipe, where, world_size=launch.world_size)
+    variables |= te.set_environment(recipe, where, here())
+    if variables and launch.rank == 0:
+        print("set " + " ".join(f"{name}={value}" for name, value in variables.items()), flush=True)
+    p, timeout = recipe.parallel, group_seconds(recipe.train.watchdog_floor_s)
+    runtime.start(p.tensor, p.pipeline, p.virtual_pipeline, p.context, recipe.train.seed, timeout=timeout)
+    if recipe.train.deterministic:
+        runtime.repeat_exactly()
+    with runtime.ended_together(), RunLock(recipe.run_dir):
+        return _train(recipe, where, shape, stop)
 
 
 def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> int:
@@ -48,7 +53,6 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     from endprompt_megatron.convert.peft_start import adapter_to_start_from
     from endprompt_megatron.data.samples.feed import open_feed
     from endprompt_megatron.data.samples.terminal_segments import positions_are_shared
-    from endprompt_megatron.distributed.watchdog import Watch
     from endprompt_megatron.model.llama import build_model
     from endprompt_megatron.training.metrics import Recorder
     from endprompt_megatron.training.optimizer import (
@@ -113,7 +117,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         report=lambda values, line: recorder.noted(progress.step, values, line),
     )
     nonfinite = 0
-    with recorder, saver, watch:
+    with recorder, saver, watch, runtime.failing_at_once():
         while progress.step < t.steps:
             started = time.perf_counter()
             watch.step_begins(progress.step + 1)

@@ -31,11 +31,16 @@ def main() -> None:
     parser.add_argument(
         "--search", action="store_true", help="list the fastest layouts for --nodes that are legal and fit"
     )
+    parser.add_argument(
+        "--disk", type=float, default=5.0, metavar="GB/s", help="what all ranks together write to checkpoint.dir [5]"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the page")
     args = parser.parse_intermixed_args()
     for option, value in (("--nodes", args.nodes), ("--world-size", args.world_size)):
         if value is not None and value < 1:
             raise InputError(f"{option} {value}: should be at least 1")
+    if not args.disk > 0:
+        raise InputError(f"--disk {args.disk:g}: should be above 0, in GB/s")
     if args.nodes and args.world_size:
         raise InputError(f"--nodes {args.nodes} and --world-size {args.world_size}: give one of them")
     gpus = args.world_size or (args.nodes * GPUS_PER_NODE if args.nodes else None)
@@ -57,7 +62,7 @@ def main() -> None:
     shape, published = shape_for(recipe.model.hf, args.recipe)
     resolve(recipe, shape)
     if not args.search:
-        plan = make_plan(recipe, args.recipe, shape, hardware, gpus, published)
+        plan = make_plan(recipe, args.recipe, shape, hardware, gpus, published, args.disk * 1e9)
         print(json.dumps(plan.as_dict(), indent=2) if args.json else page(plan))
         return
     found = search(shape, recipe, hardware, gpus)

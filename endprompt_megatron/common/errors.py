@@ -7,7 +7,9 @@ without a traceback; everything unexpected keeps its traceback and exits 1.
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -34,23 +36,41 @@ def run_cli(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         code = main() or EXIT_DONE
-    except InputError as error:
-        _complain(error)
-        code = EXIT_INPUT
-    except TrainingError as error:
-        _complain(error)
-        code = EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+    except (InputError, TrainingError, KeyboardInterrupt) as error:
+        code = _said(error)
     except BrokenPipeError:
         # `tool | head` is not an error; keep Python from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
+    _leave(code)
+    sys.exit(code)
+
+
+def leave_at_once(error: BaseException) -> NoReturn:
+    """Say what went wrong and end the process, by the same contract, without any clean-up: that could wait for ever."""
+    if isinstance(error, InputError | TrainingError | KeyboardInterrupt):
+        code = _said(error)
+        _leave(code)
+    else:
+        traceback.print_exception(error)
+        code = EXIT_FAILED
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _said(error: BaseException) -> int:
+    """The exit code of an error that talks to a person, who is told."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    _complain(error)
+    return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
+
+
+def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     _leave_code(code)
-    sys.exit(code)
 
 
 def _leave_code(code: int) -> None:

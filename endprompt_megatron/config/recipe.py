@@ -170,6 +170,7 @@ class Train:
     steps: int | None = entry(None, "the budget in steps", unset="from `train.tokens`", positive=True)
     tokens: int | None = entry(None, "the budget in physical tokens, instead of steps", positive=True)
     seed: int = entry(42, "of data order, prompts and positions", minimum=0, maximum=2**32 - 1, fixed=True)
+    deterministic: bool = entry(False, "the same bits from every run on GPUs too; slower ([running.md](running.md))")
     log_interval: int = entry(1, "steps between lines of metrics.jsonl", positive=True)
     valid_interval: int = entry(0, "steps between validations; 0: only at the end, with `data.valid`", minimum=0)
     valid_samples: int = entry(64, "samples of a validation", positive=True)

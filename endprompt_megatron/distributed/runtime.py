@@ -7,6 +7,7 @@ this package asks which device a process runs on.
 import contextlib
 import gc
 import logging
+import math
 import os
 import socket
 import sys
@@ -18,11 +19,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from endprompt_megatron.common.errors import InputError, TrainingError
+from endprompt_megatron.common.errors import InputError, TrainingError, leave_at_once
 from endprompt_megatron.distributed.hardware import here
 from endprompt_megatron.distributed.signals import StopSignal
 
 _START_SECONDS = 600  # for all processes of a run to come together; ENDPROMPT_START_SECONDS is another
+_GROUP_SECONDS = 1800.0  # that a collective may take where no watchdog looks first
 
 
 def has_cuda() -> bool:
@@ -106,10 +108,19 @@ def take_device(launch: Launch) -> None:
         torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
 
 
-def start(tensor: int, pipeline: int, virtual_pipeline: int | None, context: int, seed: int) -> Launch:
+def start(
+    tensor: int,
+    pipeline: int,
+    virtual_pipeline: int | None,
+    context: int,
+    seed: int,
+    *,
+    timeout: float = _GROUP_SECONDS,
+) -> Launch:
     """Set up the process group, Megatron's parallel state and the seeds of this rank.
 
     Gloo on CPUs, NCCL on GPUs.  `seed` is the same on every rank (weights come from a checkpoint; dropout is off).
+    `timeout`: seconds that a collective of any group may take.
     """
     quiet_libraries()
     launch = launched_as()
@@ -121,7 +132,7 @@ def start(tensor: int, pipeline: int, virtual_pipeline: int | None, context: int
     from megatron.core import parallel_state, tensor_parallel
 
     if not dist.is_initialized():
-        _initialise_process_group(launch)
+        _initialise_process_group(launch, timeout)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
@@ -129,13 +140,20 @@ def start(tensor: int, pipeline: int, virtual_pipeline: int | None, context: int
         virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline and virtual_pipeline > 1 else None,
         context_parallel_size=context,
         create_gloo_process_groups=True,
+        distributed_timeout_minutes=math.ceil(timeout / 60),
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return launch
 
 
-def _initialise_process_group(launch: Launch) -> None:
+def repeat_exactly() -> None:
+    """Let torch take algorithms that give the same bits in every run, where it has the choice (train.deterministic)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it is written before it is read, and takes time
+
+
+def _initialise_process_group(launch: Launch, timeout: float) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         if launch.world_size > 1:
@@ -147,7 +165,9 @@ def _initialise_process_group(launch: Launch) -> None:
     options = {"rank": launch.rank, "world_size": launch.world_size}
     try:
         store, *_ = next(dist.rendezvous("env://", **options, timeout=timedelta(seconds=seconds)))
-        dist.init_process_group(backend(), store=store, **options, device_id=device() if has_cuda() else None)
+        # No device_id: bound to a device, every group connects at once, and its sends and receives share one
+        # communicator, in which the interleaved pipeline's and the context-parallel ring's wait for each other.
+        dist.init_process_group(backend(), store=store, **options, timeout=timedelta(seconds=timeout))
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TrainingError(
@@ -155,6 +175,36 @@ def _initialise_process_group(launch: Launch) -> None:
             f"{where}, but not all came within {seconds:g} s ({str(error).splitlines()[0][:120]}): start all of them "
             "(srun, torchrun), or one without that variable; ENDPROMPT_START_SECONDS says how long to wait"
         ) from None
+
+
+@contextlib.contextmanager
+def ended_together() -> Iterator[None]:
+    """At the end the groups are destroyed; after an error this process ends at once, its line or traceback printed.
+
+    The other ranks may be waiting in a collective that this one will never join: NCCL's groups cannot be destroyed
+    then, and the traceback would never be seen.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if world_size() > 1:
+            leave_at_once(error)
+        finish()
+        raise
+    finish()
+
+
+@contextlib.contextmanager
+def failing_at_once() -> Iterator[None]:
+    """An error that nobody expected ends this rank here, before anything that surrounds it is left in good order."""
+    try:
+        yield
+    except (InputError, TrainingError):
+        raise  # which all ranks raise together
+    except Exception as error:
+        if world_size() > 1:
+            leave_at_once(error)
+        raise
 
 
 def finish() -> None:

@@ -6,8 +6,8 @@ The layers are built in model/llama.py; config/constraints/precision_rules.py sa
 import os
 import sys
 
-from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.distributed.environment import refuse_others
 from endprompt_megatron.distributed.hardware import Hardware
 from endprompt_megatron.model.shape import ModelShape
 
@@ -16,31 +16,23 @@ from endprompt_megatron.model.shape import ModelShape
 _PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
-def set_environment(recipe: Recipe, where: str, hardware: Hardware) -> None:
-    """Set and print the variables that the recipe needs, before Transformer Engine or CUDA reads them.
+def set_environment(recipe: Recipe, where: str, hardware: Hardware) -> dict[str, str]:
+    """Set the variables that the recipe needs and return them, before Transformer Engine reads them on its import.
 
     Raises InputError if one is already set to a value that would change the run.
     """
     if hardware.gpu is None or hardware.te is None:
-        return
-    from endprompt_megatron.distributed.runtime import launched_as, print_rank_zero
-
+        return {}
     wanted = attention_environment(recipe, hardware)
-    for name, value in wanted.items():
-        found = os.environ.get(name, value)
-        if found != value:
-            raise InputError(f"{name}={found} is set, and {where} needs {name}={value}: unset it")
+    if recipe.train.deterministic:
+        wanted["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    refuse_others(wanted, where)
     if "transformer_engine" in sys.modules and not wanted.keys() <= os.environ.keys():
         raise RuntimeError(f"Transformer Engine is imported already and will not see {wanted}")
-    p = recipe.parallel
     if recipe.precision.fp8 and recipe.precision.fp8_recipe == "delayed" and _PICKLES not in os.environ:
         wanted[_PICKLES] = "1"
-    if p.sequence and not hardware.gpu.blackwell and "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
-        # Kernels then start in the order in which they are launched, so a gather starts before the GEMM.
-        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     os.environ.update(wanted)
-    if wanted and launched_as().rank == 0:
-        print_rank_zero("set " + " ".join(f"{name}={value}" for name, value in wanted.items()))
+    return wanted
 
 
 def attention_environment(recipe: Recipe, hardware: Hardware) -> dict[str, str]:

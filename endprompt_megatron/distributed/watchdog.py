@@ -167,17 +167,36 @@ def _probe_seconds() -> float:
     return best
 
 
+def group_seconds(floor: float) -> float:
+    """How long a collective may take: longer than the watchdog waits before it writes stacks and ends the process.
+
+    `floor`: train.watchdog_floor_s.
+    """
+    return _last_resort(floor * _PATIENCE, _settle(floor)) + 60
+
+
+def _settle(floor: float) -> float:
+    """Seconds for the other ranks to write, which reach their limit at about the same moment."""
+    return min(5.0, floor)
+
+
+def _last_resort(limit: float, settle: float) -> float:
+    """Seconds until faulthandler ends a process whose watchdog cannot."""
+    return 1.5 * limit + 6 * settle
+
+
 class Watchdog:
     """Ends this rank when a step takes too long; the stacks of all its threads are in `stacks`/rank_N.txt.
 
     The limit is `factor` times the median of the previous steps, and at least `floor` seconds; at least 30 floors
-    for the first steps and for what comes between steps (saves, validations).  With a factor of 0 there is none.
+    for the first steps and for what comes between steps (saves, validations); never more than these 30 floors or
+    three medians.  With a factor of 0 there is none.
     """
 
     def __init__(self, stacks: Path, rank: int, names: list[str], factor: float, floor: float) -> None:
         self.stacks, self.rank, self.names, self.factor, self.floor = stacks, rank, names, factor, floor
         self.seconds: deque[float] = deque(maxlen=_REMEMBERED)
-        self.settle = min(5.0, floor)  # time for the others, which reach their limit at about the same moment, to write
+        self.settle = _settle(floor)
         self.loop = threading.get_ident()
         self.ended = threading.Event()
         self.now: tuple[float, str, float] = (time.monotonic(), "the first step", self._limit(between=True))
@@ -212,11 +231,13 @@ class Watchdog:
     def _begin(self, what: str, limit: float) -> None:
         self.now = (time.monotonic(), what, limit)
         if self.factor and not self.ended.is_set():
-            faulthandler.dump_traceback_later(1.5 * limit + 6 * self.settle, file=self.file, exit=True)
+            faulthandler.dump_traceback_later(_last_resort(limit, self.settle), file=self.file, exit=True)
 
     def _limit(self, between: bool) -> float:
         median = statistics.median(self.seconds) if self.seconds else 0.0
-        return max(self.floor * (_PATIENCE if between else 1), self.factor * median)
+        limit = max(self.floor * (_PATIENCE if between else 1), self.factor * median)
+        # No later than the timeout of the groups, which would end the process without a word of where it was.
+        return min(limit, max(self.floor * _PATIENCE, 3 * median))
 
     def _watch(self) -> None:
         while not self.ended.wait(min(1.0, self.floor / 10)):

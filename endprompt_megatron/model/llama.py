@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from endprompt_megatron.config.recipe import LongLora, Parallel, Precision, Recipe
-from endprompt_megatron.distributed.hardware import has_transformer_engine
+from endprompt_megatron.distributed.hardware import has_transformer_engine, te_version
 from endprompt_megatron.distributed.runtime import device_options
 from endprompt_megatron.method.rope import PositionRotary, transformers_config
 from endprompt_megatron.model.attention import RMSNorm, SdpaAttention
@@ -56,6 +56,7 @@ def transformer_config(
     *,
     shared_positions: bool,
     attention_factor: float = 1.0,
+    deterministic: bool = False,
 ) -> TransformerConfig:
     """Megatron's config for this shape and these sections of a recipe.  `shared_positions`: see build_chunks.
 
@@ -88,7 +89,7 @@ def transformer_config(
         **_parallel(parallel),
         **_recompute(parallel),
         **_fp8(precision),
-        **_fusions(shared_positions),
+        **_fusions(shared_positions, deterministic),
     )
 
 
@@ -137,15 +138,18 @@ def _fp8(p: Precision) -> dict[str, Any]:
     )
 
 
-def _fusions(shared_positions: bool) -> dict[str, Any]:
+def _fusions(shared_positions: bool, deterministic: bool) -> dict[str, Any]:
     """Kernels that do several steps at once.  All but the last need Transformer Engine."""
     te = has_transformer_engine()
+    # Before 2.11 TE's backward pass reads a gradient that is not contiguous, of micro-batches above 1, as if it were.
+    fused_loss = "te" if te and te_version() >= (2, 11) else "native"
     return dict(
         bias_activation_fusion=te,
         masked_softmax_fusion=te,
         persist_layer_norm=te,
-        cross_entropy_loss_fusion=te,
-        cross_entropy_fusion_impl="te",
+        deterministic_mode=deterministic,
+        cross_entropy_loss_fusion=te and not deterministic,
+        cross_entropy_fusion_impl=fused_loss,
         # TE's fused kernel takes one row of rotary angles for the micro-batch, which packed documents are too.
         apply_rope_fusion=te and shared_positions,
         # Megatron refuses it without Apex, which only the output layer needs: `_fuse_weight_gradients` does the rest.
@@ -303,6 +307,7 @@ def build_model(
         recipe.longlora,
         shared_positions=one_sequence or shared_positions,
         seed=recipe.train.seed,
+        deterministic=recipe.train.deterministic,
     )
 
 
@@ -315,6 +320,7 @@ def build_chunks(
     *,
     shared_positions: bool,
     seed: int = 0,
+    deterministic: bool = False,
 ) -> list[LlamaModel]:
     """This rank's model chunks (one, or one a virtual pipeline stage), on the CPU or the GPU.
 
@@ -328,7 +334,12 @@ def build_chunks(
     hf_config = transformers_config(export_config)
     _, attention_factor = frequencies(hf_config)
     config = transformer_config(
-        shape, parallel, precision, shared_positions=shared_positions, attention_factor=attention_factor
+        shape,
+        parallel,
+        precision,
+        shared_positions=shared_positions,
+        attention_factor=attention_factor,
+        deterministic=deterministic,
     )
     chunks = config.virtual_pipeline_model_parallel_size
     models = []

@@ -9,7 +9,9 @@ import itertools
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 
@@ -66,6 +68,23 @@ def packed_attention(core_attention: type) -> type:
             sequences = thd(packed_seq_params)
             context = super().forward(query, key, value, *args, packed_seq_params=sequences, **kwargs)
             return context.reshape(length, 1, -1)
+
+        def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+            """With the scales of attention in FP8, which Megatron leaves out.
+
+            A run that resumes without them multiplies its first gradients in FP8 unscaled, and small ones are lost.
+            """
+            found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+            if not self.config.fp8_dot_product_attention:
+                return found
+            return found | make_sharded_tensors_for_checkpoint(
+                {"_extra_state": self.get_extra_state()},
+                prefix,
+                {},
+                sharded_offsets,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                dp_cp_group=metadata["dp_cp_group"],
+            )
 
     return PackedAttention
 

@@ -281,6 +281,18 @@ def _working(shape: ModelShape, recipe: Recipe, te: bool) -> float:
     return work
 
 
+def _user_buffers(recipe: Recipe) -> int:
+    """Bytes a token and hidden channel of Transformer Engine's user buffers, each with the complete sequence.
+
+    Eight that gather and four that reduce (initialize_ub in its module/base.py); in FP8 the gathering ones take a byte,
+    and layers left in BF16 have twelve of their own.
+    """
+    bf16, fp8 = 12 * 2, 8 + 4 * 2
+    if not recipe.precision.fp8:
+        return bf16
+    return fp8 + (bf16 if recipe.precision.bf16_edge_layers else 0)
+
+
 def _buffers(shape: ModelShape, recipe: Recipe) -> float:
     """Bytes for communication: Transformer Engine's user buffers, keys and values in transit around the ring."""
     p = recipe.parallel
@@ -288,7 +300,7 @@ def _buffers(shape: ModelShape, recipe: Recipe) -> float:
     tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
     total = 0.0
     if p.overlap_tensor:
-        total += 4 * tokens * size * shape.hidden_size  # the complete sequence for each of the four matrices
+        total += _user_buffers(recipe) * tokens * shape.hidden_size
     if p.context > 1:
         keys = 2 * shape.num_kv_heads * shape.head_dim / p.tensor
         others = p.context - 1 if p.context_comm == "all_gather" else 2

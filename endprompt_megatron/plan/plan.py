@@ -4,6 +4,7 @@ Other packages import only this module of the planner.  estimate.py combines mem
 finds layouts, plan_page.py prints.  Arithmetic; no torch, no Megatron.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 from endprompt_megatron.common.errors import InputError
@@ -20,6 +21,9 @@ from endprompt_megatron.plan.step_time import EFFICIENCY, NODE
 __all__ = ["GIB", "Estimate", "Plan", "StageMemory", "estimate", "make_plan", "memory", "min_gpus"]
 
 
+DISK = 5e9  # bytes/s: a parallel file system that others use too
+
+
 @dataclass(frozen=True)
 class Plan:
     """An estimate with everything that the page shows."""
@@ -31,6 +35,7 @@ class Plan:
     full: Estimate | None  # full-length training to the same target in its best layout; None if that is the recipe
     remedies: list[tuple[list[str], Estimate]]  # keys to set and the resulting estimate; nearest first
     warnings: list[str]
+    disk: float = DISK  # bytes/s that all ranks together write to checkpoint.dir
 
     def as_dict(self) -> dict:
         full = self.full.as_dict() | {"gpu_hours_same_samples": self.full_same_samples} if self.full else None
@@ -38,6 +43,8 @@ class Plan:
             "recipe": self.where,
             "shape": asdict(self.shape) | {"parameters": self.shape.parameters, "published": self.published},
             "checkpoint_gib": self.checkpoint_bytes / GIB,
+            "checkpoint_seconds": self.checkpoint_seconds,
+            "signal_seconds": self.signal_seconds,
             **self.estimate.as_dict(),
             "full_length": full,
             "remedies": [{"set": keys, **estimate.as_dict()} for keys, estimate in self.remedies],
@@ -52,6 +59,16 @@ class Plan:
         return checkpoint_bytes(self.shape, recipe.longlora, 2 if recipe.precision.dtype == "bfloat16" else 4)
 
     @property
+    def checkpoint_seconds(self) -> float:
+        """How long a checkpoint is written."""
+        return self.checkpoint_bytes / self.disk
+
+    @property
+    def signal_seconds(self) -> int:
+        """How long before its time limit a job should be signalled: a save under way, a step and the last save."""
+        return 60 * math.ceil((2 * self.checkpoint_seconds + self.estimate.step_seconds) / 60 + 1)
+
+    @property
     def full_same_samples(self) -> float:
         """GPU-hours of full-length training over as many sequences as the recipe's."""
         recipe = self.estimate.recipe
@@ -59,7 +76,13 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, where: str, shape: ModelShape, hardware: Hardware, gpus: int | None = None, published: bool = False
+    recipe: Recipe,
+    where: str,
+    shape: ModelShape,
+    hardware: Hardware,
+    gpus: int | None = None,
+    published: bool = False,
+    disk: float = DISK,
 ) -> Plan:
     """The plan of a recipe on `gpus` GPUs, by default on the fewest on which its layout fits.
 
@@ -82,6 +105,7 @@ def make_plan(
         else None,
         remedies=[] if ours.fits else remedies(shape, recipe, hardware, ours.gpus),
         warnings=_warnings(ours, gpus),
+        disk=disk,
     )
 
 

@@ -240,6 +240,8 @@ def _assumptions(plan: Plan) -> list[str]:
         f"{ours.recipe.checkpoint.keep or 'all'} are kept, every {ours.recipe.checkpoint.interval} steps "
         f"({format_duration(ours.recipe.checkpoint.interval * ours.step_seconds)}). "
         "Saving and validation are not timed.",
+        f"at {plan.disk / 1e9:g} GB/s (--disk) a checkpoint is written in {format_duration(plan.checkpoint_seconds)}: "
+        f"submit with --signal=B:USR2@{plan.signal_seconds}, so that the last one is complete before the time limit.",
     ]
     if plan.full:
         lines.append(

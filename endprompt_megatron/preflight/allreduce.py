@@ -59,7 +59,6 @@ def _reduce(launch: Launch, seconds: float) -> dict[str, Any]:
             world_size=launch.world_size,
             # Gloo raises at the timeout.  NCCL's watchdog ends the process, so the thread is abandoned before that.
             timeout=timedelta(seconds=seconds if backend == "gloo" else 2 * seconds + 60),
-            device_id=device if backend == "nccl" else None,
         )
         # Small integers, which float32 adds exactly; a pattern, so that misplaced data is noticed.
         pattern = torch.arange(_ELEMENTS[backend], device=device, dtype=torch.int32).remainder_(7).float()

@@ -29,12 +29,14 @@ def wrap_models(models: list, recipe: Recipe) -> list[DistributedDataParallel]:
     )
     reduce = p.overlap_grad_reduce if p.overlap_grad_reduce is not None else worthwhile
     gather = p.overlap_param_gather if p.overlap_param_gather is not None else reduce
+    interleaved = bool(p.virtual_pipeline and p.virtual_pipeline > 1)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=recipe.precision.grad_reduce == "float32",
         use_distributed_optimizer=True,
         overlap_grad_reduce=reduce,
         overlap_param_gather=gather,
-        align_param_gather=gather and p.pipeline > 1,
+        # Aligned, buckets wait for the schedule to start their gathers, which only the interleaved one does.
+        align_param_gather=gather and interleaved,
         check_for_nan_in_grad=False,  # `update` looks at the norm and can skip; Megatron's check aborts
     )
     # When several chunks share the schedule, only the first one's buckets are worth splitting.

@@ -7,6 +7,7 @@ import threading
 import time
 
 import torch
+import torch.distributed as dist
 
 from endprompt_megatron.distributed import cpu
 
@@ -28,7 +29,8 @@ from endprompt_megatron.training.validation import Validation  # noqa: E402, F40
 
 def train(recipe, overrides, trouble):
     """As tools/extend.py.  `trouble`, (kind, rank, step): from that step on this rank's reads "hang", or are "slow" and
-    take half a second; or it gets a signal, by its name, when it reads that step or up to 20 ms later.
+    take half a second; or one "raises", where groups cannot be destroyed; or it gets a signal, by its name, when it
+    reads that step or up to 20 ms later.
     """
     if trouble is not None and trouble[1] == int(os.environ["RANK"]):
         _disturb(*trouble)
@@ -45,6 +47,9 @@ def _disturb(kind, _rank, step):
 
     def disturbed(self, consumed_samples):
         if consumed_samples // self.global_batch_size + 1 >= step:
+            if kind == "raises":
+                dist.destroy_process_group = lambda *_: time.sleep(1e6)  # NCCL's, with kernels that never end
+                raise RuntimeError("a read that nobody expected to fail")
             if kind in ("slow", "hang"):
                 time.sleep(0.5 if kind == "slow" else 1e6)
             elif not sent:

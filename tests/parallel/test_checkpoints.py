@@ -238,3 +238,42 @@ def test_memory_of_a_save_is_one_tensor_and_beside_the_training_one_copy_of_the_
             print(f"async={asynchronous}: {grown / 2**20:.1f} MiB for {own / 2**20:.1f} MiB of state")
             assert own > 5 * largest
             assert copies * own <= grown < copies * own + largest + (4 << 20)
+
+
+def scales_of_attention(recipe, fp8: bool) -> dict:
+    """On a rank: what a core attention of Transformer Engine's would store, by its key."""
+    from types import SimpleNamespace
+
+    import torch
+    from megatron.core import parallel_state
+
+    from endprompt_megatron.model.packed_sequences import packed_attention
+
+    build(recipe)
+
+    class Attention(torch.nn.Module):
+        """As Megatron wraps Transformer Engine's: there is a state, and it is left out."""
+
+        config = SimpleNamespace(fp8_dot_product_attention=fp8)
+
+        def get_extra_state(self):
+            return "scales"
+
+        def sharded_state_dict(self, *_):
+            return {}
+
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    stored = packed_attention(Attention)().sharded_state_dict("layers.core_attention.", ((0, 3, 8),), metadata)
+    return {name: (entry.unique_key, entry.data, entry.replica_id) for name, entry in stored.items()}
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_scales_of_attention_in_fp8_are_stored_with_their_layer_by_one_rank(ranks, model, fp8):
+    found = ranks.run(2, scales_of_attention, recipe_for(*model, "parallel.tensor=2"), fp8)
+    if not fp8:
+        assert found == [{}, {}]
+        return
+    for rank, stored in enumerate(found):
+        ((key, data, replica),) = stored.values()
+        assert (key, data) == ("layers.core_attention._extra_state/shard_3_8", "scales")
+        assert any(replica) == (rank > 0)

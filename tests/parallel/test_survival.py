@@ -240,6 +240,17 @@ def test_one_rank_hangs_and_all_that_can_say_where_they_are(jobs, place, tmp_pat
         assert "nothing from rank 1 (" in line
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_one_rank_ends_all_of_them_with_its_traceback(jobs, place, tmp_path, rank):
+    """Although its groups could not be destroyed any more.  A launcher ends the others, if they wait."""
+    job = jobs.start(place / "recipe.yaml", f"checkpoint.dir={tmp_path / 'run'}", trouble=("raises", rank, 3))
+    assert job.wait() == [1, 1]
+    said = (job.output.parent / f"{job.output.name}.{rank}").read_text()
+    assert "Traceback (most recent call last)" in said
+    assert "RuntimeError: a read that nobody expected to fail" in said
+    assert "in disturbed" in said
+
+
 def test_the_slow_rank_is_named(jobs, place, tmp_path):
     keys = ["train.steps=4", "train.straggler_interval=2"]
     printed = jobs.run(place / "recipe.yaml", f"checkpoint.dir={tmp_path / 'run'}", *keys, trouble=("slow", 1, 1))

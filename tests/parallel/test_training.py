@@ -214,3 +214,16 @@ def test_nonfinite_step_is_skipped_and_leaves_the_weights(ranks, model):
         assert [updated for _, _, updated, _ in seen] == [True, False, True]
         first, second, third = (weights for _, _, _, weights in seen)
         assert first == second != third
+
+
+def gathers(recipe) -> tuple:
+    """On a rank: whether buckets wait for the schedule to gather them, and whether it does."""
+    _, models, _, _ = build(recipe)
+    return models[0].ddp_config.align_param_gather, models[0].config.param_sync_func is not None
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_the_gather_of_weights_waits_for_the_schedule_only_where_that_starts_it(ranks, model, virtual):
+    """Megatron's schedule without virtual stages starts none: aligned, every gather would be waited for."""
+    keys = ["parallel.pipeline=2", "parallel.overlap_grad_reduce=true", *["parallel.virtual_pipeline=2"] * virtual]
+    assert ranks.run(4, gathers, recipe_for(*model, *keys)) == [(virtual, virtual)] * 4

@@ -155,3 +155,19 @@ def test_published_models_are_known_by_their_usual_names(name, model):
 def test_other_names_are_not_taken_for_published_models():
     for name in ("models/our-llama", "Llama-2-70b", "Mistral-7B-v0.1", "Llama-3-8B-v2"):
         assert published_config(name) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "gib"), [([], 0.75), (["fp8"], 0.5), (["fp8", "edges"], 1.25)], ids=["bf16", "fp8", "bf16-edges"]
+)
+def test_user_buffers_are_twelve_for_each_precision(keys, gib):
+    """Of a 70B model with 4,096 tokens a rank each is 64 MiB, the eight that gather half of that in FP8."""
+    shape, recipe = shape_of(MODELS["LLaMA-3-70B"][0], "config.json"), Recipe()
+    recipe.context.physical, recipe.parallel.tensor, recipe.parallel.sequence = 4096, 4, True
+    if "fp8" in keys:
+        recipe.precision.fp8, recipe.precision.fp8_recipe = "hybrid", "tensorwise"
+        recipe.precision.bf16_edge_layers = 1 if "edges" in keys else 0
+    (plain,) = memory(shape, recipe, 4)
+    recipe.parallel.overlap_tensor = True
+    (overlapped,) = memory(shape, recipe, 4)
+    assert (overlapped.buffers - plain.buffers) / 2**30 == gib

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 
 import pytest
 from small import ROOT, assert_one_line_error, run_tool
@@ -186,6 +187,7 @@ def test_an_existing_model_directory_is_read_instead_of_the_published_shape(tmp_
         (["--nodes", "0"], ["--nodes 0"]),
         (["--nodes", "1", "--world-size", "8"], ["give one of them"]),
         (["--search"], ["--nodes N"]),
+        (["--disk", "0"], ["--disk 0", "GB/s"]),
         (["--world-size", "3"], ["parallel.tensor", "multiple of 2"]),
         (["parallel.tensor=3"], ["parallel.tensor=3", "use"]),
         (["model.hf=models/our-own"], ["model.hf=models/our-own", "no such directory", "llama-3-8b"]),
@@ -197,3 +199,16 @@ def test_an_existing_model_directory_is_read_instead_of_the_published_shape(tmp_
 )
 def test_wrong_input_of_the_planner_ends_in_one_line(args, needles):
     assert_one_line_error(run_tool("plan", RECIPE, *args), *needles)
+
+
+@pytest.mark.parametrize("name", ["extend_8b", "extend_70b", "extend_405b"])
+def test_jobs_are_signalled_as_long_before_their_limit_as_the_last_checkpoint_takes(name):
+    script = (ROOT / f"slurm/{name}.sh").read_text()
+    signalled = int(re.search(r"--signal=B:USR2@(\d+)", script).group(1))
+    nodes = re.search(r"--nodes=(\d+)", script).group(1)
+    recipe = ROOT / re.search(r"recipes/\w+\.yaml", script).group()
+    planned = json.loads(run_tool("plan", recipe, "--nodes", nodes, "--json").stdout)
+    assert planned["checkpoint_seconds"] == pytest.approx(planned["checkpoint_gib"] * 2**30 / 5e9)
+    assert 2 * planned["checkpoint_seconds"] < planned["signal_seconds"] <= signalled
+    fast = json.loads(run_tool("plan", recipe, "--nodes", nodes, "--json", "--disk", "50").stdout)
+    assert fast["checkpoint_seconds"] == pytest.approx(planned["checkpoint_seconds"] / 10)

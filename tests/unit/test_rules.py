@@ -57,6 +57,7 @@ CURRENT = [*FP8, "precision.fp8_recipe=tensorwise"]
 ATTENTION = [*FP8, "precision.fp8_attention=true"]
 SHIFTED = ["longlora.shifted=true"]
 LORA = ["longlora.rank=8"]
+PROBED = ["data.valid=99,1", "train.virtual_distances=[65536]"]
 A2A = ["parallel.context_comm=a2a"]
 B405 = ["parallel.tensor=8", "parallel.sequence=true", "parallel.pipeline=8"]
 COUNTED = ["parallel.count_embedding=true", "parallel.count_loss=true"]
@@ -115,6 +116,22 @@ ILLEGAL = {
     "groups-alone": ("8b", H100, 8, ["longlora.groups=8"], ["longlora.groups=8", "longlora.shifted=true"]),
     "lora-fp8": ("8b", H100, 8, [*TP2, *LORA, *FP8], ["longlora.rank=8", "precision.fp8=hybrid", "use null"]),
     "lora-overlap": ("8b", H100, 8, [*TP2, *LORA, "parallel.overlap_tensor=true"], ["overlap_tensor=true", "frozen"]),
+    "overlap-blockwise": (
+        *("8b", H100, 8, [*TP2, *FP8, "precision.fp8_recipe=blockwise", "parallel.overlap_tensor=true"]),
+        ["overlap_tensor=true", "fp8_recipe=blockwise", "use tensorwise"],
+    ),
+    "overlap-probe-rows": (
+        *("8b", H100, 8, [*TP2, "parallel.overlap_tensor=true", "train.micro_batch_size=2", *PROBED]),
+        ["train.micro_batch_size=2", "train.virtual_distances", "overlap_tensor=false"],
+    ),
+    "deterministic-overlap": (
+        *("8b", H100, 8, [*TP2, "parallel.overlap_tensor=true", "train.deterministic=true"]),
+        ["overlap_tensor=true", "train.deterministic=true", "overlap_tensor=false"],
+    ),
+    "deterministic-fp8-attention": (
+        *("8b", H100, 8, [*ATTENTION, "train.deterministic=true"]),
+        ["precision.fp8_attention=true", "train.deterministic=true", "use false"],
+    ),
     "mlp-alone": ("8b", H100, 8, ["longlora.mlp=true"], ["longlora.mlp=true", "longlora.rank=0", "set a rank"]),
     "save-frozen-alone": ("8b", H100, 8, ["longlora.save_frozen=false"], ["longlora.save_frozen=false", "rank=0"]),
     "frozen-norms-alone": ("8b", H100, 8, ["longlora.train_norms=false"], ["longlora.train_norms=false", "rank"]),

@@ -177,3 +177,19 @@ def test_the_training_loop_is_imported_without_megatron_which_would_read_the_env
     code = "import sys, endprompt_megatron.train; print([name for name in sys.modules if name.startswith('megatron')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_groups_are_not_bound_to_a_device_and_wait_as_long_as_they_are_told(monkeypatch):
+    """Bound to one, they would connect at once, and send and receive over one communicator."""
+    import torch.distributed as dist
+
+    from endprompt_megatron.distributed import runtime
+
+    given = {}
+    monkeypatch.setattr(runtime, "has_cuda", lambda: True)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([("a store", 0, 1)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options, backend=backend))
+    runtime._initialise_process_group(runtime.Launch(0, 1, 0), 90.0)
+    assert given["backend"] == "nccl"
+    assert given.get("device_id") is None
+    assert given["timeout"].total_seconds() == 90

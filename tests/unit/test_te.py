@@ -48,9 +48,27 @@ def test_an_environment_variable_that_contradicts_the_recipe_is_refused(environm
         te.set_environment(recipe("tensorwise", attention=True), "test", HOPPER)
 
 
+def test_a_deterministic_run_keeps_transformer_engine_from_other_algorithms(environment):
+    made = recipe("delayed")
+    made.train.deterministic = True
+    assert te.set_environment(made, "test", HOPPER)["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+
+
 @pytest.mark.parametrize("chosen", [None, "0"])
 def test_scales_of_delayed_scaling_are_loaded_on_resume_unless_the_user_forbids_it(environment, chosen):
     if chosen is not None:
         environment[PICKLES] = chosen
     te.set_environment(recipe("delayed"), "test", HOPPER)
     assert environment[PICKLES] == (chosen or "1")
+
+
+@pytest.mark.parametrize(("version", "kind"), [((2, 9), "native"), ((2, 10, 1), "native"), ((2, 11), "te")])
+def test_the_fused_loss_is_megatrons_own_where_transformer_engines_has_wrong_gradients(monkeypatch, version, kind):
+    from endprompt_megatron.model import llama
+
+    monkeypatch.setattr(llama, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(llama, "te_version", lambda: version)
+    chosen = llama._fusions(shared_positions=True, deterministic=False)
+    assert (chosen["cross_entropy_loss_fusion"], chosen["cross_entropy_fusion_impl"]) == (True, kind)
+    exact = llama._fusions(shared_positions=True, deterministic=True)
+    assert (exact["cross_entropy_loss_fusion"], exact["deterministic_mode"]) == (False, True)

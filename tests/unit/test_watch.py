@@ -6,7 +6,7 @@ import sys
 import pytest
 from small import PATIENCE, ROOT
 
-from endprompt_megatron.distributed.watchdog import Watchdog, _ranges, place_of, slowest
+from endprompt_megatron.distributed.watchdog import Watchdog, _ranges, group_seconds, place_of, slowest
 
 NAMES = [f"node{rank // 2}, local rank {rank % 2}" for rank in range(4)]
 
@@ -30,7 +30,16 @@ def test_watchdog_limit_is_the_factor_times_the_median_and_at_least_the_floor(tm
     assert watchdog._limit(between=False) == 100
     assert watchdog._limit(between=True) == 1800
     watchdog.seconds.extend([400.0] * 9)
-    assert watchdog._limit(between=True) == 4000
+    assert watchdog._limit(between=True) == 1800, "ten medians come after the groups' own timeout"
+    watchdog.seconds.extend([900.0] * 20)
+    assert watchdog._limit(between=True) == 2700, "three medians, for steps as slow as that"
+
+
+@pytest.mark.parametrize("floor", [0.5, 60.0, 300.0])
+def test_groups_wait_longer_than_the_watchdog_and_than_its_last_resort(tmp_path, floor):
+    watchdog = Watchdog(tmp_path, 0, NAMES, factor=10.0, floor=floor)
+    watchdog.seconds.append(floor * 9)
+    assert group_seconds(floor) >= 1.5 * watchdog._limit(between=True) + 6 * watchdog.settle + 60
 
 
 def test_place_of_a_frame_is_the_line_of_this_package_and_the_innermost_function(tmp_path):

@@ -57,6 +57,23 @@ def _check_tensor(recipe: Recipe, where: str, shape: ModelShape, name: str, hard
         raise InputError(
             f"{where}: parallel.overlap_tensor=true needs GPUs and Transformer Engine's user buffers: use false here"
         )
+    if p.overlap_tensor and recipe.precision.fp8 and recipe.precision.fp8_recipe == "blockwise":
+        raise InputError(
+            f"{where}: parallel.overlap_tensor=true with precision.fp8_recipe=blockwise: Transformer Engine's user "
+            "buffers do not hold its scales; use tensorwise, or overlap_tensor=false"
+        )
+    if p.overlap_tensor and recipe.train.deterministic:
+        raise InputError(
+            f"{where}: parallel.overlap_tensor=true with train.deterministic=true: sums would arrive in any order; use "
+            "overlap_tensor=false"
+        )
+    rows = recipe.train.micro_batch_size
+    if p.overlap_tensor and rows > 1 and recipe.train.virtual_distances:
+        raise InputError(
+            f"{where}: parallel.overlap_tensor=true with train.micro_batch_size={rows} and train.virtual_distances: "
+            "the probe goes row by row, and Transformer Engine's user buffers have the size of a micro-batch; use "
+            "train.micro_batch_size=1, no distances, or overlap_tensor=false"
+        )
 
 
 def _check_pipeline(p: Parallel, where: str, shape: ModelShape, name: str) -> None:

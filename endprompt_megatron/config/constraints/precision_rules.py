@@ -135,6 +135,10 @@ def _check_attention(recipe: Recipe, where: str, shape: ModelShape, hardware: Ha
             f"{asked} with data.packing=documents: there is no FP8 attention over packed sequences; use stream, or "
             "fp8_attention=false"
         )
+    if recipe.train.deterministic:
+        raise InputError(
+            f"{asked} with train.deterministic=true: cuDNN's FP8 attention adds up gradients in any order; use false"
+        )
     if parallel.recompute == "selective":
         raise InputError(
             f"{asked} with parallel.recompute=selective: attention alone would be recomputed in BF16 and its "
