@@ -57,3 +57,14 @@ def _completed(case: Case, axes: dict[str, list[str]], missing: dict, allowed: A
 def named(case: Case) -> str:
     """The id of a case in a list of tests."""
     return "-".join(case.values())
+
+
+def first_of_each(first: Iterable[str], second: Iterable[str]) -> list:
+    """Parameters (one, other) of a test: the first of either axis with all of the other; the rest under --all."""
+    import pytest
+
+    first, second = list(first), list(second)
+    return [
+        pytest.param(one, other, marks=[] if one == first[0] or other == second[0] else pytest.mark.full)
+        for one, other in itertools.product(first, second)
+    ]

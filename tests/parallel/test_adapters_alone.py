@@ -40,7 +40,7 @@ def complete(ranks, models, tmp_path_factory):
     return root, ranks.run(2, train_and_save, recipe, batches_for(recipe, 4), root)
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=["hf", pytest.param("megatron", marks=pytest.mark.full)])
 def alone(request, ranks, models, bases, complete, tmp_path_factory):
     """The same run over each form of the base, stopped after two steps and gone on with."""
     root = tmp_path_factory.mktemp(request.param)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from float64 import Float64
+from pairwise import first_of_each
 from parallel.reference import EXACT
 from parallel.reloading import LAYOUTS, reload
 from safetensors.torch import load_file
@@ -22,8 +23,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "layout"), first_of_each(MODELS, reversed(LAYOUTS)))
 def test_megatrons_model_loads_and_saves_a_converted_checkpoint(tmp_path, ranks, model, layout):
     hf = small_llama(tmp_path / "hf", **MODELS[model])
     convert_hf_to_megatron(hf, tmp_path / "megatron")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from pairwise import first_of_each
 from parallel.cases import recipe_for, weights_held
 from small import small_llama
 
@@ -28,8 +29,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "layout"), first_of_each(MODELS, reversed(LAYOUTS)))
 def test_a_direct_start_loads_the_weights_of_a_converted_checkpoint(tmp_path, ranks, model, layout):
     hf = small_llama(tmp_path / "hf", **MODELS[model])
     convert_hf_to_megatron(hf, tmp_path / "megatron")

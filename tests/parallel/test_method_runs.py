@@ -57,7 +57,9 @@ def test_too_little_held_out_text_for_a_probe_is_said_in_one_line(setup):
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "multi-recall" else pytest.mark.full) for name in RUNS]
+)
 def test_it_trains_and_a_larger_budget_goes_on_where_it_stopped(setup, name):
     directory, jobs = setup
     recipe, keys = directory / "recipe.yaml", RUNS[name]

@@ -43,6 +43,7 @@ AXES = {
     "align": ALIGN,
     "shape": ("gqa", "mha", "odd-vocab-tied", "attention-bias"),
 }
+COVERED = {"method": ("end_prompt", "pose", "short"), "rope": ("linear", "ntk", "yarn", "llama3")}  # the rest: --all
 
 
 def packed(recipe, rows):
@@ -60,7 +61,7 @@ def prepared(models, case: Case):
     return world, recipe, *packed(recipe, 4 * rows)
 
 
-@pytest.mark.parametrize("case", covering(AXES), ids=named)
+@pytest.mark.parametrize("case", covering({**AXES, **COVERED}), ids=named)
 def test_packed_rows_equal_samples_alone(ranks, models, case):
     compare(ranks, *prepared(models, case))
 

@@ -107,6 +107,7 @@ def test_the_tool_stops_on_a_signal_with_a_checkpoint_and_exit_code_75(setup):
     assert complete_iterations(setup / "tool" / "checkpoints")[-1] == metrics(setup, "tool")[-1]["step"]
 
 
+@pytest.mark.full
 def test_resume_with_another_number_of_pipeline_stages(jobs, setup):
     """From the stop on the run is as near the whole one, step for step, as one that had two stages all along."""
     float32, two = "precision.dtype=float32", "parallel.pipeline=2"

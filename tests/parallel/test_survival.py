@@ -215,7 +215,7 @@ WATCHED = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["reads", "stopped"])
+@pytest.mark.parametrize("kind", ["reads", pytest.param("stopped", marks=pytest.mark.full)])
 def test_one_rank_hangs_and_all_that_can_say_where_they_are(jobs, place, tmp_path, kind):
     run = tmp_path / "run"
     trouble = ("hang", 1, 8) if kind == "reads" else None
@@ -240,7 +240,7 @@ def test_one_rank_hangs_and_all_that_can_say_where_they_are(jobs, place, tmp_pat
         assert "nothing from rank 1 (" in line
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_an_error_on_one_rank_ends_all_of_them_with_its_traceback(jobs, place, tmp_path, rank):
     """Although its groups could not be destroyed any more.  A launcher ends the others, if they wait."""
     job = jobs.start(place / "recipe.yaml", f"checkpoint.dir={tmp_path / 'run'}", trouble=("raises", rank, 3))

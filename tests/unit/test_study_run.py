@@ -80,6 +80,7 @@ def test_a_study_trains_exports_and_evaluates_each_trial_and_keeps_the_scores(wh
     assert comparison["rows"][0]["differences"]
 
 
+@pytest.mark.full
 def test_study_killed_in_every_stage_ends_with_the_same_comparison(grounds, whole):
     directory = grounds / "killed"
     cell = directory / "study" / "cells" / "short-seed1"

@@ -71,7 +71,7 @@ def both(tokenizer, texts):
     return Words(cut, DTYPE).encode(texts), WholeTexts(tokenizer, DTYPE).encode(texts)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=700, deadline=None)
 @given(texts=st.lists(TEXTS, max_size=4))
 def test_word_wise_ids_are_those_of_complete_texts(tokenizer, texts):
     found, expected = both(tokenizer, texts)
