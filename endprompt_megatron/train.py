@@ -117,7 +117,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         report=lambda values, line: recorder.noted(progress.step, values, line),
     )
     nonfinite = 0
-    with recorder, saver, watch, runtime.failing_at_once():
+    with recorder, saver, watch:
         while progress.step < t.steps:
             started = time.perf_counter()
             watch.step_begins(progress.step + 1)

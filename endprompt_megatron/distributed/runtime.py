@@ -194,19 +194,6 @@ def ended_together() -> Iterator[None]:
     finish()
 
 
-@contextlib.contextmanager
-def failing_at_once() -> Iterator[None]:
-    """An error that nobody expected ends this rank here, before anything that surrounds it is left in good order."""
-    try:
-        yield
-    except (InputError, TrainingError):
-        raise  # which all ranks raise together
-    except Exception as error:
-        if world_size() > 1:
-            leave_at_once(error)
-        raise
-
-
 def finish() -> None:
     """Destroy the process groups, so that no rank hangs or warns at exit; let Python collect garbage again."""
     gc.enable()

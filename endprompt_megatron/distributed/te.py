@@ -8,7 +8,7 @@ import sys
 
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.distributed.environment import refuse_others
-from endprompt_megatron.distributed.hardware import Hardware
+from endprompt_megatron.distributed.hardware import Hardware, here
 from endprompt_megatron.model.shape import ModelShape
 
 # The scales of delayed scaling are pickled into a checkpoint, and Transformer Engine 2.18 does not load them without
@@ -60,13 +60,34 @@ def share_buffers(recipe: Recipe, shape: ModelShape) -> None:
     from transformer_engine.pytorch.module import base
 
     modes = base.UserBufferQuantizationMode
-    kinds = [modes.FP8 if recipe.precision.fp8 else modes.NONE]
+    kinds = [bool(recipe.precision.fp8)]
     if recipe.precision.fp8 and recipe.precision.bf16_edge_layers:
-        kinds.append(modes.NONE)
+        kinds.append(False)
+    hopper = here().gpu is not None and here().gpu.hopper
     base.initialize_ub(
         shape=[recipe.context.physical * recipe.train.micro_batch_size // p.context, shape.hidden_size],
         tp_size=p.tensor,
-        quantization_modes=kinds,
-        ub_cfgs={},
+        quantization_modes=[modes.FP8 if fp8 else modes.NONE for fp8 in kinds],
+        ub_cfgs=[overlap_settings(shape, fp8) if hopper else {} for fp8 in kinds],
         bootstrap_backend="nccl",
     )
+
+
+def overlap_settings(shape: ModelShape, fp8: bool) -> dict[str, dict]:
+    """How each matrix product shares an H100's SMs with the traffic that it hides, by Transformer Engine's names.
+
+    NVIDIA's values for 70B and 405B at 8,192 tokens (Megatron-Bridge 0.6, training/comm_overlap.py).  Transformer
+    Engine's own take 16 SMs for every bulk transfer, and a margin.
+    """
+    large = shape.hidden_size > 8192
+    bulk = {"qkv_dgrad": 2 if large else 4, "qkv_wgrad": 24, "fc1_dgrad": 2, "fc1_wgrad": 2 if large else 4}
+    settings = {
+        name: {"method": "bulk", "num_sm": count, "cga_size": 2, "set_sm_margin": False} for name, count in bulk.items()
+    }
+    for name in ("qkv_fprop", "proj_dgrad", "fc1_fprop", "fc2_dgrad"):
+        settings[name] = {"method": "ring_exchange", "aggregate": False}
+    for name, count in (("proj_fprop", 24), ("fc2_fprop", 8 if large else 16)):
+        ring = {"method": "ring_exchange", "num_sm": 1, "cga_size": 1, "set_sm_margin": True}
+        pipeline = {"method": "pipeline", "num_sm": count, "cga_size": 2, "num_splits": 4, "set_sm_margin": True}
+        settings[name] = ring if fp8 else pipeline
+    return settings

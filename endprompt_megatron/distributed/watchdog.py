@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from endprompt_megatron.common.errors import EXIT_FAILED
+from endprompt_megatron.common.errors import EXIT_FAILED, InputError, TrainingError, leave_at_once
 from endprompt_megatron.distributed import runtime
 
 FLOOR_SECONDS = 60.0
@@ -72,7 +72,12 @@ class Watch:
         self.watchdog.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """An error that nobody expected ends this rank here, before anything around it is left in good order."""
+        together = InputError, TrainingError  # which all ranks raise together
+        if isinstance(error, Exception) and not isinstance(error, together) and len(self.names) > 1:
+            self.watchdog.say_last_word()
+            leave_at_once(error)
         self.watchdog.end()
 
     def step_begins(self, step: int) -> None:
@@ -198,7 +203,7 @@ class Watchdog:
         self.seconds: deque[float] = deque(maxlen=_REMEMBERED)
         self.settle = _settle(floor)
         self.loop = threading.get_ident()
-        self.ended = threading.Event()
+        self.ended, self.speaking = threading.Event(), threading.Event()
         self.now: tuple[float, str, float] = (time.monotonic(), "the first step", self._limit(between=True))
 
     def start(self) -> None:
@@ -219,6 +224,11 @@ class Watchdog:
         self.file.close()
         if not self.path.stat().st_size:
             self.path.unlink()
+
+    def say_last_word(self) -> None:
+        """If the watchdog is about to end the process, let it: an error now is of another rank that it has ended."""
+        if self.factor and self.speaking.is_set():
+            self.thread.join()
 
     def step_begins(self, step: int) -> None:
         self._begin(f"step {step}", self._limit(between=len(self.seconds) < _FIRST_STEPS))
@@ -247,6 +257,7 @@ class Watchdog:
                 self._abort(what, taken, limit)
 
     def _abort(self, what: str, taken: float, limit: float) -> None:
+        self.speaking.set()
         where = place_of(sys._current_frames().get(self.loop))
         moment = datetime.now().astimezone().isoformat(timespec="seconds")
         try:

@@ -72,3 +72,34 @@ def test_the_fused_loss_is_megatrons_own_where_transformer_engines_has_wrong_gra
     assert (chosen["cross_entropy_loss_fusion"], chosen["cross_entropy_fusion_impl"]) == (True, kind)
     exact = llama._fusions(shared_positions=True, deterministic=True)
     assert (exact["cross_entropy_loss_fusion"], exact["deterministic_mode"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "fp8", "method", "sms"), [(8192, False, "pipeline", 16), (16384, True, "ring_exchange", 1)]
+)
+def test_user_buffers_are_set_as_nvidia_sets_them_on_an_h100(monkeypatch, hidden, fp8, method, sms):
+    """With a stand-in for Transformer Engine, that keeps what it is told."""
+    from types import SimpleNamespace
+
+    from unit.test_shape import config
+
+    from endprompt_megatron.model.shape import shape_of
+
+    told = {}
+    modes = SimpleNamespace(FP8="fp8", NONE="none")
+    base = SimpleNamespace(UserBufferQuantizationMode=modes, initialize_ub=lambda **options: told.update(options))
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.module", SimpleNamespace(base=base))
+    monkeypatch.setattr(te, "here", lambda: HOPPER)
+    made = recipe("tensorwise")
+    made.precision.fp8, made.precision.bf16_edge_layers = "hybrid" if fp8 else None, 1 if fp8 else 0
+    made.parallel.tensor, made.parallel.context, made.parallel.overlap_tensor = 4, 2, True
+    te.share_buffers(made, shape_of(config(hidden, 28672, 80, 64, 8, 128256), "config.json"))
+    assert told["shape"] == [4096, hidden]
+    assert told["quantization_modes"] == (["fp8", "none"] if fp8 else ["none"])
+    settings = told["ub_cfgs"][0]
+    assert (settings["fc2_fprop"]["method"], settings["fc2_fprop"]["num_sm"]) == (method, sms)
+    assert settings["qkv_wgrad"]["num_sm"] == 24
+    assert len(settings) == 10
+    assert len(told["ub_cfgs"]) == len(told["quantization_modes"])
