@@ -42,8 +42,8 @@ def main() -> None:
 
     import json
 
-    from endprompt_megatron.dry_run.page import as_dict, page
-    from endprompt_megatron.dry_run.step import dry_run
+    from endprompt_megatron.dry_run.dry_run_page import as_dict, page
+    from endprompt_megatron.dry_run.rank_step import dry_run
     from endprompt_megatron.dry_run.target import target_of
 
     target = target_of(args.recipe, args.overrides, world_size, args.micro_batches)

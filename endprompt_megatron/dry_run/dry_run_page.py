@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from endprompt_megatron.dry_run.step import Step
+from endprompt_megatron.dry_run.rank_step import Step
 from endprompt_megatron.dry_run.target import Target
 
 _LINES = 12  # of what the host reads
