@@ -9,6 +9,7 @@ Engine's layers are not built: torch's stand for them.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def main() -> None:
     if not 0 <= args.rank < world_size:
         raise InputError(f"--rank {args.rank}: should be 0 to {world_size - 1}")
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there has no part in it
     import json
 
     from endprompt_megatron.dry_run.dry_run_page import as_dict, page

@@ -104,6 +104,7 @@ def _choose_as_a_gpu() -> None:
     from endprompt_megatron.training import optimizer
 
     optimizer.overlaps_communication = lambda: True
+    llama.has_transformer_engine = lambda: False  # where it is installed: its layers need a GPU
     llama.device_options = lambda *, virtual_pipeline: {
         "use_cpu_initialization": True,
         "overlap_p2p_comm": virtual_pipeline,
