@@ -1,9 +1,13 @@
 """What the tests on a GPU share: when they run, a small model of LLaMA's head dimension, processes with a GPU.
 
-python -m pytest tests/gpu          (one command; make test runs it too, and skips it where there is no GPU)
+make gpu runs them, the most telling first, and writes down each outcome; make test runs them too, and skips them where
+there is no GPU.
 """
 
 import importlib.util
+import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +16,21 @@ from small import small_llama
 
 from endprompt_megatron.convert.to_megatron import convert_hf_to_megatron
 
+# By what a failure would say about everything after it.
+ORDER = ("engine", "step", "checkpoints", "run", "parity", "layouts", "longlora", "preflight")
+# A file to which each outcome is appended; the tests that passed by it are not run again.
+RECORD = os.environ.get("GPU_RECORD")
 TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 
 
-def pytest_collection_modifyitems(items: list) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
+    passed = _recorded("passed")
+    ours = [item for item in items if "tests/gpu/" in item.path.as_posix()]
+    config.hook.pytest_deselected(items=[item for item in ours if item.nodeid in passed])
+    others = [item for item in items if item not in set(ours)]
+    ours = [item for item in ours if item.nodeid not in passed]
+    ours.sort(key=lambda item: ORDER.index(item.path.stem.removeprefix("test_").removesuffix("_gpu")))
+    items[:] = [*others, *ours]
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     capability = torch.cuda.get_device_capability() if gpus else (0, 0)
     missing = {
@@ -25,13 +40,25 @@ def pytest_collection_modifyitems(items: list) -> None:
         "with_te": None if TRANSFORMER_ENGINE else "needs Transformer Engine",
         "without_te": "Transformer Engine is installed and takes the layers" if TRANSFORMER_ENGINE else None,
     }
-    for item in items:
-        if "tests/gpu/" not in item.path.as_posix():
-            continue
+    for item in ours:
         item.add_marker(pytest.mark.gpu)
         for name, reason in missing.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _recorded(outcome: str) -> set[str]:
+    lines = Path(RECORD).read_text().splitlines() if RECORD and Path(RECORD).exists() else []
+    return {found["test"] for found in map(json.loads, lines) if found["outcome"] == outcome}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if not RECORD or os.environ.get("PYTEST_XDIST_WORKER") or (report.when != "call" and report.passed):
+        return
+    reason = report.longrepr[2] if report.skipped else str(report.longrepr or "")[-4000:]
+    found = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1), "reason": reason}
+    with open(RECORD, "a") as file:
+        file.write(json.dumps({**found, "properties": dict(report.user_properties)}) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Transformer Engine's kernels against each other and against torch's: attention, RoPE, FP8, context parallelism."""
 
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -31,14 +32,16 @@ def without_engine(recipe, samples):
         return losses_and_gradients(recipe, samples)
 
 
-def with_rope_fused(recipe, samples, fused: bool):
+def with_fields(recipe, samples, **fields):
+    """On a rank: `losses_and_gradients` of a model whose TransformerConfig has these fields changed."""
     from endprompt_megatron.model import llama
 
     original = llama.transformer_config
 
     def config(*args, **options):
         made = original(*args, **options)
-        made.apply_rope_fusion = fused
+        for name, value in fields.items():
+            setattr(made, name, value)
         return made
 
     with mock.patch.object(llama, "transformer_config", config):
@@ -105,7 +108,25 @@ def _local_name(name: str) -> str:
 @pytest.mark.parametrize("method", ["end_prompt", "end_prompt_random", "pose"])
 def test_fused_rope_equals_unfused_with_positions_that_jump(rank, model, method):
     recipe, samples = setup(model, f"context.method={method}", "context.target=65536")
-    loss, gradient = compare(*(rank.run(1, with_rope_fused, recipe, samples, fused)[0] for fused in (True, False)))
+    fused, plain = (
+        rank.run(1, partial(with_fields, apply_rope_fusion=each), recipe, samples)[0] for each in (True, False)
+    )
+    loss, gradient = compare(fused, plain)
+    assert loss < 1e-3
+    assert gradient < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.with_te
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("implementation", ["te", "native"])
+def test_fused_losses_equal_the_unfused_with_unequal_weights(rank, model, implementation, rows):
+    """The samples' prompts weigh half as much as their contexts: the gradient that comes in differs by token."""
+    recipe, samples = setup(model, f"train.micro_batch_size={rows}", "context.prompt_loss_weight=0.5")
+    kind = dict(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl=implementation)
+    fused = rank.run(1, partial(with_fields, **kind), recipe, samples)[0]
+    plain = rank.run(1, partial(with_fields, cross_entropy_loss_fusion=False), recipe, samples)[0]
+    loss, gradient = compare(fused, plain)
     assert loss < 1e-3
     assert gradient < 0.03
 
@@ -208,6 +229,19 @@ def test_packed_rows_of_transformer_engine_equal_torchs(rank, model, method, row
     loss, gradient = compare({**engine, "parts": named}, torchs)
     assert loss < 5e-3
     assert gradient < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.fp8
+@pytest.mark.with_te
+@pytest.mark.parametrize("case", ["delayed", "tensorwise", "blockwise"])
+def test_packed_rows_in_fp8_stay_with_bfloat16(rank, fresh_rank, model, case):
+    """Three bits of mantissa: a gradient is off by a tenth or more, a loss by little; a wrong bound by its size."""
+    bf16 = rank.run(1, losses_and_gradients, *packed(model))[0]
+    fp8 = fresh_rank.run(1, losses_and_gradients, *packed(model, *FP8[case]))[0]
+    loss, gradient = compare(fp8, bf16)
+    assert loss < 2e-2
+    assert gradient < 0.4
 
 
 @pytest.mark.gpu

@@ -4,9 +4,11 @@
 torchrun's would, and returns each rank's result, or raises with the traceback of the rank that failed.
 """
 
+import contextlib
 import gc
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
@@ -35,9 +37,7 @@ class Ranks:
 
     def run(self, world: int, function: Callable, *args: Any, timeout: float = PATIENCE) -> list[Any]:
         """Each rank's result.  `timeout`, in seconds, is for ranks that wait for each other for ever."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _free_port()
         for rank, pipe in enumerate(self.pipes[:world]):
             pipe.send((rank, world, port, function, args))
         results, failures, deadline = {}, [], time.monotonic() + timeout
@@ -67,6 +67,15 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def _free_port() -> int:
+    """A port below those that the system hands out by itself: in that range somebody may get it before rank 0 does."""
+    while True:
+        port = random.randrange(15000, 30000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _serve(pipe: Any, gpu: bool) -> None:

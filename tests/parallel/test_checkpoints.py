@@ -36,8 +36,11 @@ def model(tmp_path_factory):
     return directory, directory / "hf", directory / "megatron"
 
 
-def train_and_save(recipe, batches, root):
-    """On a rank: an update a batch, from the newest checkpoint in `root` if there is one, then a checkpoint."""
+def train_and_save(recipe, batches, root, look=None):
+    """On a rank: an update a batch, from the newest checkpoint in `root` if there is one, then a checkpoint.
+
+    `look` is called with the model chunks before the first update and after the last.
+    """
     from endprompt_megatron.checkpoint.resume import resume
     from endprompt_megatron.checkpoint.run_state import Progress, RunState
     from endprompt_megatron.checkpoint.save import Saver
@@ -50,6 +53,8 @@ def train_and_save(recipe, batches, root):
     base = partial(base_weights, also=recipe.model.init_from)
     progress = resume(root, recipe, "test", state, base) or Progress()
     seen = []
+    if look is not None:
+        look(models)
     for samples in batches:
         zero_grad(models, optimizer)
         losses = run_batch(models, micro_batches(recipe, samples), backward=True)
@@ -59,6 +64,8 @@ def train_and_save(recipe, batches, root):
         seen.append((losses.total, norm))
     if not batches:
         progress.step += 1
+    if look is not None:
+        look(models)
     with Saver(root, recipe, {"config.json": exported(recipe)}, state) as saver:
         saver.save(progress)
         saver.wait()
