@@ -15,7 +15,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet --constraint constraints.txt --requirement
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-control test test-all lint clean
+.PHONY: help demo demo-control test test-all lint gpu gpu-kit clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -49,8 +49,15 @@ lint: $(VENV)/.installed-dev ## Check style, the rings of imports, and shell scr
 	if [ "$$failed" != 0 ]; then echo "make lint: the checks above failed" >&2; exit 1; fi; \
 	echo "lint: clean"
 
+# On a machine with GPUs the Python that has its torch; without one, .venv's for a rehearsal.
+gpu: ## Run what waits for a GPU: tests/gpu and the training step's benchmark (ARGS: benchmarks/gpu.py --help)
+	@python=$(PYTHON); $$python -c 'import torch' 2>/dev/null || python=$(PY); $$python benchmarks/gpu.py $(ARGS)
+
+gpu-kit: ## Pack what a GPU machine without a network lacks for make gpu (ARGS: benchmarks/gpu_kit.py --help)
+	@$(PYTHON) benchmarks/gpu_kit.py $(ARGS)
+
 clean: ## Remove .venv, the demo's files and caches (not runs/)
-	rm -rf $(VENV) demo build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .gpu demo build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted installation is done again, and a changed requirement is installed.

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KIT = ROOT / ".gpu"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(KIT / "site")]
 
+from endprompt_megatron.common.errors import InputError, run_cli  # noqa: E402
+
 # The packages of the kit without Transformer Engine's, and those.
 SITES = {"without": ["site"], "with": ["site", "site-te"]}
 SUITES = {"with": "tests with Transformer Engine", "without": "tests without Transformer Engine"}
@@ -94,7 +96,10 @@ def about(kind: str) -> dict:
         [sys.executable, "-c", code], cwd=ROOT, env=environment(kind), capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(f"error: this machine cannot be looked at:\n{done.stderr}")
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise InputError(
+            f"{sys.executable}: {reason}: name a Python that has torch with PYTHON=..., or see make gpu-kit"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -108,32 +113,22 @@ def run_tests(results: Results, kind: str, workers: int, seconds: float) -> None
 
 
 def run_benchmarks(results: Results, args: argparse.Namespace, clock: Clock) -> None:
-    from gpu_step import MEGATRON_LM, OURS, TRANSFORMERS
+    from gpu_contenders import MEGATRON_LM, OURS, TRANSFORMERS
 
-    done, found = results.value["benchmarks"], results.path.with_name("contender.json")
+    done, found = results.value["benchmarks"], results.path.with_name("contenders.json")
     wanted = [*OURS, *TRANSFORMERS, *(MEGATRON_LM if args.megatron_lm else [])]
-    for name in (name for name in wanted if not args.only or any(text in name for text in args.only)):
-        if "seconds" in done.get(name, {}):
-            continue
-        if not results.value["about"]["gpus"]:
-            done[name] = {"name": name, "error": "needs an NVIDIA GPU"}
-            continue
-        if clock.left < 30:
-            done[name] = {"name": name, "error": "no time was left"}
-            continue
-        found.unlink(missing_ok=True)
-        command = [sys.executable, "benchmarks/gpu_step.py", "--only", name, "--exactly", "--json", found]
+    wanted = [name for name in wanted if not args.only or any(text in name for text in args.only)]
+    missing = [name for name in wanted if "seconds" not in done.get(name, {})]
+    if missing and results.value["about"]["gpus"]:
+        command = [sys.executable, "benchmarks/gpu_step.py", "--exactly", "--json", found, "--only", *missing]
         for option in ("layers", "micro_batches", "rounds", "megatron_lm"):
             if getattr(args, option) is not None:
                 command += [f"--{option.replace('_', '-')}", getattr(args, option)]
-        code = run(command, "with", min(clock.left, 240))
-        (done[name],) = (
-            json.loads(found.read_text())["results"]
-            if found.exists()
-            else [{"name": name, "error": "took too long" if code is None else f"ended with exit code {code}"}]
-        )
-        found.unlink(missing_ok=True)
-        results.save()
+        run(command, "with", clock.left)
+    timed = json.loads(found.read_text())["results"] if found.exists() else []
+    reason = "no time was left" if results.value["about"]["gpus"] else "needs an NVIDIA GPU"
+    done |= {name: {"name": name, "error": reason} for name in missing} | {each["name"]: each for each in timed}
+    found.unlink(missing_ok=True)
     results.save()
 
 
@@ -176,7 +171,10 @@ def unpack() -> None:
     """The kit's packages, once."""
     if (KIT / "kit" / "kit.json").exists() and not (KIT / "site").is_dir():
         subprocess.run([sys.executable, "benchmarks/gpu_kit.py", "--unpack"], cwd=ROOT, check=True)
+        # At once, and not by every process that imports them.
+        sites = [KIT / site for site in SITES["with"]]
+        subprocess.run([sys.executable, "-m", "compileall", "-q", "-j", "0", *sites], stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

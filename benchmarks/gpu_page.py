@@ -37,7 +37,7 @@ def _tests(kind: str, found: dict[str, dict]) -> Section:
     blocks = [Table(list(SIGNS), rows, first="file")] if rows else [Paragraph("Not run.", "missing")]
     for name, test in found.items():
         if test["outcome"] == "failed":
-            blocks.append(Details(name, [CodeBlock(test["reason"])]))
+            blocks.append(Details(name.rpartition("/")[2], [CodeBlock(test["reason"])]))
     skipped = sorted({f"{test['reason']}" for test in found.values() if test["outcome"] == "skipped"})
     if skipped:
         blocks.append(Details("Why tests were skipped", [Bullets(skipped)]))

@@ -6,6 +6,7 @@ benchmarks/plan.md says where the figures come from and how they are read.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -18,7 +19,10 @@ from endprompt_megatron.model.flops import flops_per_token
 from endprompt_megatron.model.published_shapes import published_config
 from endprompt_megatron.model.shape import ModelShape, shape_of
 from endprompt_megatron.plan.plan import Estimate, estimate
+from endprompt_megatron.plan.step_time import EFFICIENCY
 
+# Attention of the container of the long sequences, at any length.
+KERNELS_OF_2024 = replace(EFFICIENCY, attention=0.36, short_attention=0.0)
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published_speeds.yaml").read_text())
 
 
@@ -39,7 +43,9 @@ def predicted(row: dict) -> Estimate:
     recipe.precision.grad_reduce = "bfloat16"
     if row.get("fp8"):
         recipe.precision.fp8, recipe.precision.fp8_recipe = "hybrid", "tensorwise"
-    return estimate(_shape(row), recipe, of_kind(row.get("gpu", "h100")).gpu, row["gpus"])
+    efficiency = KERNELS_OF_2024 if row["source"] == "nemo-24.03" else EFFICIENCY
+    gpu = of_kind(row.get("gpu", "h100")).gpu
+    return estimate(_shape(row), recipe, gpu, row["gpus"], efficiency=efficiency)
 
 
 def published_tokens(row: dict) -> float:

@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from endprompt_megatron.config.recipe import LongLora, Parallel, Precision, Recipe
-from endprompt_megatron.distributed.hardware import has_transformer_engine, te_version
+from endprompt_megatron.distributed.hardware import has_transformer_engine
 from endprompt_megatron.distributed.runtime import device_options
 from endprompt_megatron.method.rope import PositionRotary, transformers_config
 from endprompt_megatron.model.attention import RMSNorm, SdpaAttention
@@ -139,17 +139,13 @@ def _fp8(p: Precision) -> dict[str, Any]:
 
 
 def _fusions(shared_positions: bool, deterministic: bool) -> dict[str, Any]:
-    """Kernels that do several steps at once.  All but the last need Transformer Engine."""
+    """Kernels that do several steps at once.  All need Transformer Engine; the loss is cross_entropy.py's."""
     te = has_transformer_engine()
-    # Before 2.11 TE's backward pass reads a gradient that is not contiguous, of micro-batches above 1, as if it were.
-    fused_loss = "te" if te and te_version() >= (2, 11) else "native"
     return dict(
         bias_activation_fusion=te,
         masked_softmax_fusion=te,
         persist_layer_norm=te,
         deterministic_mode=deterministic,
-        cross_entropy_loss_fusion=te and not deterministic,
-        cross_entropy_fusion_impl=fused_loss,
         # TE's fused kernel takes one row of rotary angles for the micro-batch, which packed documents are too.
         apply_rope_fusion=te and shared_positions,
         # Megatron refuses it without Apex, which only the output layer needs: `_fuse_weight_gradients` does the rest.
@@ -268,8 +264,6 @@ class LlamaModel(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy [b, s] over the true vocabulary.  logits [s, b, v / tensor parallel], labels [b, s]."""
-        if self.config.cross_entropy_loss_fusion:
-            return super().compute_language_model_loss(labels, self.without_padding(logits))
         loss = vocab_cross_entropy(logits, labels.t(), self.true_vocab_on_this_rank, self.pg_collection.tp)
         return loss.t().contiguous()
 

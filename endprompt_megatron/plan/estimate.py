@@ -10,7 +10,7 @@ from endprompt_megatron.distributed.hardware import Gpu
 from endprompt_megatron.model.flops import flops_per_token
 from endprompt_megatron.model.shape import ModelShape
 from endprompt_megatron.plan.memory import GIB, StageMemory, memory
-from endprompt_megatron.plan.step_time import Clock, Work
+from endprompt_megatron.plan.step_time import EFFICIENCY, Clock, Efficiency, Work
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,12 @@ class Estimate:
 
 
 def estimate(
-    shape: ModelShape, recipe: Recipe, gpu: Gpu, gpus: int, stages: list[StageMemory] | None = None
+    shape: ModelShape,
+    recipe: Recipe,
+    gpu: Gpu,
+    gpus: int,
+    stages: list[StageMemory] | None = None,
+    efficiency: Efficiency = EFFICIENCY,
 ) -> Estimate:
     """Memory and time of a legal recipe on `gpus` GPUs of one kind.  `stages`: the memory, if already computed.
 
@@ -108,7 +113,7 @@ def estimate(
         gpus=gpus,
         gpu=gpu,
         stages=stages or memory(shape, recipe, gpus),
-        work=Clock(shape, recipe, gpu, gpus).step(),
+        work=Clock(shape, recipe, gpu, gpus, efficiency).step(),
         flops=flops_per_token(shape, recipe.context.physical, recipe.longlora),
     )
 

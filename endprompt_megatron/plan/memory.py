@@ -238,8 +238,7 @@ def _stage(
         logits = tokens * size * (vocab + shape.hidden_size) + 2 * layer_input(shape, recipe)
         if p.sequence:
             logits += tokens * size * shape.hidden_size  # gathered again for the gradient of the weights
-        if not te:
-            logits += vocab * shape.hidden_size * size  # without Apex that gradient is a separate tensor
+        logits += vocab * shape.hidden_size * size  # that gradient, which is separate where Apex is absent
     return StageMemory(
         stage=stage,
         layers=layers,

@@ -231,9 +231,9 @@ def _assumptions(plan: Plan) -> list[str]:
     e, ours = EFFICIENCY, plan.estimate
     lines = [
         f"matrix products reach {e.gemm_bf16:.0%} of the peak in BF16 and {e.gemm_fp8:.0%} in FP8, small ones less; "
-        f"attention {e.attention:.0%} of the BF16 peak; memory {e.memory:.0%}; NVLink and network {e.network:.0%} of "
-        f"{ours.gpu.nvlink / 1e9:.0f} and {ours.gpu.network / 1e9:.0f} GB/s per GPU. The same for all models: "
-        "benchmarks/plan.md compares them with published speeds.",
+        f"attention up to {e.attention:.0%} of the BF16 peak, by length; memory {e.memory:.0%}; NVLink and network "
+        f"{e.network:.0%} of {ours.gpu.nvlink / 1e9:.0f} and {ours.gpu.network / 1e9:.0f} GB/s per GPU. The same for "
+        "all models: benchmarks/plan.md compares them with published speeds.",
         f"driver and libraries take {CONTEXT_GIB:.1f} GiB, NCCL {NCCL_GIB:.1f} GiB per kind of group, fragmentation "
         f"{FRAGMENTATION:.0%}. Transformer Engine and Apex are installed (NVIDIA's container), nodes have {NODE} GPUs.",
         f"a checkpoint with its optimizer is {format_bytes(plan.checkpoint_bytes)}; "
@@ -245,8 +245,8 @@ def _assumptions(plan: Plan) -> list[str]:
     ]
     if plan.full:
         lines.append(
-            "the rate of attention is that of kernels of 2024; faster ones speed up full-length training more. "
-            "By FLOPs alone, a token is "
+            "the rate of attention was measured on one GPU, at 8K and 64K; faster kernels help full-length training "
+            "more. By FLOPs alone, a token is "
             f"{plan.full.flops / ours.flops:.1f} times cheaper, a sample "
             f"{plan.full.flops * ours.recipe.context.target / (ours.flops * ours.recipe.context.physical):.1f} times."
         )

@@ -30,8 +30,12 @@ class Efficiency:
     small_gemm_fp8: float = 790.0
     small_gemm_bf16: float = 395.0
     # Flash attention, forward and backward together, of the BF16 peak, counting the backward pass's second look
-    # at the scores (7 GEMMs for 2 forward).  From NVIDIA's long-sequence table (2024); newer kernels reach more.
-    attention: float = 0.36
+    # at the scores (7 GEMMs for 2 forward); a sequence of s tokens reaches s / (s + short_attention) of it.  From our
+    # steps at 8K and 64K on an H200, cuDNN 9.14 (benchmarks/gpu_step.md); kernels of 2024 reach 0.32 at any length.
+    attention: float = 0.555
+    short_attention: float = 2900.0
+    # Bytes a logit that the loss reads and writes in float32, beside the logits: from the same steps.
+    loss: float = 64.0
     # Of memory bandwidth by norms, RoPE, SwiGLU, casts and AdamW; copies reach 2.9 of 3.35 TB/s on an H100.
     memory: float = 0.80
     # Of a link's rate in one direction by NCCL's collectives on large messages.
@@ -142,7 +146,8 @@ class Clock:
         queries = s.num_heads * s.head_dim / p.tensor
         # Zigzag slices give context-parallel ranks equal shares.
         scores = 2 * 2 * n * seen_tokens(self.recipe.longlora, self.recipe.context.physical) * queries
-        rate = self.gpu.bf16 * self.eff.attention
+        length = self.recipe.context.physical
+        rate = self.gpu.bf16 * self.eff.attention * length / (length + self.eff.short_attention)
         if self.recipe.precision.fp8_attention and self.gpu.fp8:
             # The matrix products run twice as fast, the softmax between them does not.
             rate *= 1.4
@@ -264,7 +269,7 @@ class Clock:
         trained = output_is_trained(s, self.recipe.longlora)
         summed = 2 * (2 if self.recipe.precision.grad_reduce == "bfloat16" else 4) * vocab * s.hidden_size
         # Written, read for the maximum and the sum, read and written as a gradient.
-        moved = self.tokens * vocab * self.size * 4
+        moved = self.tokens * vocab * (self.size * 4 + self.eff.loss)
         products = 3 if trained else 2
         return Work(gemm=products * self.gemm(vocab, s.hidden_size, False), memory=self.move(moved + trained * summed))
 

@@ -53,7 +53,7 @@ def waits_of_a_step(recipe, samples) -> list[str]:
         torch.cuda.set_sync_debug_mode("warn")
         step._schedule(models, batches, partial(step._loss, total=total), forward_only=False)
         torch.cuda.set_sync_debug_mode("default")
-    return [f"{w.filename}:{w.lineno}" for w in seen if "synchronizing" in str(w.message)]
+    return [f"{w.filename}:{w.lineno}" for w in seen if "called a synchronizing" in str(w.message)]
 
 
 KEYS = {

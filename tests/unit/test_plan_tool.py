@@ -72,7 +72,8 @@ def test_without_a_number_of_gpus_the_fewest_that_fit_are_planned_and_named(over
         assert not estimate(plan.shape, plan.estimate.recipe, H100.gpu, gpus // 2).fits
 
 
-def test_full_length_costs_more_than_its_flops_suggest():
+def test_full_length_costs_about_what_its_flops_suggest():
+    """Attention reaches less of the peak than matrix products do, and more of it in long sequences."""
     plan = planned(gpus=8)
     ours, full = plan.estimate, plan.full
     assert full.recipe.train.global_batch_size == ours.recipe.train.global_batch_size
@@ -80,7 +81,7 @@ def test_full_length_costs_more_than_its_flops_suggest():
     assert full.fits
     slower = ours.tokens_per_gpu_second / full.tokens_per_gpu_second
     assert full.flops / ours.flops == pytest.approx(96.6 / 51.5, rel=0.01)
-    assert slower > full.flops / ours.flops
+    assert slower == pytest.approx(full.flops / ours.flops, rel=0.05)
     assert plan.full_same_samples / ours.gpu_hours == pytest.approx(8 * slower)
 
 

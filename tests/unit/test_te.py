@@ -62,16 +62,13 @@ def test_scales_of_delayed_scaling_are_loaded_on_resume_unless_the_user_forbids_
     assert environment[PICKLES] == (chosen or "1")
 
 
-@pytest.mark.parametrize(("version", "kind"), [((2, 9), "native"), ((2, 10, 1), "native"), ((2, 11), "te")])
-def test_the_fused_loss_is_megatrons_own_where_transformer_engines_has_wrong_gradients(monkeypatch, version, kind):
+def test_the_loss_is_the_projects_own_beside_transformer_engine_too(monkeypatch):
     from endprompt_megatron.model import llama
 
     monkeypatch.setattr(llama, "has_transformer_engine", lambda: True)
-    monkeypatch.setattr(llama, "te_version", lambda: version)
-    chosen = llama._fusions(shared_positions=True, deterministic=False)
-    assert (chosen["cross_entropy_loss_fusion"], chosen["cross_entropy_fusion_impl"]) == (True, kind)
-    exact = llama._fusions(shared_positions=True, deterministic=True)
-    assert (exact["cross_entropy_loss_fusion"], exact["deterministic_mode"]) == (False, True)
+    chosen = llama._fusions(shared_positions=True, deterministic=True)
+    assert "cross_entropy_loss_fusion" not in chosen
+    assert (chosen["apply_rope_fusion"], chosen["deterministic_mode"]) == (True, True)
 
 
 @pytest.mark.parametrize(
