@@ -153,9 +153,8 @@ def test_the_layout_follows_from_the_ranks_and_wrong_ones_are_refused(ranks, mod
             ranks.run(world, ask_megatron, place / "megatron", layout, 16)
 
 
-@pytest.mark.parametrize(
-    "layout", [["--tensor", 2], pytest.param(["--pipeline", 1], marks=pytest.mark.full)], ids=["tp2", "dp2"]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("layout", [["--tensor", 2], ["--pipeline", 1]], ids=["tp2", "dp2"])
 def test_the_tool_measures_a_checkpoint_as_it_measures_its_export(models, tmp_path, layout):
     """The ranks of one model ask the same together; those of two share the questions."""
     place, _ = models("linear")

@@ -188,6 +188,7 @@ def test_gpus_must_be_one_per_process_of_one_kind_and_free(over, case):
     assert words in found[name][1], found[name]
 
 
+@pytest.mark.full
 def test_only_one_rank_prints_the_preflight_under_torchrun(ground):
     """The real launcher, whose own store the ranks meet in; two nodes by name."""
     with socket.socket() as free:

@@ -169,6 +169,7 @@ def test_signal_before_the_limit_checkpoints_and_requeues_bit_exact(ground, refe
     assert "stopped with a checkpoint; requeueing" in ground.log("signalled").read_text()
 
 
+@pytest.mark.full
 def test_a_slurm_job_resumes_after_kill_9_of_a_rank(ground, reference):
     job = ground.submit("killed")
     ground.until_step("killed", 14)

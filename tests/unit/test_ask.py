@@ -264,7 +264,7 @@ def evaluate_here(model_dir, out, text, *killed):
     evaluate(Settings(**NATIVE, text=str(text)), {"extended": Model(model_dir, model_dir)}, out, engine)
 
 
-def test_an_evaluation_killed_at_any_moment_and_run_again_gives_the_same_table(tmp_path, model_dir, draws):
+def test_an_evaluation_killed_at_any_moment_and_run_again_gives_the_same_table(tmp_path, model_dir, draws, few_or_many):
     book = tmp_path / "book.txt"
     book.write_text(small.text(1500))
     evaluate_here(model_dir, tmp_path / "whole", book)
@@ -277,10 +277,10 @@ def test_an_evaluation_killed_at_any_moment_and_run_again_gives_the_same_table(t
     context.set_forkserver_preload(["unit.test_ask", "endprompt_megatron.evaluate.engines.transformers_engine"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, (small.ROOT / "tests", small.ROOT, before))))
-    kills, seen = 0, 0
+    kills, seen, (least, most) = 0, 0, few_or_many((total // 5, 2 * total // 5), (5, total // 3))
     try:
         while not (tmp_path / "out" / "results.json").exists():
-            killed = path, seen + draws.randrange(5, total // 3), draws.random() * 0.03
+            killed = path, seen + draws.randrange(least, most), draws.random() * 0.03
             process = context.Process(target=evaluate_here, args=(model_dir, tmp_path / "out", book, *killed))
             process.start()
             process.join()

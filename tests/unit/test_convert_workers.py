@@ -80,7 +80,7 @@ def test_two_conversion_workers_write_the_same_bytes_as_one(place, tmp_path, way
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@ways
+@pytest.mark.parametrize("way", [pytest.param("to-megatron", marks=pytest.mark.full), "to-hf"])
 def test_mpi_ranks_convert_to_the_same_bytes_and_print_one_line(place, tmp_path, way):
     command = mpirun(3)
     if command is None:
