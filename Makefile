@@ -9,10 +9,13 @@ PYTEST_ARGS ?=
 # Unit tests beside those that start several processes: tests/conftest.py says which go together.
 SIDE_BY_SIDE := -n 2 --dist loadscope
 
-VENV := .venv
+VENV ?= .venv
 PY := $(VENV)/bin/python
+# Of the Python in it, or of the one that will make it.
+VERSION := $(shell for python in $(PY) $(PYTHON); do $$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null && break; done)
+CONSTRAINTS := $(firstword $(wildcard constraints-$(VERSION).txt) constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check
-INSTALL = $(PIP) install --quiet --constraint constraints.txt --requirement
+INSTALL = $(PIP) install --quiet --constraint $(CONSTRAINTS) --requirement
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-control test test-all lint gpu gpu-kit clean
@@ -24,7 +27,7 @@ help: ## Show this list
 	@echo "make COMMAND [KNOB=value ...]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' Makefile
 	@echo "Knobs: TARGET=$(TARGET) STEPS=$(STEPS) (the demo's new window and training steps), ARGS=\"...\" (see"
-	@echo "tools/demo.py --help), PYTEST_ARGS=\"...\", PYTHON=$(PYTHON) (which Python makes .venv)"
+	@echo "tools/demo.py --help), PYTEST_ARGS=\"...\", PYTHON=$(PYTHON) (which Python makes .venv), VENV=$(VENV)"
 
 demo: $(VENV)/.installed ## Extend SmolLM2-135M on this machine: convert, train, export, evaluate, report
 	@$(PY) tools/demo.py --target $(TARGET) --steps $(STEPS) $(ARGS)
@@ -61,10 +64,10 @@ clean: ## Remove .venv, the demo's files and caches (not runs/)
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted installation is done again, and a changed requirement is installed.
-$(VENV)/.installed: requirements.txt constraints.txt
+$(VENV)/.installed: requirements.txt $(CONSTRAINTS)
 	@$(MAKE) --no-print-directory install-into-venv FILE=requirements.txt STAMP=$@
 
-$(VENV)/.installed-dev: requirements.txt requirements-dev.txt constraints.txt
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt $(CONSTRAINTS)
 	@$(MAKE) --no-print-directory install-into-venv FILE=requirements-dev.txt STAMP=$@
 
 .PHONY: install-into-venv

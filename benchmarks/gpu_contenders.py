@@ -110,11 +110,11 @@ def ours(directory: Path, name: str, micro_batches: int, wait: Callable[[], None
     if name == ENGINES_LOSS:
         take_engines_loss(llama)
     chunks = llama.build_model(shape, recipe, config, shared_positions=positions_are_shared(recipe))
-    models = wrap_models(chunks, recipe)
+    models = wrap_models(chunks, recipe.parallel, recipe.precision)
     with torch.no_grad():
         for parameter in models[0].parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
-    optimizer, _ = build_optimizer(recipe, models)
+    optimizer, _ = build_optimizer(models, recipe.optim, recipe.precision, recipe.train.steps)
     optimizer.reload_model_params()
     batch = [sample(recipe, shape.vocab_size, seed) for seed in range(micro_batches)]
 

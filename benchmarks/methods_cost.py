@@ -92,12 +92,12 @@ def serve(pipe, directory: Path, method: str, target: int, short: int, threads: 
 
     exported = config_to_export(recipe, shape, "benchmark")
     before = 0.0 if runtime.has_cuda() else runtime.peak_memory_gib()
-    models = wrap_models(build_model(shape, recipe, exported), recipe)
+    models = wrap_models(build_model(shape, recipe, exported), recipe.parallel, recipe.precision)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in models[0].parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
-    optimizer, _ = build_optimizer(recipe, models)
+    optimizer, _ = build_optimizer(models, recipe.optim, recipe.precision, recipe.train.steps)
     optimizer.reload_model_params()
     batch = [sample(recipe, shape.vocab_size, seed) for seed in range(recipe.train.global_batch_size)]
 

@@ -83,12 +83,12 @@ def ours(directory: str, length: int):
     shape = read_shape(directory)
     resolve(recipe, shape)
     config = config_to_export(recipe, shape, "benchmark")
-    models = wrap_models(build_model(shape, recipe, config), recipe)
+    models = wrap_models(build_model(shape, recipe, config), recipe.parallel, recipe.precision)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in models[0].parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
-    optimizer, scheduler = build_optimizer(recipe, models)
+    optimizer, scheduler = build_optimizer(models, recipe.optim, recipe.precision, recipe.train.steps)
     one = sample(length)
 
     def step(batch: dict = one) -> float:

@@ -70,8 +70,8 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
     feed = open_feed(recipe, where, shape.vocab_size)
     te.share_buffers(recipe, shape)
     models = build_model(shape, recipe, export_config, shared_positions=positions_are_shared(recipe))
-    models = wrap_models(models, recipe)
-    optimizer, scheduler = build_optimizer(recipe, models)
+    models = wrap_models(models, recipe.parallel, recipe.precision)
+    optimizer, scheduler = build_optimizer(models, recipe.optim, recipe.precision, recipe.train.steps)
     state = RunState(models, optimizer, scheduler, feed.identity, base_to_record(recipe))
 
     checkpoints = recipe.run_dir / "checkpoints"

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from endprompt_megatron.common.errors import InputError, TrainingError, leave_at_once
 from endprompt_megatron.distributed.hardware import here
+from endprompt_megatron.distributed.numa import stay_beside_gpu
 from endprompt_megatron.distributed.signals import StopSignal
 
 _START_SECONDS = 600  # for all processes of a run to come together; ENDPROMPT_START_SECONDS is another
@@ -105,7 +106,10 @@ def _first_set(*names: str) -> str:
 def take_device(launch: Launch) -> None:
     """Give this process its own GPU of its host.  A scheduler may show each task only its own GPU."""
     if has_cuda():
-        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+        own = launch.local_rank % torch.cuda.device_count()
+        torch.cuda.set_device(own)
+        if launch.world_size > 1:
+            stay_beside_gpu(str(getattr(torch.cuda.get_device_properties(own), "uuid", "")))
 
 
 def start(

@@ -61,8 +61,8 @@ def dry_run(recipe: Recipe, export_config: dict, shape: ModelShape, rank: int, w
     count = recipe.train.global_batch_size // (recipe.train.micro_batch_size * replicas)
     ledger = fake_world.Ledger(_names_of_groups(world_size))
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-        models = wrap_models(build_model(shape, recipe, export_config), recipe)
-        optimizer, _ = build_optimizer(recipe, models)
+        models = wrap_models(build_model(shape, recipe, export_config), recipe.parallel, recipe.precision)
+        optimizer, _ = build_optimizer(models, recipe.optim, recipe.precision, recipe.train.steps)
         batch = [_micro_batch(recipe) for _ in range(count)]
         built = ledger.peak = ledger.live
         ledger.flops = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from endprompt_megatron.common.plotting import PAPER
 from endprompt_megatron.method.distances import counts_of_bends, distance_bends, gaps, supervised_ranges
 from endprompt_megatron.method.positions import known, position_ids, segment_lengths
 
@@ -153,8 +154,8 @@ def draw(result: Coverage, path: Path | str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    ink, blue, gap_color = "#1f2933", "#2f6f9f", "#f3d9c9"
-    style = {"font.size": 10, "axes.edgecolor": "#9aa5b1", "axes.labelcolor": ink, "text.color": ink}
+    ink, muted, blue = PAPER.ink, PAPER.muted, PAPER.extended
+    style = {"font.size": 10, "axes.edgecolor": muted, "axes.labelcolor": ink, "text.color": ink}
     with pyplot.rc_context(style):
         figure, (left, right) = pyplot.subplots(
             1, 2, figsize=(11, 4.2), width_ratios=(1, 1.7), layout="constrained", dpi=150
@@ -163,8 +164,8 @@ def draw(result: Coverage, path: Path | str) -> None:
         for number, positions in enumerate(result.examples):
             # Points, not a line: a line across the jump would show positions that do not exist.
             left.plot(positions, ".", markersize=2.5, color=blue, alpha=1 - 0.13 * number, rasterized=True)
-        left.axhline(result.target - 1, color="#9aa5b1", linewidth=0.8, linestyle="--")
-        left.annotate("L - 1", (0, result.target - 1), xytext=(2, -11), textcoords="offset points", color="#6b7785")
+        left.axhline(result.target - 1, color=muted, linewidth=0.8, linestyle="--")
+        left.annotate("L - 1", (0, result.target - 1), xytext=(2, -11), textcoords="offset points", color=muted)
         if b and len(result.examples) == 1:
             left.annotate(
                 f"prompt, b = {b}",
@@ -172,7 +173,7 @@ def draw(result: Coverage, path: Path | str) -> None:
                 xytext=(-14, -22),
                 textcoords="offset points",
                 ha="right",
-                arrowprops={"arrowstyle": "->", "color": "#6b7785"},
+                arrowprops={"arrowstyle": "->", "color": muted},
             )
         several = f"{len(result.examples)} samples" if len(result.examples) > 1 else "one sample"
         left.set(title=f"position ids, {several}", xlabel="physical index", ylabel="position id")
@@ -185,7 +186,7 @@ def draw(result: Coverage, path: Path | str) -> None:
         right.set_ylim(np.clip(smallest, 1e-2, 1) * 0.5, result.counts.max() * 3)
         wide = [span for span in result.gaps if span[1] - span[0] + 1 >= result.target / 200]
         for first, last in wide[:20]:
-            right.axvspan(first, last, color=gap_color, linewidth=0)
+            right.axvspan(first, last, color=PAPER.control, alpha=0.2, linewidth=0)
         if wide:
             first, last = max(wide, key=lambda span: span[1] - span[0])
             right.text(

@@ -35,6 +35,7 @@ class StageMemory:
     logits: float
     working: float
     buffers: float
+    user_buffers: float  # of these: Transformer Engine allocates them itself
     communicators: int  # kinds of groups with more than one rank
 
     @property
@@ -47,7 +48,9 @@ class StageMemory:
     @property
     def overhead(self) -> float:
         """What torch does not count, from the assumptions above."""
-        return (CONTEXT_GIB + NCCL_GIB * self.communicators) * GIB + FRAGMENTATION * self.allocated
+        return (CONTEXT_GIB + NCCL_GIB * self.communicators) * GIB + FRAGMENTATION * (
+            self.allocated - self.user_buffers
+        )
 
     @property
     def total(self) -> float:
@@ -239,6 +242,7 @@ def _stage(
         if p.sequence:
             logits += tokens * size * shape.hidden_size  # gathered again for the gradient of the weights
         logits += vocab * shape.hidden_size * size  # that gradient, which is separate where Apex is absent
+    user_buffers = _user_buffers(recipe) * tokens * shape.hidden_size if p.overlap_tensor else 0.0
     return StageMemory(
         stage=stage,
         layers=layers,
@@ -251,7 +255,8 @@ def _stage(
         activations=activations,
         logits=logits,
         working=_working(shape, recipe, te),
-        buffers=_buffers(shape, recipe),
+        buffers=user_buffers + _buffers(shape, recipe),
+        user_buffers=user_buffers,
         communicators=sum(ranks > 1 for ranks in (p.tensor, p.pipeline, p.context, replicas)),
     )
 
@@ -293,13 +298,11 @@ def _user_buffers(recipe: Recipe) -> int:
 
 
 def _buffers(shape: ModelShape, recipe: Recipe) -> float:
-    """Bytes for communication: Transformer Engine's user buffers, keys and values in transit around the ring."""
+    """Bytes for communication: keys and values in transit around the ring, activations between stages."""
     p = recipe.parallel
     size = 4 if recipe.precision.dtype == "float32" else 2
     tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
     total = 0.0
-    if p.overlap_tensor:
-        total += _user_buffers(recipe) * tokens * shape.hidden_size
     if p.context > 1:
         keys = 2 * shape.num_kv_heads * shape.head_dim / p.tensor
         others = p.context - 1 if p.context_comm == "all_gather" else 2

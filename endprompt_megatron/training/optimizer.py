@@ -16,13 +16,12 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.config.recipe import Optim, Parallel, Precision
 from endprompt_megatron.distributed.runtime import overlaps_communication
 
 
-def wrap_models(models: list, recipe: Recipe) -> list[DistributedDataParallel]:
+def wrap_models(models: list, p: Parallel, precision: Precision) -> list[DistributedDataParallel]:
     """DDP around each chunk: gradients are accumulated, reduced and sharded for the distributed optimizer."""
-    p = recipe.parallel
     # With one rank there is no communication to overlap.
     worthwhile = (
         overlaps_communication() and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
@@ -31,7 +30,7 @@ def wrap_models(models: list, recipe: Recipe) -> list[DistributedDataParallel]:
     gather = p.overlap_param_gather if p.overlap_param_gather is not None else reduce
     interleaved = bool(p.virtual_pipeline and p.virtual_pipeline > 1)
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=recipe.precision.grad_reduce == "float32",
+        grad_reduce_in_fp32=precision.grad_reduce == "float32",
         use_distributed_optimizer=True,
         overlap_grad_reduce=reduce,
         overlap_param_gather=gather,
@@ -76,13 +75,12 @@ def complete_parameters(models: list) -> Iterator[None]:
             model.enable_forward_pre_hook()
 
 
-def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamScheduler]:
-    """Distributed AdamW over the wrapped chunks, float32 master weights and state, and its schedule.
+def build_optimizer(models: list, o: Optim, precision: Precision, steps: int) -> tuple[Any, OptimizerParamScheduler]:
+    """Distributed AdamW over the wrapped chunks, float32 master weights and state, and its schedule over `steps`.
 
     Weight decay leaves out the norms, as in Megatron and transformers.
     """
-    o = recipe.optim
-    bf16 = recipe.precision.dtype == "bfloat16"
+    bf16 = precision.dtype == "bfloat16"
     config = OptimizerConfig(
         optimizer="adam",
         lr=o.lr,
@@ -96,8 +94,8 @@ def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamSc
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
         overlap_param_gather=any(model.ddp_config.overlap_param_gather for model in models),
-        fp8_recipe=recipe.precision.fp8_recipe if recipe.precision.fp8 else None,
-        **_low_precision(recipe),
+        fp8_recipe=precision.fp8_recipe if precision.fp8 else None,
+        **_low_precision(o, precision),
     )
     optimizer = get_megatron_optimizer(config, models)
     for part in optimizer.chained_optimizers:
@@ -111,7 +109,7 @@ def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamSc
         min_lr=o.min_lr,
         # Counted in steps.  As in transformers, the first step of a warm-up has rate 0.
         lr_warmup_steps=o.warmup_steps,
-        lr_decay_steps=max(recipe.train.steps, o.warmup_steps + 1),
+        lr_decay_steps=max(steps, o.warmup_steps + 1),
         lr_decay_style=o.schedule,
         start_wd=o.weight_decay,
         end_wd=o.weight_decay,
@@ -126,14 +124,14 @@ def build_optimizer(recipe: Recipe, models: list) -> tuple[Any, OptimizerParamSc
 _MOMENTS = {"bfloat16": torch.bfloat16, "fp8": torch.uint8}
 
 
-def _low_precision(recipe: Recipe) -> dict[str, Any]:
+def _low_precision(o: Optim, precision: Precision) -> dict[str, Any]:
     """Moments in fewer bits, with Transformer Engine's AdamW; the master weights stay float32."""
-    moments = recipe.optim.moments_dtype
+    moments = o.moments_dtype
     if moments == "float32":
         return {}
     return dict(
         use_precision_aware_optimizer=True,
-        main_grads_dtype=torch.float32 if recipe.precision.grad_reduce == "float32" else torch.bfloat16,
+        main_grads_dtype=torch.float32 if precision.grad_reduce == "float32" else torch.bfloat16,
         exp_avg_dtype=_MOMENTS[moments],
         exp_avg_sq_dtype=_MOMENTS[moments],
     )

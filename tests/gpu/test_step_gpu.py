@@ -89,11 +89,13 @@ def memory_of_a_step(path, overrides) -> tuple[int, int, float]:
     from endprompt_megatron.training.optimizer import build_optimizer, update, wrap_models, zero_grad
     from endprompt_megatron.training.step import run_batch
 
-    models = wrap_models(build_model(shape, recipe, config_to_export(recipe, shape, "test")), recipe)
+    models = wrap_models(
+        build_model(shape, recipe, config_to_export(recipe, shape, "test")), recipe.parallel, recipe.precision
+    )
     with torch.no_grad():
         for parameter in models[0].parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
-    optimizer, _ = build_optimizer(recipe, models)
+    optimizer, _ = build_optimizer(models, recipe.optim, recipe.precision, recipe.train.steps)
     optimizer.reload_model_params()
     batches = micro_batches(recipe, make_samples(recipe, shape.vocab_size, recipe.train.global_batch_size))
     for _ in range(3):

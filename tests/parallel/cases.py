@@ -155,8 +155,10 @@ def build(recipe: Recipe):
 
     shape = read_shape(recipe.model.hf)
     shared = positions_are_shared(recipe)
-    models = wrap_models(build_model(shape, recipe, exported(recipe), shared_positions=shared), recipe)
-    optimizer, scheduler = build_optimizer(recipe, models)
+    models = wrap_models(
+        build_model(shape, recipe, exported(recipe), shared_positions=shared), recipe.parallel, recipe.precision
+    )
+    optimizer, scheduler = build_optimizer(models, recipe.optim, recipe.precision, recipe.train.steps)
     weights = weights_to_start_from(Path(recipe.model.init_from), shape, "test: model.init_from")
     adapter = adapter_to_start_from(recipe.longlora, shape, "test")
     initialise(weights, models, optimizer, adapter, adapter.keys if adapter else ())

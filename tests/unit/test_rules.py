@@ -368,7 +368,7 @@ METHODS = {
     "llama3_8b_32k_full": 8,
     "smollm2_135m_16k_full": 1,
 }
-SFT = {"llama3_8b_64k_sft": 8}
+SFT = {"llama3_8b_64k_sft": 8, "llama3_8b_64k_fp8_attention": 8}
 EVERY_RECIPE = {f"{name}{twin}": gpus for name, gpus in RECIPES.items() for twin in ("", "_fp8")} | METHODS
 
 
