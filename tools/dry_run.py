@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose step it is [0]")
     parser.add_argument("--micro-batches", type=int, metavar="N", help="of the step [those of the global batch]")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the page")
+    parser.add_argument("--html", metavar="FILE", help="write pictures of memory and traffic too, one HTML page")
     args = parser.parse_intermixed_args()
     world_size = args.world_size if args.world_size is not None else args.nodes * GPUS_PER_NODE
     for option, value in (
@@ -49,7 +50,15 @@ def main() -> None:
     from endprompt_megatron.dry_run.target import target_of
 
     target = target_of(args.recipe, args.overrides, world_size, args.micro_batches)
+    if args.html and not Path(args.html).resolve().parent.is_dir():
+        raise InputError(f"--html {args.html}: {Path(args.html).parent} is not a directory")
     step = dry_run(target.recipe, target.export_config, target.shape, args.rank, world_size)
+    if args.html:
+        from endprompt_megatron.common.files import disk_errors, write_text
+        from endprompt_megatron.dry_run.dry_run_picture import html
+
+        with disk_errors(Path(args.html), "--html"):
+            write_text(Path(args.html), html(step, target))
     print(json.dumps(as_dict(step, target), indent=2) if args.json else page(step, target))
 
 

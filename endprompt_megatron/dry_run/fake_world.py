@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 
 # Collectives of several tensors at once, which torch's fake_collectives leaves out.
 _COALESCED = ("allgather_into_tensor", "reduce_scatter_tensor", "allreduce", "allgather")
+_PEERS = {"send": "to", "recv": "from"}
 _KINDS = {"item": float, "__float__": float, "__int__": int, "__bool__": bool, "tolist": list}
 _library: Any = None
 
@@ -59,7 +60,7 @@ def _answer_at_once(library: torch.library.Library, operation: Any) -> None:
 class Ledger(TorchDispatchMode):
     """Bytes that live, FLOPs of matrix products, collectives by group: of all that happens inside.
 
-    `names`: of groups, by torch's name of a group.
+    `names`: of groups, by torch's name of a group.  `curve`: (FLOPs so far, the most bytes that lived then).
     """
 
     def __init__(self, names: dict[str, str]) -> None:
@@ -68,6 +69,7 @@ class Ledger(TorchDispatchMode):
         self.live = self.peak = self.flops = 0
         self.count: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
+        self.curve: list[tuple[int, int]] = []
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -92,6 +94,10 @@ class Ledger(TorchDispatchMode):
         self._known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
+        if self.curve and self.curve[-1][0] == self.flops:
+            self.curve[-1] = self.flops, max(self.curve[-1][1], self.live)
+        else:
+            self.curve.append((self.flops, self.live))
         weakref.finalize(storage, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:
@@ -102,7 +108,10 @@ class Ledger(TorchDispatchMode):
         tensors = [value.numel() * value.element_size() for value in tree_iter(args) if isinstance(value, torch.Tensor)]
         (group,) = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())]
         name = dist.ProcessGroup.unbox(group).group_name
-        key = operation.strip("_"), self.names.get(name, name)
+        operation = operation.strip("_")
+        if operation in _PEERS:
+            operation += f" {_PEERS[operation]} {args[2]}"  # a rank of the group
+        key = operation, self.names.get(name, name)
         self.count[key] += 1
         self.bytes[key] += max(tensors, default=0)
 

@@ -12,6 +12,7 @@ from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.dry_run import fake_world
 from endprompt_megatron.model.shape import ModelShape
 
+_POINTS = 600  # of the picture of memory
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
@@ -33,6 +34,7 @@ class Step:
     flops: int
     traffic: dict[tuple[str, str], tuple[int, int]]  # (operation, group): count, bytes
     syncs: Counter[tuple[str, str]]  # (kind, line) of values that the host reads in forward and backward
+    memory: list[tuple[float, int]]  # over every later step: share of the FLOPs done, bytes; the last is the update
     elsewhere: list[str]  # tensors of modules on another device than the model
     seconds: float
 
@@ -66,12 +68,13 @@ def dry_run(recipe: Recipe, export_config: dict, shape: ModelShape, rank: int, w
         batch = [_micro_batch(recipe) for _ in range(count)]
         built = ledger.peak = ledger.live
         ledger.flops = 0
+        ledger.curve.clear()
         ledger.count.clear()
         ledger.bytes.clear()
         zero_grad(models, optimizer)
         with fake_world.counted_syncs(_PACKAGE) as syncs:
             losses = run_batch(models, batch, backward=True)
-        syncs, backward_peak = Counter(syncs), ledger.peak
+        syncs, backward_peak, curve = Counter(syncs), ledger.peak, list(ledger.curve)
         with fake_world.counted_syncs(_PACKAGE):
             update(optimizer, losses.total, recipe.optim.grad_clip)
         zero_grad(models, optimizer)
@@ -89,12 +92,22 @@ def dry_run(recipe: Recipe, export_config: dict, shape: ModelShape, rank: int, w
         backward_peak=backward_peak,
         state=state,
         peak=max(backward_peak + state, ledger.peak),
+        memory=[*_thinned(curve, ledger.flops, state), (1.0, ledger.peak)],
         flops=ledger.flops,
         traffic=traffic,
         syncs=syncs,
         elsewhere=_elsewhere(models),
         seconds=time.monotonic() - started,
     )
+
+
+def _thinned(curve: list[tuple[int, int]], flops: int, state: int) -> list[tuple[float, int]]:
+    """The most of each of _POINTS equal shares of the FLOPs."""
+    most: dict[int, int] = {}
+    for done, live in curve:
+        place = min(_POINTS - 1, done * _POINTS // max(1, flops))
+        most[place] = max(most.get(place, 0), live + state)
+    return [(place / _POINTS, size) for place, size in sorted(most.items())]
 
 
 def _choose_as_a_gpu() -> None:
@@ -142,6 +155,8 @@ def _names_of_groups(world_size: int) -> dict[str, str]:
         names.setdefault(group.group_name, f"{name.partition('_')[0]}[{group.size()}]")
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     names.setdefault(group.group_name, f"data and context[{group.size()}]")
+    group = parallel_state.get_intra_distributed_optimizer_instance_group()
+    names.setdefault(group.group_name, f"optimizer[{group.size()}]")
     return names
 
 
