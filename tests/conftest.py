@@ -29,7 +29,6 @@ def pytest_report_header(config: pytest.Config) -> str:
 _WITH_RANKS = "gw0"  # the worker that has the tests with several processes
 # Of those tests the ones that run beside the others: of two ranks or less, or short.
 _BESIDE = tuple(f"tests/parallel/test_{name}.py" for name in ("engine_megatron", "convert_layouts", "method_runs"))
-_BESIDE_OF_ALL = "tests/parallel/test_parity.py"  # under --all, as long as the others of the first worker
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -43,15 +42,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    beside = (*_BESIDE, _BESIDE_OF_ALL) if config.option.all else _BESIDE
-
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::", 1)[0]
-            return file if file.startswith(("tests/unit/", *beside)) else "several processes"
+            return file if file.startswith(("tests/unit/", *_BESIDE)) else "several processes"
 
         def _assign_work_unit(self, node) -> None:
-            for scope in beside:
+            for scope in _BESIDE:
                 if scope in self.workqueue:
                     self.workqueue.move_to_end(scope)
             if "several processes" in self.workqueue:
