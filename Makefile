@@ -54,7 +54,7 @@ lint: $(VENV)/.installed-dev ## Check style, the rings of imports, and shell scr
 
 # On a machine with GPUs the Python that has its torch; without one, .venv's for a rehearsal.
 gpu: ## Run what waits for a GPU: tests/gpu and the training step's benchmark (ARGS: benchmarks/gpu.py --help)
-	@python=$(PYTHON); $$python -c 'import torch' 2>/dev/null || python=$(PY); $$python benchmarks/gpu.py $(ARGS)
+	@python=$(PYTHON); $$python -c 'import torch' 2>/dev/null || [ ! -x $(PY) ] || python=$(PY); $$python benchmarks/gpu.py $(ARGS)
 
 gpu-kit: ## Pack what a GPU machine without a network lacks for make gpu (ARGS: benchmarks/gpu_kit.py --help)
 	@$(PYTHON) benchmarks/gpu_kit.py $(ARGS)

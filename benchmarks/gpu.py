@@ -5,8 +5,8 @@
 
 For a machine with one GPU or several, with or without a network.  Where benchmarks/gpu_kit.py has packed .gpu/kit, its
 packages are used.  A second start goes on where the first was stopped: tests that passed and contenders that were timed
-are not run again, unless the code has changed.  Leaves results.json and results.html in --out; exit code 1 if a test
-failed.  Without a GPU it is a rehearsal: every test is skipped, and the page says so.
+are not run again, unless the package or the machine is another.  Leaves results.json and results.html in --out; exit
+code 1 if a test failed.  Without a GPU it is a rehearsal: every test is skipped, and the page says so.
 """
 
 import argparse
@@ -25,9 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(KIT / "site")]
 
 from endprompt_megatron.common.errors import InputError, run_cli  # noqa: E402
 
-# The packages of the kit without Transformer Engine's, and those.
-SITES = {"without": ["site"], "with": ["site", "site-te"]}
-SUITES = {"with": "tests with Transformer Engine", "without": "tests without Transformer Engine"}
+# The packages of the kit that the tests with Transformer Engine take, and those without; in the order of the rounds.
+SITES = {"with": ["site", "site-te"], "without": ["site"]}
 
 
 class Clock:
@@ -118,6 +117,8 @@ def run_benchmarks(results: Results, args: argparse.Namespace, clock: Clock) -> 
     done, found = results.value["benchmarks"], results.path.with_name("contenders.json")
     wanted = [*OURS, *TRANSFORMERS, *(MEGATRON_LM if args.megatron_lm else [])]
     wanted = [name for name in wanted if not args.only or any(text in name for text in args.only)]
+    if not wanted:
+        raise InputError(f"--only {' '.join(args.only)}: no contender's name holds that; see gpu_contenders.py")
     missing = [name for name in wanted if "seconds" not in done.get(name, {})]
     if missing and results.value["about"]["gpus"]:
         command = [sys.executable, "benchmarks/gpu_step.py", "--exactly", "--json", found, "--only", *missing]
@@ -152,7 +153,7 @@ def main() -> int:
     facts = about("with")
     print(json.dumps(facts, indent=2), flush=True)
     results = Results(args.out, facts)
-    for kind in (kind for kind in SUITES if kind not in args.skip):
+    for kind in (kind for kind in SITES if kind not in args.skip):
         installed = facts["Transformer Engine"] is not None
         if installed != (kind == "with") and not (KIT / "site-te").is_dir():
             continue  # it is not there, or cannot be taken away

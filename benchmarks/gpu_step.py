@@ -2,12 +2,12 @@
 """One training step on one GPU: two-segment samples of 8K in BF16 and FP8, beside full ones of 64K, transformers and
 Megatron-LM's own loop.
 
-    python benchmarks/gpu_step.py [--layers 16] [--micro-batches 8] [--rounds 5] [--only TEXT ...] [--json OUT]
+    python benchmarks/gpu_step.py [--layers N] [--micro-batches 8] [--rounds 5] [--only TEXT ...] [--json OUT]
                                   [--megatron-lm DIR]
 
 Needs CUDA, and for FP8 Transformer Engine.  Measured: gpu_step.md.
 
-LLaMA-3-8B's shape with `--layers` of its 32 layers, random weights: 16 layers take 105 GiB by the plan (an H200), 8
+LLaMA-3-8B's shape with `--layers` of its 32 layers, random weights: 16 layers take 106 GiB by the plan (an H200), 8
 fit one of 80 GB.  Each contender has a process and the GPU to itself, one after the other; a step is forward and
 backward of `--micro-batches` sequences and one AdamW update, of full ones an eighth as many, which is the same tokens.
 Printed for each: median seconds a step (and the range), tokens/s, model TFLOP/s, peak memory, and the planner's.
@@ -99,17 +99,8 @@ def megatron_lm(name: str, args: argparse.Namespace) -> dict:
         *("--bf16", "--use-distributed-optimizer", "--clip-grad", 1.0, "--cross-entropy-loss-fusion"),
         *("--cross-entropy-fusion-impl", "native", "--attention-backend", "fused", "--calculate-per-token-loss"),
         *("--no-gradient-accumulation-fusion", "--no-create-attention-mask-in-dataloader", "--num-workers", 1),
-        *(
-            "--eval-iters",
-            0,
-            "--eval-interval",
-            10000,
-            "--log-interval",
-            1,
-            "--split",
-            "99,1,0",
-            "--no-persist-layer-norm",
-        ),
+        *("--eval-iters", 0, "--eval-interval", 10000, "--log-interval", 1, "--split", "99,1,0"),
+        "--no-persist-layer-norm",
         *(["--fp8-recipe", "tensorwise"] if MEGATRON_LM[name] else []),
     ]
     with tempfile.TemporaryDirectory() as scratch:
@@ -136,7 +127,7 @@ def megatron_lm(name: str, args: argparse.Namespace) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--layers", type=int, help="[16 where the GPU has 120 GiB, otherwise 8]")
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2, help="steps before those that are timed [2]")
     parser.add_argument("--rounds", type=int, default=5)
@@ -152,10 +143,15 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: this benchmark needs an NVIDIA GPU", file=sys.stderr)
         return 2
+    if args.layers is None:
+        args.layers = 16 if torch.cuda.get_device_properties(0).total_memory >= 120 * 2**30 else 8
     about, results = machine(), []
     names = [*OURS, *TRANSFORMERS, *(MEGATRON_LM if args.megatron_lm else [])]
     chosen = args.only if args.exactly else [name for name in names if any(text in name for text in args.only)]
     names = [name for name in names if name in chosen]
+    if not names:
+        print(f"error: --only {' '.join(args.only)}: no contender's name holds that", file=sys.stderr)
+        return 2
     waiting = {name: Waiting(name, args) for name in names if name not in MEGATRON_LM}
     for name in names:
         results.append(megatron_lm(name, args) if name in MEGATRON_LM else waiting[name].result())

@@ -11,8 +11,6 @@ import pytest
 from parallel.jobs import steps_of
 from small import PATIENCE, ROOT, run_tool, small_llama, text
 
-STEPS = 30
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -30,7 +28,7 @@ def place(tmp_path_factory):
         f"model: {{hf: {directory / 'hf'}, init_from: {directory / 'hf'}}}\n"
         "context: {target: 1024, physical: 256, prompts: [EP_3, EP_2]}\n"
         f"data: {{train: {directory / 'train'}, cache: {directory / 'cache'}}}\n"
-        f"train: {{steps: {STEPS}, global_batch_size: 8}}\n"
+        "train: {steps: 30, global_batch_size: 8}\n"
         "optim: {lr: 1.0e-4, warmup_steps: 2}\n"
         "precision: {dtype: bfloat16}\n"
         "checkpoint: {dir: UNSET, interval: 5}\n"
