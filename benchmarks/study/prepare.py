@@ -26,7 +26,7 @@ import corpus  # noqa: E402
 
 from endprompt_megatron.common.errors import InputError, run_cli  # noqa: E402
 from endprompt_megatron.common.files import staged_directory, write_text  # noqa: E402
-from endprompt_megatron.evaluate.suites.recall_suite import Form, form_as_json  # noqa: E402
+from endprompt_megatron.evaluate.suites.recall_inputs import Form, form_as_json  # noqa: E402
 from endprompt_megatron.method.prompts import PROMPTS  # noqa: E402
 
 WINDOW, TARGET, VOCABULARY = 256, 2048, 640

@@ -28,6 +28,15 @@ class Prompt:
     ended: Ended | None = None
 
 
+@dataclass(frozen=True)
+class Branch:
+    """What goes on from the first `after` tokens of a text.  The last `scored` ids are scored; the first never is."""
+
+    after: int
+    ids: list[int]
+    scored: int
+
+
 class Answer:
     """A greedy continuation beside the expected one."""
 
@@ -77,6 +86,25 @@ def generate_all(engine: Engine, prompts: Iterable[Prompt]) -> Iterator[tuple[Pr
         return
     for prompt in prompts:
         yield prompt, engine.generate(prompt.ids, prompt.max_new_tokens, prompt.ended)
+
+
+def branch_losses(engine: Engine, text: np.ndarray, branches: list[Branch]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`token_losses` of each branch's scored tokens, float32 and bool [scored], in the order given.
+
+    `text` int64 [s], of which a branch sees the first `after` tokens alone.  An engine that can go on from a place in
+    a text has its own `branch_losses`, which reads the text once.
+    """
+    own = getattr(engine, "branch_losses", None)
+    if own is not None:
+        return own(text, branches)
+    return [branch_alone(engine, text, branch) for branch in branches]
+
+
+def branch_alone(engine: Engine, text: np.ndarray, branch: Branch) -> tuple[np.ndarray, np.ndarray]:
+    """The same of one branch, by reading all that it sees."""
+    tokens = np.concatenate([text[: branch.after], np.asarray(branch.ids, dtype=np.int64)])
+    losses, right = engine.token_losses(tokens[None], last=branch.scored)
+    return losses[0], right[0]
 
 
 def checked_engine(name: str) -> str:

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.evaluate.engines.base import Answer, Ended, checked_dtype, checked_tokens
+from endprompt_megatron.evaluate.engines.base import (
+    Answer,
+    Branch,
+    Ended,
+    branch_alone,
+    checked_dtype,
+    checked_tokens,
+)
 from endprompt_megatron.model.shape import read_shape
 
 if TYPE_CHECKING:
@@ -80,6 +87,31 @@ class TransformersEngine:
             hidden, _ = self._read(tokens, position_ids, keep=count + 1)
             logprobs, ranks = self._score(hidden[:, :-1], tokens[:, -count:])
         return -logprobs.cpu().numpy(), ranks.cpu().numpy() == 0
+
+    def branch_losses(self, text: np.ndarray, branches: list[Branch]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """See base.branch_losses.  The text is read once, through a KV cache that every branch leaves as it was."""
+        import torch
+        from transformers import DynamicCache
+
+        if self.shape.rope.follows_length:  # keys of the text would carry the frequencies of another length
+            return [branch_alone(self, text, branch) for branch in branches]
+        tokens, read = self._checked(text[None]), 0
+        self._reset_rope()
+        cache = DynamicCache(config=self.model.config)
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        with torch.inference_mode():
+            for place in sorted(range(len(branches)), key=lambda place: branches[place].after):
+                branch = branches[place]
+                while read < branch.after:
+                    end = min(read + self.chunk, branch.after)
+                    self._step(tokens[:, read:end], cache, read)
+                    read = end
+                ids = self._checked(np.asarray([branch.ids]))
+                hidden, _ = self._step(ids[:, :-1], cache, read)
+                cache.crop(-(len(branch.ids) - 1))
+                logprobs, ranks = self._score(hidden[:, -branch.scored :], ids[:, -branch.scored :])
+                found[place] = (-logprobs[0].cpu().numpy(), ranks[0].cpu().numpy() == 0)
+        return [found[place] for place in range(len(branches))]
 
     def generate(self, prompt_ids: list[int], max_new_tokens: int, ended: Ended | None = None) -> list[int]:
         """See Engine."""
