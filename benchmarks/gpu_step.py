@@ -121,8 +121,8 @@ def megatron_lm(name: str, args: argparse.Namespace) -> dict:
         errors = re.findall(r"^(?:\[rank\d\]: )?(\w*Error: .*)$", text, re.MULTILINE)
         return {"name": name, "error": f"exit code {done.returncode}: {(errors or [''])[0]}"}
     found = timed(name, PHYSICAL * args.micro_batches, flops, seconds[-args.rounds :])
-    peak = re.search(r"max allocated: ([0-9.]+)", text)
-    return {**found, "peak_gib": float(peak[1]) / 1024 if peak else None}
+    peaks = re.findall(r"max allocated: ([0-9.]+)", text)  # MiB, the last with the optimizer's state
+    return {**found, "peak_gib": float(peaks[-1]) / 1024 if peaks else None}
 
 
 def main() -> int:

@@ -108,9 +108,20 @@ def stage_elements(shape: ModelShape, recipe: Recipe, stage: int) -> tuple[int, 
 
 
 def optimizer_bytes(recipe: Recipe) -> float:
-    """Bytes of AdamW per parameter in a rank's share: two moments, and a float32 master weight for BF16 weights."""
+    """Bytes of AdamW per parameter in a rank's share: two moments, and a float32 master weight for BF16 weights.
+
+    The optimizer that keeps moments in fewer bits keeps of the master weight the 16 bits that the weight lacks
+    (Megatron-Core's store_param_remainders).
+    """
     moment = {"float32": 4, "bfloat16": 2, "fp8": 1}[recipe.optim.moments_dtype]
-    return (4 if recipe.precision.dtype == "bfloat16" else 0) + 2 * moment
+    return master_bytes(recipe) + 2 * moment
+
+
+def master_bytes(recipe: Recipe) -> int:
+    """Bytes that are kept of a parameter's master weight."""
+    if recipe.precision.dtype != "bfloat16":
+        return 0
+    return 4 if recipe.optim.moments_dtype == "float32" else 2
 
 
 def layer_activations(shape: ModelShape, recipe: Recipe, te: bool = True) -> float:

@@ -12,7 +12,7 @@ from endprompt_megatron.distributed.hardware import Gpu
 from endprompt_megatron.distributed.pipeline import chunk_layers
 from endprompt_megatron.model.longlora import adapter_elements, output_is_trained, seen_tokens
 from endprompt_megatron.model.shape import ModelShape
-from endprompt_megatron.plan.memory import fp8_share, layer_input, layer_parameters, stage_elements
+from endprompt_megatron.plan.memory import fp8_share, layer_input, layer_parameters, optimizer_bytes, stage_elements
 
 NODE = 8  # GPUs connected by NVLink
 
@@ -295,11 +295,11 @@ class Clock:
         step.bubble = (p.pipeline - 1) * mean / self._virtual
         step.data = self._data(slowest, stages[slowest])
         group = p.context * self.replicas
-        # Gradient in; master weight and moments in and out; weight out.
-        moments = {"float32": 16, "bfloat16": 8, "fp8": 4}[self.recipe.optim.moments_dtype]
+        # Gradient in; master weight (float32 weights are their own) and moments in and out; weight out.
+        state = 2 * optimizer_bytes(self.recipe) + (8 if self.recipe.precision.dtype == "float32" else 0)
         gradient = 2 if self.recipe.precision.grad_reduce == "bfloat16" else 4
         _, trained = stage_elements(self.shape, self.recipe, slowest)
-        step.optimizer = self.move(trained * (gradient + 8 + moments + self.size) / group)
+        step.optimizer = self.move(trained * (gradient + state + self.size) / group)
         step.other = self.eff.other * step.total
         return step
 

@@ -2,7 +2,6 @@
 
 import pytest
 from parallel.cases import make_samples, recipe_for
-from parallel.test_checkpoints import train_and_save
 
 from endprompt_megatron.model.shape import read_shape
 
@@ -30,6 +29,9 @@ def on_a_rank(recipe, batches, root, look=None):
     te.set_environment(recipe, "test", here())
     if recipe.train.deterministic:
         runtime.repeat_exactly()
+    # Behind that: it imports Megatron, and with it Transformer Engine, which reads its variables then.
+    from parallel.test_checkpoints import train_and_save
+
     return train_and_save(recipe, batches, root, look)
 
 
