@@ -102,6 +102,10 @@ class Context:
     prompt_loss_weight: float = entry(1.0, "weight of prompt tokens in the loss; context tokens have 1", fixed=True)
     chunks: int = entry(2, "chunks, for maps that split a segment", positive=True, fixed=True)
     anchors: int = entry(4, "copies of the prompt in a sequence, for maps that repeat it", positive=True, fixed=True)
+    anchor_tokens: int = entry(
+        20, "last tokens of a sample that move, for the map that moves them", positive=True, fixed=True
+    )
+    sigma: int = entry(3, "spread of CREAM's middle, in halves of a sample's length", positive=True, fixed=True)
     curriculum_samples: int | None = entry(
         None,
         "samples until a prompt that moves is at the end of the window; needed by maps that move it",

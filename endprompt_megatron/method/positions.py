@@ -9,9 +9,10 @@ Pure functions of (lengths, seed, index): numpy only, no state.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -84,6 +85,13 @@ def end_prompt_near(s: Sample) -> np.ndarray:
     return s.contiguous()
 
 
+def end_prompt_anchor(s: Sample, anchor_tokens: int = 20) -> np.ndarray:
+    """0 1 2 3 | 12 13 14 15: the last `anchor_tokens` of the sample, prompt or not, end the target window."""
+    positions = s.contiguous()
+    positions[-min(anchor_tokens, s.a + s.b - 1) :] += s.room
+    return positions
+
+
 def end_prompt_pose(s: Sample, chunks: int = 2) -> np.ndarray:
     """0 1 2 3 4 | 9 . 12 13: the prompt in `chunks`, each of which skips further."""
     draw = s.draw()
@@ -96,6 +104,35 @@ def pose(s: Sample, chunks: int = 2) -> np.ndarray:
     draw = s.draw()
     lengths = _chunk_lengths(s.a, chunks, draw)
     return s.contiguous() + np.repeat([0, *_growing_skips(chunks - 1, s.room, draw)], lengths)
+
+
+def cream(s: Sample, sigma: int = 3) -> np.ndarray:
+    """0 . 6 7 8 . 15: a head, a tail that ends the window, and a middle between them (Wu et al., 2024, CREAM).
+
+    Half of the samples have a third of their tokens in head and tail each, the others 4 for each multiple of the
+    sample's length that the window has.  Where the middle may end is drawn from a normal distribution cut off at the
+    window's ends, of `sigma` half lengths.
+    """
+    if s.a < CREAM_CHUNKS:
+        raise ValueError(f"{s.a} tokens cannot be split into {CREAM_CHUNKS} chunks")
+    draw, multiple = s.draw(), s.target // s.a
+    third = s.a // 3
+    side = third if draw.integers(0, 2) == 0 else min(4 * multiple, third)
+    middle = s.a - 2 * side
+    grid, shares = _halves(multiple, sigma)
+    halves = int(np.interp(draw.random(), shares, grid))
+    first, last = int(side + (middle - 1) * halves / 2), halves * s.a // 2 - side - 1
+    end = int(draw.integers(first, last, endpoint=True))
+    starts = np.repeat([0, end - (middle - 1) - side, s.target - s.a], [side, middle, side])
+    return s.contiguous() + starts
+
+
+@lru_cache
+def _halves(multiple: int, sigma: int) -> tuple[np.ndarray, np.ndarray]:
+    """Half lengths of a sample from 2 to twice `multiple`, and the normal distribution's share below each."""
+    grid = np.linspace(2, 2 * multiple, 1000)
+    shares = [0.5 * (1 + math.erf((x - 1 - multiple) / (sigma * math.sqrt(2)))) for x in grid]
+    return grid, np.asarray(shares)
 
 
 def full(s: Sample) -> np.ndarray:
@@ -124,7 +161,7 @@ class PositionMap:
     contiguous: bool = False  # no position is skipped: far distances do not come from position ids
     whole_window: bool = False  # the physical sequence is as long as the window
     copies: str | None = None  # the knob that says how often the prompt stands in the terminal segment; None: once
-    context_chunks: str | None = None  # the knob that says into how many chunks the context is split; None: one
+    context_chunks: str | int = 1  # into how many chunks the context is split, or the knob that says it
     content_skip: bool = False  # `context.content_skip` takes the chunks' content from different places (pose_content)
 
     @property
@@ -155,6 +192,7 @@ class PositionMap:
 
 
 UNTOUCHED = "0 .. a-1"
+CREAM_CHUNKS = 3
 MAPS = {
     position_map.name: position_map
     for position_map in (
@@ -212,6 +250,14 @@ MAPS = {
             contiguous=True,
         ),
         PositionMap(
+            "end_prompt_anchor",
+            "EndPrompt, as released",
+            "EndPrompt with the last tokens of the sample, text or prompt, at the end of the target window",
+            end_prompt_anchor,
+            "0 .. a-1, but for its last tokens where fewer than `anchor_tokens` are prompt",
+            "L-b .. L-1, with the context's last tokens before it",
+        ),
+        PositionMap(
             "end_prompt_pose",
             "EndPrompt with PoSE chunks",
             "EndPrompt with the terminal prompt split into shifted chunks",
@@ -229,6 +275,15 @@ MAPS = {
             varies=True,
             context_chunks="chunks",
             content_skip=True,
+        ),
+        PositionMap(
+            "cream",
+            "CREAM",
+            "CREAM (a head, a middle at a random place and a tail at the end of the target window)",
+            cream,
+            "a head, a middle that moves, a tail that ends the target window",
+            varies=True,
+            context_chunks=CREAM_CHUNKS,
         ),
         PositionMap(
             "full",
@@ -298,7 +353,8 @@ def copies(method: str, **knobs: int) -> int:
 def context_chunks(method: str, **knobs: int) -> int:
     """Into how many chunks the context is split."""
     position_map = known(method)
-    return position_map.chosen(knobs)[position_map.context_chunks] if position_map.context_chunks else 1
+    chunks = position_map.context_chunks
+    return chunks if isinstance(chunks, int) else position_map.chosen(knobs)[chunks]
 
 
 def shared_positions(method: str, prompts: int) -> bool:
@@ -311,8 +367,9 @@ def pose_content(length: int, document_len: int, *, index: int, seed: int) -> tu
     """Where PoSE takes the content of sample `index` with 2 chunks: (r1, l2), tokens 0..r1-1 and l2..l2+length-r1-1.
 
     r1 is the length of the first chunk of `position_ids`; the second chunk ends at r2 ~ U{length..n} of the
-    document's n tokens, which are at least `length`.
+    document's first n tokens, which are at least `length` and, as in PoSE's script, at most 5 times as many.
     """
+    document_len = min(document_len, 5 * length)
     first = _chunk_lengths(length, 2, generator(seed, index, POSITION_STREAM))[0]
     stop = int(generator(seed, index, CONTENT_STREAM).integers(length, document_len, endpoint=True))
     return first, stop - (length - first)

@@ -102,6 +102,21 @@ def test_float32_gradients_are_as_exact_as_those_of_huggingface(ranks, models, l
     compare_float32(ranks, world, recipe, samples, samples)
 
 
+MOVE_TEXT = {
+    "anchor": ["context.method=end_prompt_anchor", "context.anchor_tokens=9"],
+    "cream": ["context.method=cream"],
+}
+
+
+@pytest.mark.parametrize("layout", ["tp1-pp1", "tp2-pp2-sp", "cp2"])
+@pytest.mark.parametrize("method", MOVE_TEXT)
+def test_gradients_of_maps_that_move_text_equal_huggingface(ranks, models, method, layout):
+    world, keys = LAYOUTS[layout]
+    recipe = recipe_for(*models("gqa"), *keys, *MOVE_TEXT[method])
+    samples = make_samples(recipe, read_shape(recipe.model.hf).vocab_size, 8)
+    compare(ranks, world, recipe, samples, samples)
+
+
 def test_gradients_equal_huggingface_in_uneven_virtual_stages(ranks, models):
     """Six layers, the embedding and the loss: eight in four pieces, of which the first and the last hold one layer."""
     keys = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]

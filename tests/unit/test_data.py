@@ -85,7 +85,7 @@ def plain_prompt_number(seed: int, index: int, count: int) -> int:
 
 def plain_sample(window, prompts, index, *, physical, target, method, weight, seed, knobs=None) -> dict:
     """The sample as the design page states it, with Python lists."""
-    if method in ("pose", "full", "short"):
+    if not MAPS[method].has_prompt:
         prompt = []
     else:
         chosen = plain_prompt_number(seed, index, len(prompts))

@@ -11,7 +11,10 @@ from endprompt_megatron.method.rope import frequencies, transformers_config
 from endprompt_megatron.model.published_shapes import published_config
 
 LCEG = sorted(path.stem for path in (ROOT / "recipes").glob("lceg_*.yaml"))
-OURS = [f"llama3_8b_64k_{name}" for name in "full log curriculum multi multi_recall recall pose yarn".split()]
+OURS = [
+    f"llama3_8b_64k_{name}"
+    for name in "full log curriculum multi multi_recall recall pose et_pose released cream yarn".split()
+]
 
 
 def recipe_of(name: str):

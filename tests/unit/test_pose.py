@@ -1,7 +1,8 @@
 """PoSE against its published algorithm, written out anew (Zhu et al., 2024, section 3; two chunks, content skip).
 
-c = min(n, W) tokens of a document of n; r1 ~ U{1 .. floor((c+1)/2)}, r2 ~ U{c .. n}, l2 = r2 - (c - r1);
-tokens ids[0:r1] + ids[l2:r2]; u ~ U{0 .. T-c}; positions 0..r1-1 and r1+u..c-1+u; every next token has weight 1.
+c = min(n, W) tokens of a document's first n, at most 5 W, to which its script cuts it; r1 ~ U{1 .. floor((c+1)/2)},
+r2 ~ U{c .. n}, l2 = r2 - (c - r1); tokens ids[0:r1] + ids[l2:r2]; u ~ U{0 .. T-c}; positions 0..r1-1 and r1+u..c-1+u;
+every next token has weight 1.
 """
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_pose_samples_are_the_published_ones_given_r1_r2_and_u(tmp_path, seed):
         document = whose[int(sample["tokens"][0])]
         r1, r2, u = drawn(WINDOW, len(document), index, seed)
         assert 1 <= r1 <= (WINDOW + 1) // 2
-        assert WINDOW <= r2 <= len(document)
+        assert WINDOW <= r2 <= min(len(document), 5 * WINDOW)
         assert 0 <= u <= TARGET - WINDOW
         tokens, positions = published(document, r1, r2, u, WINDOW)
         assert sample["tokens"].tolist() == tokens
@@ -55,6 +56,11 @@ def test_pose_samples_are_the_published_ones_given_r1_r2_and_u(tmp_path, seed):
         assert sample["loss_weights"].tolist() == [1.0] * (WINDOW - 1) + [0.0]
         seen.add(len(document))
     assert seen == set(LENGTHS[:-1])
+
+
+def test_pose_takes_nothing_from_behind_five_windows_of_a_document():
+    ends = {drawn(WINDOW, 10_000, index, 3)[1] for index in range(3000)}
+    assert (min(ends), max(ends)) == (WINDOW, 5 * WINDOW)
 
 
 def test_pose_draws_have_the_published_distributions_and_are_independent():

@@ -1,5 +1,7 @@
 """The position maps and their coverage, against the paper's formulas and a count by brute force."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from endprompt_megatron.method.distances import (
     supervised_distances,
     supervised_ranges,
 )
-from endprompt_megatron.method.positions import MAPS, copies, position_ids, segment_lengths
+from endprompt_megatron.method.positions import MAPS, UNTOUCHED, context_chunks, copies, position_ids, segment_lengths
 
 WITH_PROMPT = [name for name, position_map in MAPS.items() if position_map.has_prompt]
 
@@ -32,7 +34,7 @@ def cases(draw, methods=tuple(MAPS)):
         b *= copies(method, anchors=anchors)
         a = draw(st.integers(1, target - b))
     else:
-        a, b = draw(st.integers(chunks, target)), 0
+        a, b = draw(st.integers(max(chunks, context_chunks(method, chunks=chunks)), target)), 0
     return (
         method,
         a,
@@ -43,6 +45,8 @@ def cases(draw, methods=tuple(MAPS)):
             "seed": draw(st.integers(0, 2**32 - 1)),
             "chunks": chunks,
             "anchors": anchors,
+            "anchor_tokens": draw(st.integers(1, 30)),
+            "sigma": draw(st.integers(1, 5)),
             "curriculum_samples": draw(st.integers(0, 30)),
         },
     )
@@ -68,7 +72,7 @@ def test_position_ids_are_strictly_increasing_inside_the_window_and_pure(case):
 
 
 @settings(deadline=None, max_examples=200)
-@given(cases(methods=WITH_PROMPT))
+@given(cases(methods=[name for name in WITH_PROMPT if MAPS[name].context == UNTOUCHED]))
 def test_context_before_a_prompt_is_untouched_and_contiguous(case):
     method, a, b, target, keywords = case
     np.testing.assert_array_equal(position_ids(method, a, b, target, **keywords)[:a], np.arange(a))
@@ -183,6 +187,43 @@ def test_chunks_of_the_prompt_reach_both_ends_and_skip_between_them():
     assert max(int(prompt[0]) for prompt in prompts) == target - b
 
 
+def test_anchor_tokens_of_the_released_script_end_the_window_whatever_they_are():
+    """With the paper's prompt of 11 tokens and 20 that move, 9 of them are text, which crosses the gap."""
+    positions = position_ids("end_prompt_anchor", 8181, 11, 65536, anchor_tokens=20)
+    assert positions[:8172].tolist() == list(range(8172))
+    assert positions[8172:].tolist() == list(range(65516, 65536))
+    # As many as the prompt has: EndPrompt.  More than there are: all but the first.
+    np.testing.assert_array_equal(
+        position_ids("end_prompt_anchor", 30, 10, 400, anchor_tokens=10), position_ids("end_prompt", 30, 10, 400)
+    )
+    assert position_ids("end_prompt_anchor", 3, 2, 16, anchor_tokens=20).tolist() == [0, 12, 13, 14, 15]
+
+
+def test_cream_has_a_head_a_tail_and_a_middle_where_it_was_published():
+    """Wu et al. (2024), written out again: how long the sides are, and where the middle's last token stands."""
+    a, target, sigma = 120, 480, 3
+    ends: dict[int, list[int]] = {4 * (target // a): [], a // 3: []}
+    for index in range(6000):
+        positions = position_ids("cream", a, 0, target, index=index, seed=5)
+        head, tail = positions == np.arange(a), positions == np.arange(target - a, target)
+        # The shorter sides are parts of the longer ones.
+        side = next(side for side in (a // 3, 16) if head[:side].all() and tail[-side:].all())
+        assert (np.diff(positions[side:-side]) == 1).all()
+        ends[side].append(int(positions[-side - 1]))
+    assert min(map(len, ends.values())) > 2800  # either in half of the samples
+    normal = NormalDist(1 + target // a, sigma)
+    for side, found in ends.items():
+        middle, expected = a - 2 * side, np.zeros(target)
+        for halves in range(2, 2 * target // a + 1):
+            low = 0 if halves == 2 else normal.cdf(halves)
+            high = 1 if halves == 2 * target // a else normal.cdf(halves + 1)
+            first, last = int(side + (middle - 1) * halves / 2), halves * a // 2 - side - 1
+            expected[first : last + 1] += (high - low) / (last + 1 - first)
+        assert expected.sum() == pytest.approx(1)
+        shares = np.bincount(found, minlength=target) / len(found)
+        assert np.abs(shares.cumsum() - expected.cumsum()).max() < 1.6 / len(found) ** 0.5  # Kolmogorov's, 1%
+
+
 def test_pose_with_two_chunks_follows_the_published_ranges():
     c, target = 9, 30
     splits, shifts = set(), set()
@@ -196,9 +237,9 @@ def test_pose_with_two_chunks_follows_the_published_ranges():
     assert shifts == set(range(target - c + 1))  # u ~ U{0 .. T-c}
 
 
-@pytest.mark.parametrize("method", ["end_prompt_random", "end_prompt_log", "end_prompt_pose", "pose"])
+@pytest.mark.parametrize("method", ["end_prompt_random", "end_prompt_log", "end_prompt_pose", "pose", "cream"])
 def test_random_position_maps_depend_on_index_and_on_seed(method):
-    a, b = (40, 0) if method == "pose" else (30, 10)
+    a, b = (30, 10) if MAPS[method].has_prompt else (40, 0)
     draws = {
         (seed, index): tuple(position_ids(method, a, b, 4000, index=index, seed=seed))
         for seed in (1, 2)

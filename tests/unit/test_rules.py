@@ -358,7 +358,10 @@ RECIPES = {
     "llama31_405b_256k": 512,
     "smollm2_135m_64k": 1,
 }
-LLAMA3_8B_64K = ("full", "log", "curriculum", "multi", "multi_recall", "recall", "pose", "yarn")
+LLAMA3_8B_64K = (
+    *("full", "log", "curriculum", "multi", "multi_recall", "recall", "pose", "yarn"),
+    *("et_pose", "released", "cream", "longlora"),
+)
 LCEG = ("7b_32k", "7b_32k_ntk", "7b_32k_dynamic", "7b_32k_yarn", "7b_64k_ntk")
 METHODS = {
     **{f"llama3_8b_64k_{method}": 8 for method in LLAMA3_8B_64K},

@@ -67,14 +67,14 @@ def at_least(lengths: np.ndarray, tokens: int) -> tuple[int, float]:
 def reach(method: str, physical: int, target: int) -> int:
     """Tokens of a document that a method takes the text of one sample from, to teach what it is meant to.
 
-    One that trains on the whole window meets its distances in the text itself; PoSE takes its chunks from one
-    document; the others take any text up to the physical length, and their far distances from position ids.  0 for
-    those.
+    One that trains on the whole window meets its distances in the text itself; PoSE and CREAM take their chunks
+    from one document; the others take any text up to the physical length, and their far distances from position ids.
+    0 for those.
     """
     position_map = known(method)
     if position_map.whole_window:
         return target
-    return physical if position_map.context_chunks else 0
+    return physical if position_map.context_chunks != 1 else 0
 
 
 def verdict(
