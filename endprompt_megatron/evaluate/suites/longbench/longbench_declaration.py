@@ -112,8 +112,10 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
 def _published(settings: Any) -> Published | None:
     if settings.longbench_e:  # the paper reports LongBench
         return None
-    groups = published()["longbench"]["groups"]
+    of = published()["longbench"]
+    groups = of["groups"]
     rows = {method: {(group, 0): value for group, value in of.items()} for method, of in groups.items()}
+    rows |= {name: {("mean_16", 0): value} for name, value in of["ablations"].items()}
     columns = {group: (group, 0) for group in next(iter(groups.values()))}
     return Published("group", rows, columns, note_on("longbench"), model())
 

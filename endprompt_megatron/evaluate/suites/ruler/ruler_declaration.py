@@ -67,6 +67,7 @@ def _published(settings: Any) -> Published:
     for method, by_length in of["by_length"].items():
         by_task = {(task, 0): value for task, value in of["tasks"][method].items()}
         rows[method] = by_task | {("mean", int(length)): value for length, value in by_length.items()}
+    rows |= {name: {("mean", 0): value} for name, value in of["ablations"].items()}
     columns = {str(length): ("mean", length) for length in settings.lengths}
     span = f"{_PUBLISHED_LENGTHS[0]}-{_PUBLISHED_LENGTHS[-1]}"
     # The paper prints the mean over five lengths and four of them; the fifth follows.
