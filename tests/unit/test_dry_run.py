@@ -15,11 +15,12 @@ READ = {"megatron/core/tensor_parallel/random.py", "training/step.py", "model/lo
 # hidden, ffn, queries, keys, tensor parallel, tokens of a rank, vocabulary
 SIZES = {
     "llama3_8b_64k": (4096, 14336, 4096, 1024, 2, 8192, 128256),
+    "llama3_8b_64k_full": (4096, 14336, 4096, 1024, 4, 32768, 128256),
     "llama3_70b_64k": (8192, 28672, 8192, 1024, 4, 4096, 128256),
     "llama31_405b_256k": (16384, 53248, 16384, 1024, 8, 4096, 128256),
 }
 SHORT = ("70b-last", "405b-first")  # the others under --all
-LAST = ("last", "8b")  # ranks that have the output layer
+LAST = ("last", "8b", "8b-full-length")  # ranks that have the output layer
 
 
 @functools.cache
@@ -41,13 +42,14 @@ RANKS = {  # recipe, nodes, rank
     "405b-first": ("llama31_405b_256k", 64, 0),
     "405b-last": ("llama31_405b_256k", 64, 511),
     "8b": ("llama3_8b_64k", 1, 0),
+    "8b-full-length": ("llama3_8b_64k_full", 1, 0),
 }
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in SHORT else pytest.mark.full) for c in RANKS])
 def test_a_step_holds_what_is_planned_and_sends_what_the_layout_says(case):
     recipe, nodes, rank = RANKS[case]
-    count = 4 if recipe != "llama31_405b_256k" else 8
+    count = {"llama31_405b_256k": 8, "llama3_8b_64k_full": 2}.get(recipe, 4)
     step = dry(recipe, nodes, rank, "--micro-batches", count, *PLAIN)
     planned, layers = step["planned"], sum(step["layers"])
     assert step["parameters"] == planned["parameters"]
