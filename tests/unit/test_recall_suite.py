@@ -211,6 +211,38 @@ def test_facts_together_are_scored_as_a_full_forward_of_each_question_scores_the
     assert {each.length for each in recall_suite.series(given)} == set(LENGTHS)
 
 
+def test_one_passage_is_scored_behind_every_length_of_text(engine, tokenizer, text):
+    import torch
+
+    asked = recall_inputs.requests_together(tokenizer, text, LENGTHS, MANY, distances=DISTANCES, samples=2, passage=30)
+    given = responses(engine, asked)
+    row, branches, asked = recall_inputs.build_together(
+        tokenizer, text, LENGTHS, DISTANCES, MANY, np.random.default_rng([0, 1]), 30
+    )
+    for length, branch, found in zip(LENGTHS, branches[len(asked) :], given[1].record["passage"], strict=True):
+        assert branch.ids == text[-60:].tolist()
+        assert found["length"] == length
+        tokens = torch.tensor([[*row[: branch.after].tolist(), *branch.ids]])
+        assert length - 20 <= tokens.shape[1] <= length  # shorter where a fact would be cut
+        with torch.inference_mode():
+            logits = engine.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0].double()
+        losses = torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")
+        assert np.mean(found["blocks"]) == pytest.approx(losses[-30:].mean().item(), rel=1e-4)
+    measured = recall_suite.result(given)["passage"]
+    assert [each["length"] for each in measured] == LENGTHS
+    series = {each.key: each.strata[0] for each in recall_suite.series(given)}
+    for each in measured:
+        assert each["loss"] == pytest.approx(series["recall", "passage", each["length"], "loss"].mean())
+    assert "passage" not in recall_suite.result(
+        responses(engine, recall_inputs.requests_together(tokenizer, text, [128], MANY, distances=[40]))
+    )
+
+
+def test_a_passage_longer_than_half_of_the_shortest_input_is_refused(tokenizer, text):
+    with pytest.raises(InputError, match="--recall-passage 64: --lengths 128 should be above 128, twice as many"):
+        recall_inputs.build_together(tokenizer, text, [128], [40], MANY, np.random.default_rng(0), 64)
+
+
 def test_an_engine_that_cannot_go_on_from_a_place_reads_each_question_alone(engine, tokenizer, text):
     class Plain:
         token_losses = staticmethod(engine.token_losses)

@@ -54,7 +54,7 @@ def requests_by_length(inputs: np.ndarray, lengths: list[int], *, scored: int = 
             def ask(engine: Engine, tokens: np.ndarray = tokens, whole: bool = whole) -> dict:
                 losses, _ = engine.token_losses(tokens, last=None if whole else scored)
                 tail = losses[0, -scored:]
-                record = {"loss": _mean(tail), "blocks": _blocks(tail)}
+                record = {"loss": _mean(tail), "blocks": block_means(tail)}
                 if whole:
                     record["buckets"] = [_mean(losses[0, a:b]) for _, _, a, b in _buckets(tokens.shape[1])]
                 return record
@@ -76,7 +76,7 @@ def sliding_requests(inputs: np.ndarray, window: int, stride: int) -> Iterator[R
 
             def ask(engine: Engine, tokens: np.ndarray = tokens, fresh: int = fresh) -> dict:
                 losses, _ = engine.token_losses(tokens, last=fresh)
-                return {"sum": float(losses.sum(dtype=np.float64)), "blocks": _blocks(losses[0])}
+                return {"sum": float(losses.sum(dtype=np.float64)), "blocks": block_means(losses[0])}
 
             notes = {"window": window, "stride": stride, "tokens": fresh, "input": number}
             name = ("perplexity", SLIDING, longest, number * len(ends) + place)
@@ -136,7 +136,7 @@ def _buckets(length: int) -> list[tuple[int, int, int, int]]:
     return [bucket for bucket in found if bucket[3] > bucket[2]]
 
 
-def _blocks(losses: np.ndarray) -> list[float]:
+def block_means(losses: np.ndarray) -> list[float]:
     """Means of runs of about BLOCK tokens."""
     return [_mean(part) for part in np.array_split(losses, max(1, round(len(losses) / BLOCK)))]
 

@@ -16,6 +16,7 @@ from endprompt_megatron.common.files import read_json
 from endprompt_megatron.evaluate.engines.base import Branch, Engine, branch_losses
 from endprompt_megatron.evaluate.requests import Request, content_of
 from endprompt_megatron.evaluate.suites.needle import continuation
+from endprompt_megatron.evaluate.suites.perplexity import block_means
 from endprompt_megatron.tokenizer import Tokenizer
 
 AT_ONCE = 16384  # tokens of one forward pass
@@ -142,21 +143,31 @@ def requests_together(
     distances: list[int] | None = None,
     samples: int = 1,
     seed: int = 0,
+    passage: int | None = None,
 ) -> Iterator[Request]:
     """The same lengths and distances in one input a sample: every fact stands in it, and each length is a part of it.
 
     An engine that goes on from a place in a text reads it once.  The other facts make it a harder question.
+    `passage`: each length also ends with the text's own last tokens, of which so many are scored.
     """
     for sample in range(samples):
-        row, branches, asked = build_together(
-            tokenizer, text, lengths, distances, form, np.random.default_rng([seed, sample])
-        )
+        rng = np.random.default_rng([seed, sample])
+        row, branches, asked = build_together(tokenizer, text, lengths, distances, form, rng, passage)
+        last = lengths if passage else []
 
-        def ask(engine: Engine, row: np.ndarray = row, branches: list = branches, asked: list = asked) -> dict:
+        def ask(
+            engine: Engine, row: np.ndarray = row, branches: list = branches, asked: list = asked, last: list = last
+        ) -> dict:
             found = branch_losses(engine, row, branches)
             names = [{"length": length, "distance": distance} for length, distance in asked]
-            scores = [_scores(*both, len(both[0])) for both in found]
-            return {"facts": [name | score for name, score in zip(names, scores, strict=True)]}
+            scores = [_scores(*both, len(both[0])) for both in found[: len(asked)]]
+            record: dict = {"facts": [name | score for name, score in zip(names, scores, strict=True)]}
+            if last:
+                losses = [losses for losses, _ in found[len(asked) :]]
+                record["passage"] = [
+                    {"length": length, "blocks": block_means(each)} for length, each in zip(last, losses, strict=True)
+                ]
+            return record
 
         tokens = len(row) + sum(len(branch.ids) for branch in branches)
         yield Request("recall", TOGETHER, lengths[-1], sample, content_of(row, branches, asked), tokens, ask=ask)
@@ -232,14 +243,19 @@ def build_together(
     distances: list[int] | None,
     form: Form,
     rng: np.random.Generator,
+    passage: int | None = None,
 ) -> tuple[np.ndarray, list[Branch], list[tuple[int, int]]]:
     """Text with the facts of all lengths and distances, a branch for each question, and its length and distance.
 
     A branch with the text before it is `length` tokens; distances are exact.  A fact that stands as far from the end
-    of two lengths as either asks is one fact, asked twice.  Raises InputError for facts that do not fit side by side.
+    of two lengths as either asks is one fact, asked twice.  With `passage`, a branch for each length follows that goes
+    on with the same tokens, the last of the text: as many before those that are scored, so that they do not begin in
+    another text.  Raises InputError for facts that do not fit side by side.
     """
-    longest = lengths[-1]
-    hay, around = draw_text(tokenizer, text, longest, rng)
+    longest, held = lengths[-1], 2 * (passage or 0)
+    if lengths[0] <= held:
+        raise InputError(f"--recall-passage {passage}: --lengths {lengths[0]} should be above {held}, twice as many")
+    hay, around = draw_text(tokenizer, text[: len(text) - held], longest, rng)
     asked = [(length, distance) for length in lengths for distance in distances_of(length, distances)]
     facts: dict[int, Fact] = {}  # by the place where the answer would end if it stood where the value does
     for place in sorted({length - distance for length, distance in asked}):
@@ -271,6 +287,10 @@ def build_together(
                     f"{longest - place} tokens before the end of {longest}; use other distances"
                 )
         branches.append(branch)
+    for length in lengths if passage else []:
+        # Before a fact that it would cut.
+        cut = [begin for place, begin in begins.items() if begin < length - held < begin + len(facts[place].ids)]
+        branches.append(Branch(min([length - held, *cut]), text[-held:].tolist(), passage))
     return np.asarray(row, dtype=np.int64), branches, asked
 
 

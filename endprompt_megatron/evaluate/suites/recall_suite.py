@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.plotting import Palette, dress, legend, length_axis, short
 from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.evaluate.intervals import Series
@@ -35,10 +36,15 @@ from endprompt_megatron.evaluate.tables import bounds_text, quoted_bounds, score
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PASSAGE = "passage"
+
 
 def result(responses: list[Response]) -> dict:
-    """{"cells": [{length, distance, samples, recalled, loss}]}."""
-    return {
+    """{"cells": [{length, distance, samples, recalled, loss}]}; with a passage {"passage": [{length, loss}]} too."""
+    passage = [
+        {"length": length, "loss": float(np.mean(losses))} for length, losses in _passage_losses(responses).items()
+    ]
+    return ({"passage": passage} if passage else {}) | {
         "cells": [
             {
                 "length": length,
@@ -53,13 +59,23 @@ def result(responses: list[Response]) -> dict:
 
 
 def series(responses: list[Response]) -> list[Series]:
-    """Both scores of every cell, and of every length over its distances."""
+    """Both scores of every cell, and of every length over its distances; a passage's losses."""
     found: dict[tuple[str, int, str], list[float]] = {}
     for (task, length), values in _cells(responses).items():
         for metric in ("recalled", "loss"):
             for name in (task, "all distances"):
                 found.setdefault((name, length, metric), []).extend(map(float, values[metric]))
+    found |= {(PASSAGE, length, "loss"): losses for length, losses in _passage_losses(responses).items()}
     return [Series("recall", task, length, metric, (np.asarray(v),)) for (task, length, metric), v in found.items()]
+
+
+def _passage_losses(responses: list[Response]) -> dict[int, list[float]]:
+    """Mean losses of a passage's blocks by the length of the input."""
+    found: dict[int, list[float]] = {}
+    for response in responses:
+        for each in response.record.get("passage", []):
+            found.setdefault(each["length"], []).extend(each["blocks"])
+    return found
 
 
 def _cells(responses: list[Response]) -> dict[tuple[str, int], dict[str, list]]:
@@ -83,16 +99,21 @@ def _cells(responses: list[Response]) -> dict[tuple[str, int], dict[str, list]]:
 def _prepare(subject: Subject) -> Prepared:
     s, tokenizer, text = subject.settings, subject.tokenizer, subject.tokens
     form = read_form(s.recall_form)
+    if s.recall_passage and not s.recall_together:
+        raise InputError(f"--recall-passage {s.recall_passage}: needs --recall-together, whose text it goes on from")
     if s.recall_together:  # whether facts and questions fit
-        build_together(tokenizer, text, s.lengths, s.recall_distances, form, np.random.default_rng([s.seed, 0]))
+        rng = np.random.default_rng([s.seed, 0])
+        build_together(tokenizer, text, s.lengths, s.recall_distances, form, rng, s.recall_passage)
     else:
         for length in s.lengths:
             for distance in distances_of(length, s.recall_distances):
                 build_row(tokenizer, text, length, distance, form, np.random.default_rng(0))
 
     def requests() -> Iterator[Request]:
-        make = requests_together if s.recall_together else recall_requests
-        return make(tokenizer, text, s.lengths, form, distances=s.recall_distances, samples=s.samples, seed=s.seed)
+        asked = dict(distances=s.recall_distances, samples=s.samples, seed=s.seed)
+        if s.recall_together:
+            return requests_together(tokenizer, text, s.lengths, form, passage=s.recall_passage, **asked)
+        return recall_requests(tokenizer, text, s.lengths, form, **asked)
 
     return Prepared(requests, result, series, expected(s.lengths, s.recall_distances, s.samples, s.recall_together))
 
@@ -108,7 +129,13 @@ def _tables(results: dict, labels: list[str]) -> list[str]:
             found = f"{round(cell['recalled'] * cell['samples'])} of {cell['samples']}"
             row += [found, bounds_text(scores_of(results, label).get(key), 100, 0), f"{cell['loss']:.3f}"]
         rows.append(row)
-    return ["Facts recalled from held-out text, by distance\n" + text_table(header, rows)]
+    parts = ["Facts recalled from held-out text, by distance\n" + text_table(header, rows)]
+    passages = [results["measurements"][label]["recall"].get("passage") for label in labels]
+    if all(passages):
+        rows = [[str(of[0]["length"]), *(f"{each['loss']:.3f}" for each in of)] for of in zip(*passages, strict=True)]
+        title = "Loss of one passage behind held-out text of different lengths"
+        parts.append(f"{title}\n{text_table(['length', *labels], rows)}")
+    return parts
 
 
 def _headlines(measured: dict, scores: Scores) -> list[Headline]:
@@ -119,6 +146,9 @@ def _headlines(measured: dict, scores: Scores) -> list[Headline]:
         key = ("recall", "all distances", length, "recalled")
         value = f"{right} of {sum(cell['samples'] for cell in cells)}"
         found.append(Headline(f"Facts recalled, {length:,} tokens", key, value, quoted_bounds(scores.get(key), 0, "%")))
+    for each in measured.get("passage", []):
+        key = ("recall", PASSAGE, each["length"], "loss")
+        found.append(Headline(f"Loss of a passage, {each['length']:,} tokens", key, f"{each['loss']:.3f}"))
     return found
 
 
@@ -174,15 +204,22 @@ SUITE = Suite(
             bool,
             default=False,
         ),
+        Option(
+            "recall_passage",
+            "with --recall-together: also the loss of so many tokens of one passage, after each length of text",
+            int,
+            minimum=1,
+            metavar="N",
+        ),
         Option("recall_form", "JSON: what facts and questions look like", metavar="FILE", is_file=True),
     ),
     prepare=_prepare,
     reads_text=lambda settings: True,
     real_lengths=lambda settings: {"--lengths": settings.lengths},
-    inputs_from=("samples", "recall_form", "recall_together", "seed"),
+    inputs_from=("samples", "recall_form", "recall_together", "recall_passage", "seed"),
     metrics=(Metric("recalled"), LOSS),
     means=("all distances",),
-    task_names={"all distances": ""},
+    task_names={"all distances": "", PASSAGE: "a passage"},
     tasks_are_distances=True,
     headlines=_headlines,
     tables=_tables,
