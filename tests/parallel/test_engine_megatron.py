@@ -106,7 +106,9 @@ def compare(found: dict, expected: dict) -> None:
     assert (found["ranks"] == expected["ranks"]).all()
 
 
-@pytest.mark.parametrize("chunk", [16, 4096], ids=["chunks", "whole"])
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(16, id="chunks"), pytest.param(4096, id="whole", marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_answers_equal_transformers(ranks, models, layout, chunk):
     place, expected = models("plain")

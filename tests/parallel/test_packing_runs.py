@@ -76,6 +76,7 @@ def validations(directory, name):
     return [line for line in metrics(directory, name) if "valid_loss" in line]
 
 
+@pytest.mark.full
 def test_resume_after_sigterm_is_bit_exact(jobs, setup, run):
     stop(jobs, setup, "stopped")
     run("stopped")

@@ -108,7 +108,9 @@ MOVE_TEXT = {
 }
 
 
-@pytest.mark.parametrize("layout", ["tp1-pp1", "tp2-pp2-sp", "cp2"])
+@pytest.mark.parametrize(
+    "layout", ["tp2-pp2-sp", *(pytest.param(name, marks=pytest.mark.full) for name in ("tp1-pp1", "cp2"))]
+)
 @pytest.mark.parametrize("method", MOVE_TEXT)
 def test_gradients_of_maps_that_move_text_equal_huggingface(ranks, models, method, layout):
     world, keys = LAYOUTS[layout]

@@ -74,7 +74,7 @@ def finish(jobs, directory, run, *overrides, ranks=1):
     return jobs.run(directory / "recipe.yaml", f"checkpoint.dir={directory / run}", *overrides, ranks=ranks)
 
 
-@pytest.mark.parametrize("kind", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("kind", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.full)])
 def test_resume_after_signal_is_bit_exact(jobs, setup, kind):
     interrupt(jobs, setup, kind, kind, 6)
     stopped_at = metrics(setup, kind)[-1]["step"]

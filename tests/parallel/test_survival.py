@@ -73,7 +73,7 @@ def test_killed_at_any_moment_it_resumes_to_the_last_bit(jobs, place, draws, few
     What is lost is at most the interval.  A save beside the training is not there until it is written, which
     the next save waits for: there, at most two.
     """
-    run, kills = place / "killed", few_or_many(4, 20)
+    run, kills = place / "killed", few_or_many(2, 20)
     saves = run / "checkpoints"
     logged = lost = written = 0
     for attempt in range(kills):

@@ -143,6 +143,7 @@ def test_a_slurm_job_checks_converts_trains_and_exports(ground, whole, reference
         assert torch.isfinite(model(torch.arange(200)[None]).logits).all()
 
 
+@pytest.mark.full
 def test_the_evaluation_job_runs_after_the_training_job(ground, whole):
     lines = ground.log("whole").read_text().splitlines()
     submitted = [line for line in lines if line.startswith("Submitted batch job")]

@@ -108,7 +108,7 @@ def test_a_conversion_killed_at_any_moment_and_repeated_ends_with_the_same_bytes
     """
     source, reference = (place / name for name in WAYS[way])
     kept, staging = 0, tmp_path / ".out.partial"
-    for number in range(few_or_many(4, 20)):
+    for number in range(few_or_many(2, 20)):
         before = {path.name for path in staging.glob(".unit_*")}
         child = os.fork()
         if child == 0:  # no exec: torch is loaded already

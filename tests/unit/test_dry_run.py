@@ -19,7 +19,7 @@ SIZES = {
     "llama3_70b_64k": (8192, 28672, 8192, 1024, 4, 4096, 128256),
     "llama31_405b_256k": (16384, 53248, 16384, 1024, 8, 4096, 128256),
 }
-SHORT = ("70b-last", "405b-first")  # the others under --all
+SHORT = ("405b-first",)  # the others under --all
 LAST = ("last", "8b", "8b-full-length")  # ranks that have the output layer
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 from small import assert_one_line_error
 
@@ -40,6 +41,7 @@ def test_exports_are_those_of_their_checkpoints_and_outlive_them(place, extend):
     assert config["rope_scaling"] == {"type": "linear", "factor": 4.0}
 
 
+@pytest.mark.full
 def test_a_run_that_goes_on_makes_the_exports_that_lack(place, extend):
     assert extend(place, *OVERRIDES, "checkpoint.keep=0").returncode == 0
     expected = weights(place / "run/exports/iter_0000002")

@@ -141,7 +141,14 @@ def test_inspect_data_shows_samples_sources_and_a_picture(place, tmp_path):
     assert looked["long_enough"] is True
 
 
-@pytest.mark.parametrize("method", ["end_prompt_random", "end_prompt_pose", "pose", "full", "short"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "pose",
+        "full",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("end_prompt_random", "end_prompt_pose", "short")),
+    ],
+)
 def test_inspect_data_draws_every_method(place, tmp_path, method):
     from endprompt_megatron.data.describe.picture import draw
 

@@ -275,6 +275,7 @@ def test_a_full_disk_ends_preparing_with_one_line(tokenizer, tmp_path, monkeypat
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.full
 def test_preparing_under_mpirun_gives_the_same_bytes_and_one_error_line(corpus, tokenizer, tmp_path):
     command = mpirun(3)
     if command is None:

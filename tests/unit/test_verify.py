@@ -62,6 +62,7 @@ def test_verify_compares_casts_as_they_were_made(place, tmp_path):
         verify.verify(tmp_path / "half", place / "megatron", to_hf=False)
 
 
+@pytest.mark.full
 def test_conversion_tools_verify_after_converting_and_what_is_there_already(place, tmp_path):
     run = run_tool("convert_hf_to_megatron", "--hf", place / "hf", "--out", tmp_path / "out", "--verify")
     assert run.returncode == 0, run.stderr
