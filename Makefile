@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 TARGET ?= 16384
-STEPS ?= 70
+STEPS ?= 32
 ARGS ?=
 PYTEST_ARGS ?=
 

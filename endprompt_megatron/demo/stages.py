@@ -18,6 +18,19 @@ RECIPE = "recipes/smollm2_135m_demo.yaml"
 WINDOW = 8192  # of SmolLM2-135M
 LONGEST_READ = 16384  # a longer real input takes too long on two cores; beyond it only virtual distances are shown
 PROCESSES = 2
+PASSAGE = 512  # tokens whose loss is taken behind every length of text
+# Of facts from where they are asked for: odd multiples of 512, so that none stands where an input ends.
+FORM = "endprompt_megatron/demo/passkeys.json"  # what a fact looks like
+DISTANCES = (512, 1536, 3584, 7680, 11776, 15872)
+
+
+def fast_dtype(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """bfloat16 where the CPU multiplies it in hardware, by the flags that Linux names; else float32."""
+    try:
+        flags = set(cpuinfo.read_text().split())
+    except OSError:  # not Linux
+        return "float32"
+    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
 
 
 @dataclass(frozen=True)
@@ -25,9 +38,10 @@ class Knobs:
     """What a user may turn.  `directory` is relative to the repository; `overrides` are recipe keys."""
 
     target: int = 16384
-    steps: int = 70
+    steps: int = 32
     method: str = "end_prompt"
     directory: Path = Path("demo")
+    dtype: str = "bfloat16"  # of training and evaluation
     overrides: tuple[str, ...] = ()
 
     def check(self) -> None:
@@ -88,10 +102,14 @@ def steps(knobs: Knobs, beside: Path | None = None) -> list[Step]:
     base, run, model = knobs.directory, knobs.run, knobs.model
     text = base / "assets" / "text"
     lengths = ",".join(map(str, knobs.lengths))
-    held_out = text / "paradise_lost.txt"
+    held_out = text / "essays_held_out.txt"
+    distances = ",".join(str(distance) for distance in DISTANCES if distance < knobs.lengths[-1])
     evaluate = [
-        *["python", "tools/evaluate.py", "--lengths", lengths, "--windows", "1", "--text", str(held_out)],
-        *["--needle-lengths", ",".join(map(str, knobs.lengths[1:3])), "--depths", "0.5", "--probe-samples", "4"],
+        *["python", "tools/evaluate.py", "--lengths", lengths, "--text", str(held_out)],
+        *["--recall-form", FORM],
+        # One reading of the longest input answers everything.
+        *["--recall-together", "--recall-passage", str(PASSAGE), "--recall-distances", distances],
+        *["--dtype", knobs.dtype],
         "--beyond-window",  # that the base model collapses there is what is to be seen
     ]
     return [
@@ -103,7 +121,7 @@ def steps(knobs: Knobs, beside: Path | None = None) -> list[Step]:
             {"TQDM_DISABLE": "1"},
             always=True,
         ),
-        _prepare("train", text / "shakespeare.jsonl", knobs),
+        _prepare("train", text / "django.jsonl", knobs),
         _prepare("held_out", held_out, knobs),
         Step(
             "convert",
@@ -132,17 +150,18 @@ def steps(knobs: Knobs, beside: Path | None = None) -> list[Step]:
         ),
         Step(
             "evaluate",
-            f"Evaluate on a held-out book, before and after, at real lengths up to {knobs.lengths[-1]}",
+            f"Evaluate on held-out essays, before and after, at real lengths up to {knobs.lengths[-1]}",
             [
                 *evaluate,
-                *["--suite", "perplexity,needle,virtual", "--hf", str(run / "hf"), "--baseline", str(model)],
+                *["--suite", "recall,virtual", "--probe-samples", "4", "--hf", str(run / "hf")],
+                *["--baseline", str(model)],
                 *["--out", str(run / "evaluation")],
             ],
             [run / "evaluation"],
         ),
         Step(
             "untrained",
-            "The same without the training: positions interpolated, weights as they were",
+            "The same without the training: positions scaled, weights as they were",
             [
                 *["python", "tools/demo.py", "--interpolate", str(model), "--as", str(run / "hf")],
                 *["--out", str(run / "untrained" / "hf")],
@@ -154,7 +173,7 @@ def steps(knobs: Knobs, beside: Path | None = None) -> list[Step]:
             "Evaluate that, for comparison",
             [
                 *evaluate,
-                *["--suite", "perplexity,needle", "--hf", str(run / "untrained" / "hf")],
+                *["--suite", "recall", "--hf", str(run / "untrained" / "hf")],
                 *["--out", str(run / "untrained" / "evaluation")],
             ],
             [run / "untrained" / "evaluation"],
@@ -170,7 +189,7 @@ def steps(knobs: Knobs, beside: Path | None = None) -> list[Step]:
 
 def _prepare(name: str, source: Path, knobs: Knobs) -> Step:
     prefix = knobs.directory / "data" / name
-    what = {"train": "the training text", "held_out": "the held-out book"}[name]
+    what = {"train": "the training text", "held_out": "the held-out essays"}[name]
     return Step(
         f"prepare_{name}",
         f"Tokenise {what} into Megatron's indexed dataset",
@@ -197,9 +216,10 @@ def _recipe_keys(knobs: Knobs) -> dict[str, object]:
         "model.init_from": base / "megatron",
         "data.train": base / "data" / "train",
         "data.valid": base / "data" / "held_out",
+        "precision.dtype": knobs.dtype,
         "context.method": knobs.method,
         "context.target": knobs.target,
         "train.steps": knobs.steps,
-        "optim.warmup_steps": min(10, knobs.steps - 1),
+        "optim.warmup_steps": min(4, knobs.steps - 1),
         "train.virtual_distances": json.dumps(sorted({512, 4096, WINDOW, knobs.target})),
     }

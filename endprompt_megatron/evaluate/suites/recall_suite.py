@@ -182,6 +182,7 @@ def _explanation(measured: dict) -> str:
         f"A fact stands in held-out text and is asked for at the end of it: {samples} "
         f"{'inputs' if samples > 1 else 'input'} for each length and distance. It counts as recalled if every token of "
         "it is the model's first choice, given the true tokens before it."
+        + (" One passage of the text is scored behind each length too." if measured.get("passage") else "")
     )
 
 
