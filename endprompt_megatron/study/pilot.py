@@ -16,6 +16,7 @@ from endprompt_megatron.common.files import disk_errors, write_json, write_text
 from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.config.resolve import load_resolved
+from endprompt_megatron.data.indexed import path_of
 from endprompt_megatron.study.grid import read_study
 
 BASE, CONTROL = "base", "short"
@@ -96,6 +97,8 @@ def run(asked: Asked) -> int:
         raise InputError(
             f"--lengths {','.join(map(str, lengths))}: should begin inside the window of {window} tokens and end beyond"
         )
+    if not asked.text.is_file() and not path_of(asked.text, ".bin").is_file():
+        raise InputError(f"--text {asked.text}: no such file, and no prepared dataset with that PREFIX")
     with disk_errors(asked.out, "--out"):
         asked.out.mkdir(parents=True, exist_ok=True)
     scalings = {name: {"context.rope.type": name} for name in asked.types}

@@ -55,7 +55,8 @@ def _recorded(outcome: str) -> set[str]:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if not RECORD or os.environ.get("PYTEST_XDIST_WORKER") or (report.when != "call" and report.passed):
         return
-    reason = report.longrepr[2] if report.skipped else str(report.longrepr or "")[-4000:]
+    expected = getattr(report, "wasxfail", None)
+    reason = expected or (report.longrepr[2] if report.skipped else str(report.longrepr or "")[-4000:])
     found = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1), "reason": reason}
     with open(RECORD, "a") as file:
         file.write(json.dumps({**found, "properties": dict(report.user_properties)}) + "\n")

@@ -202,8 +202,8 @@ def test_gradients_are_clipped_whatever_the_moments_are_kept_in(rank, model, mom
 def test_fp8_stays_with_bfloat16_over_fifty_steps(rank, fresh_rank, model, record_property, case):
     """The tolerance is 5% of the loss at every step, and 2% of how far BF16 came at the last ten.
 
-    Attention in FP8 does not stay within 2%: it was 3.0% (delayed) and 3.4% (tensorwise) behind on an H200, which
-    docs/gpu.md says and why no recipe has it by default.  Its bound here, 5%, is that of a fault.
+    Attention in FP8 is known not to: it was 3.0% (delayed) and 3.4% (tensorwise) behind on an H200, for which no recipe
+    has it by default.  More than 5% would be a fault all the same.
     """
     bf16, bf16_norms = rank.run(1, fifty_steps, *setup(model, "optim.lr=1e-5"))[0]
     fp8, fp8_norms = fresh_rank.run(1, fifty_steps, *setup(model, "optim.lr=1e-5", *FP8[case]))[0]
@@ -212,8 +212,10 @@ def test_fp8_stays_with_bfloat16_over_fifty_steps(rank, fresh_rank, model, recor
     assert np.isfinite(fp8).all()
     assert bf16[-1] < 0.9 * bf16[0], "nothing was learnt, so nothing is compared"
     assert np.abs(np.divide(fp8, bf16) - 1).max() < 0.05
-    share = 0.05 if "attention" in case else 0.02
-    assert abs(np.mean(fp8[-10:]) - np.mean(bf16[-10:])) < share * (bf16[0] - bf16[-1]) + 0.01
+    behind, gained = abs(np.mean(fp8[-10:]) - np.mean(bf16[-10:])) - 0.01, bf16[0] - bf16[-1]
+    if "attention" in case and 0.02 * gained <= behind < 0.05 * gained:
+        pytest.xfail(f"attention in FP8 is {behind / gained:.1%} of the gain behind, where 2% are allowed")
+    assert behind < 0.02 * gained
 
 
 @pytest.mark.gpu

