@@ -17,9 +17,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
-        config.option.seed = random.SystemRandom().randrange(1_000_000)
+        given = getattr(config, "workerinput", {})  # what the process that started this worker says
+        config.option.seed = given.get("seed", random.SystemRandom().randrange(1_000_000))
     if os.environ.get("PYTEST_XDIST_WORKER", _WITH_RANKS) != _WITH_RANKS:
         os.nice(19)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    node.workerinput["seed"] = node.config.option.seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Make what the study stands on: corpus, tokenizer, and a small LLaMA trained from nothing by tools/extend.py.
 
-    python benchmarks/study/prepare.py [--out runs/study]
+    python benchmarks/study/prepare.py [--out runs/study] [--seed N]
 
 What is there already is not made again.  The model learns with method `full` and no RoPE scaling: first the drills,
-in rows of 32 and 64 tokens, then text in rows of 256.  OUT/base is the Hugging Face model of window 256 that the study
-extends.
+in rows of 32 and 64 tokens, then text in rows of 256.  OUT/base_N is the Hugging Face model of window 256 that the
+study extends; another seed gives other first weights and another order of the same text.
 """
 
 import argparse
@@ -35,8 +35,9 @@ TEXTS = {
     "drill_4": (60, 4, corpus.drill, 8192, 4),
     "drill_8": (250, 5, corpus.drill, 8192, 8),
     "near": (640, 1, corpus.document, 8192, 240, 0.6),
-    "far": (160, 2, corpus.document, 8192, TARGET - 128, 0.2),
-    "held_out": (24, 3, corpus.document, 8192, TARGET - 128, 0.2),
+    "far": (400, 2, corpus.document, 8192, 2 * TARGET, 0.12),
+    "development": (24, 6, corpus.document, 8192, 2 * TARGET, 0.12),
+    "held_out": (24, 3, corpus.document, 8192, 2 * TARGET, 0.12),
 }
 MODEL = dict(
     hidden_size=128,
@@ -60,7 +61,9 @@ def main() -> None:
     """Make what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where everything goes (runs/study)")
-    out = parser.parse_args().out
+    parser.add_argument("--seed", type=int, default=0, help="of first weights and order of text (0)")
+    options = parser.parse_args()
+    out, seed = options.out, options.seed
     (out / "data").mkdir(parents=True, exist_ok=True)
     form = corpus.recall_form()
     write_text(out / "recall.json", form_as_json(Form(**form)))
@@ -68,21 +71,22 @@ def main() -> None:
         path = out / "data" / f"{name}.jsonl"
         if not path.exists():
             corpus.write_jsonl(path, corpus.documents(*what))
-    if not (out / "untaught").exists():
-        untaught(out / "untaught", out / "data" / "near.jsonl")
+    model = out / f"untaught_{seed}"
+    if not model.exists():
+        untaught(model, out / "data" / "near.jsonl", seed)
     for name in TEXTS:
         if not (out / "data" / f"{name}.idx").exists():
             source, prefix = out / "data" / f"{name}.jsonl", out / "data" / name
-            tool("prepare_data.py", "--input", source, "--tokenizer", out / "untaught", "--out", prefix)
-    model = out / "untaught"
+            tool("prepare_data.py", "--input", source, "--tokenizer", model, "--out", prefix)
     for number, (text, row, tokens, min_lr) in enumerate(LESSONS, 1):
-        learned = out / "base" if number == len(LESSONS) else out / f"lesson_{number}" / "hf"
+        run = out / f"lesson_{number}_{seed}"
+        learned = out / f"base_{seed}" if number == len(LESSONS) else run / "hf"
         if not learned.exists():
-            lesson(out / f"lesson_{number}", model, learned, out / "data" / text, row, tokens, min_lr)
+            lesson(run, model, learned, out / "data" / text, row, tokens, min_lr, seed)
         model = learned
 
 
-def lesson(run: Path, model: Path, learned: Path, text: Path, row: int, tokens: int, min_lr: float) -> None:
+def lesson(run: Path, model: Path, learned: Path, text: Path, row: int, tokens: int, min_lr: float, seed: int) -> None:
     """Train `model` on rows of a text, at the places where they stand, and write it to `learned`."""
     recipe = {
         "model": {"hf": str(model), "init_from": str(model)},
@@ -94,6 +98,7 @@ def lesson(run: Path, model: Path, learned: Path, text: Path, row: int, tokens: 
         "data": {"train": str(text)},
         "train": {
             "tokens": tokens,
+            "seed": 1234 + seed,
             "global_batch_size": 2048 // row,
             "micro_batch_size": 2048 // row,
             "log_interval": 50,
@@ -108,7 +113,7 @@ def lesson(run: Path, model: Path, learned: Path, text: Path, row: int, tokens: 
     tool("convert_megatron_to_hf.py", "--megatron", run / "checkpoints", "--out", learned, "--workers", 1)
 
 
-def untaught(directory: Path, corpus_file: Path) -> None:
+def untaught(directory: Path, corpus_file: Path, seed: int) -> None:
     """A random LLaMA with a tokenizer in which every word of the corpus is one token.
 
     Its first steps of attention are easy to find: see `easy_to_teach`.
@@ -134,7 +139,7 @@ def untaught(directory: Path, corpus_file: Path) -> None:
     split = [word for word in corpus.every_word() if len(tokenizer.encode(f" {word}").ids) != 1]
     if split:
         raise InputError(f"{len(split)} words are more than one token, such as {split[0]}: enlarge the vocabulary")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **MODEL))
     easy_to_teach(model)
     with staged_directory(directory) as staging:

@@ -30,7 +30,8 @@ def load_recipe(
 
     where = str(path)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), _read_yaml(Path(path), schema, set()))
+        # Unsafe for those who go on with what was merged, and three times as fast: a study reads hundreds of recipes.
+        merged = OmegaConf.unsafe_merge(OmegaConf.structured(schema), _read_yaml(Path(path), schema, set()))
         for override in overrides:
             where = override
             key, equals, _ = override.partition("=")
@@ -39,7 +40,7 @@ def load_recipe(
             given = OmegaConf.from_dotlist([override])
             _use_attribute_names(given, schema)
             _take_whole_numbers(given, schema)
-            merged = OmegaConf.merge(merged, given)
+            merged = OmegaConf.unsafe_merge(merged, given)
             # The budget is stated once: an override in steps replaces one in tokens, and the other way round.
             if key in _BUDGET:
                 merged.train[_BUDGET[key]] = None

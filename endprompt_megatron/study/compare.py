@@ -9,33 +9,22 @@ study.json keeps the keys of its first version: "rows" are variants, "cells" tri
 """
 
 import json
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from endprompt_megatron.common.errors import InputError
-from endprompt_megatron.common.files import read_json
 from endprompt_megatron.evaluate.intervals import bootstrap, interval, mean, t_interval
-from endprompt_megatron.evaluate.registry import EXTENDED, Key, suites_in
-from endprompt_megatron.study.grid import OVER, Study
-from endprompt_megatron.study.trial import Work
-
-
-@dataclass
-class Measured:
-    """One trial's evaluation: the values behind each score, losses by position, its settings, and what it cost."""
-
-    name: str
-    values: dict[Key, list[np.ndarray]]
-    by_position: list[dict]
-    inputs: dict  # what made the requests: settings and text
-    state: dict
-    unpaired: set[Key] = field(default_factory=set)  # scores whose values are not in the order of the requests
+from endprompt_megatron.evaluate.registry import Key
+from endprompt_megatron.study.contrasts import contrasts_of
+from endprompt_megatron.study.grid import Study
+from endprompt_megatron.study.sweeps import final_trials, sweeps, sweeps_as_json
+from endprompt_megatron.study.trial import DEVELOP, Work
+from endprompt_megatron.study.trial_scores import Measured, paired, read_trial
 
 
 def compare(study: Study) -> dict:
     """The comparison of all trials that are done, as study.json holds it.  Raises InputError if none is."""
-    works = [Work(study, trial) for trial in study.trials]
+    works = [Work(study, trial) for trial in final_trials(study)]
     done = [work for work in works if not work.left]
     if not done:
         raise InputError(f"{study.path}: no trial is done yet; first run tools/study.py {study.path}")
@@ -45,34 +34,30 @@ def compare(study: Study) -> dict:
     _refuse_other_inputs([each for variant in variants.values() for each in variant])
     found = {variant: measured for variant, measured in variants.items() if measured}
     reference = found.get(study.reference) if study.reference else None
+    # A study that does not choose, or has named no contrast, has the keys of the first version alone.
+    chosen = {"sweep": sweeps_as_json(study)} if study.choose else {}
+    contrasted = {"contrasts": contrasts_of(study, found)} if study.contrasts else {}
     return {
         "format": 1,
         "title": study.title,
         "about": study.about,
         "axes": study.axes,
         "reference": study.reference,
-        "evaluation": done[0].options,
-        "missing": [work.trial.name for work in works if work.left],
+        "evaluation": done[0].options_of(done[0].last),
+        **chosen,
+        **contrasted,
+        "missing": [*_untried(study), *(work.trial.name for work in works if work.left)],
         "rows": [_variant(study, name, measured, reference) for name, measured in found.items()],
     }
 
 
-def read_trial(work: Work) -> Measured:
-    """A finished trial.  Raises InputError for a file that is missing or broken."""
-    directory = work.directory / "evaluation"
-    results = read_json(directory / "results.json", "the results of evaluate.py")
-    raw = read_json(directory / "values.json", "the values behind an evaluation's scores")
-    values, unpaired = {}, set()
-    for each in raw.get(EXTENDED, []):
-        key = (each["suite"], each["task"], each["length"], each["metric"])
-        values[key] = [np.asarray(stratum, dtype=np.float64) for stratum in each["strata"]]
-        if not each["paired"]:
-            unpaired.add(key)
-    measured = results["measurements"][EXTENDED]
-    losses = [suite.losses_by_position(measured[suite.name]) for suite in suites_in(results) if suite.name in measured]
-    by_position = next(filter(None, losses), [])
-    inputs = {"settings": results["settings"], "text": (results.get("text") or {}).get("sha256")}
-    return Measured(work.trial.name, values, by_position, inputs, work.state, unpaired)
+def _untried(study: Study) -> list[str]:
+    """The trials on development data that a variant's choice still waits for."""
+    if study.choose is None:
+        return []
+    waiting = {sweep.variant for sweep in sweeps(study) if sweep.chosen is None}
+    tried = [t for t in study.trials if t.variant in waiting and study.choose.is_tried(t.levels)]
+    return [trial.name for trial in tried if Work(study, trial, DEVELOP).left]
 
 
 def _refuse_other_inputs(trials: list[Measured]) -> None:
@@ -88,12 +73,12 @@ def _refuse_other_inputs(trials: list[Measured]) -> None:
 def _variant(study: Study, name: str, trials: list[Measured], reference: list[Measured] | None) -> dict:
     return {
         "name": name,
-        "levels": {axis: level for axis, level in trials[0].state["levels"].items() if axis != OVER},
+        "levels": {axis: level for axis, level in trials[0].state["levels"].items() if axis not in study.average},
         "trained": trials[0].state["trained"],
         "cells": [trial.name for trial in trials],
         "training": _training(trials),
         "scores": [score(key, trials) for key in trials[0].values],
-        "differences": differences(trials, reference) if reference and name != study.reference else [],
+        "differences": differences(trials, reference, study) if reference and name != study.reference else [],
         "by_position": _by_position(trials),
         "cost": _cost(trials),
     }
@@ -138,12 +123,12 @@ def score(key: Key, trials: list[Measured]) -> dict:
     }
 
 
-def differences(trials: list[Measured], reference: list[Measured]) -> list[dict]:
+def differences(trials: list[Measured], reference: list[Measured], study: Study) -> list[dict]:
     """The variant minus the reference for every score that both have, over the seeds that both have.
 
     A variant without seeds, or with other seeds than the reference, is compared with the reference's mean over seeds.
     """
-    pairs = _pairs(trials, reference)
+    pairs = paired(trials, reference, study.average)
     found = []
     for key in trials[0].values:
         if key not in reference[0].values:
@@ -169,18 +154,6 @@ def differences(trials: list[Measured], reference: list[Measured]) -> list[dict]
             }
         )
     return found
-
-
-def _pairs(trials: list[Measured], reference: list[Measured]) -> list[tuple[list[Measured], list[Measured]]]:
-    """Who is compared with whom."""
-    theirs = {trial.state["levels"].get(OVER): trial for trial in reference}
-    same = [(trial, theirs.get(trial.state["levels"].get(OVER))) for trial in trials]
-    pairs = [([mine], [other]) for mine, other in same if other is not None]
-    if pairs:
-        return pairs
-    if len(trials) == 1:  # the untrained model: each of the reference's seeds differs from it in its own way
-        return [(trials, [other]) for other in reference]
-    return [(trials, reference)]
 
 
 def _by_position(trials: list[Measured]) -> list[dict]:

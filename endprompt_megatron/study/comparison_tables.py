@@ -1,4 +1,4 @@
-"""The tables of a study's comparison, from study.json: budgets, scores, losses by position, differences, cost."""
+"""The tables of a study's comparison, from study.json: budgets, choices, contrasts, scores, differences, cost."""
 
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ class ScoreTable:
 
 
 def tables(comparison: dict) -> list[ScoreTable]:
-    """Budgets, scores, losses by position, differences to the reference, cost."""
-    found = [_budgets(comparison), *_scores(comparison)]
+    """Budgets, choices, contrasts, scores, losses by position, differences to the reference, cost."""
+    found = [_budgets(comparison), *_sweep(comparison), *_contrasts(comparison), *_scores(comparison)]
     position = _positions(comparison)
     found += [position] if position else []
     found += _differences(comparison)
@@ -51,6 +51,76 @@ def _budgets(comparison: dict) -> ScoreTable:
     sequences = ["sequences a step", "tokens a sequence", "sequences"]
     header = ["variant", "seeds", "method", "RoPE", "tokens", "steps", *sequences]
     return ScoreTable("Training budgets", note, header, rows)
+
+
+def _sweep(comparison: dict) -> list[ScoreTable]:
+    """The development scores by level, where the study chose."""
+    sweep = comparison.get("sweep")
+    if not sweep:
+        return []
+    of, metric = sweep["measure"], SUITES[sweep["measure"]["suite"]].metric(sweep["measure"]["metric"])
+    levels = list(dict.fromkeys(level for row in sweep["rows"] for level in row["scores"]))
+    rows, marks = [], set()
+    for row in sweep["rows"]:
+        if row["chosen"] is not None:
+            marks.add((len(rows), 1 + levels.index(row["chosen"])))
+        values = [row["scores"].get(level) for level in levels]
+        cells = ["-" if value is None else f"{metric.scale * value:.{metric.digits}f}" for value in values]
+        rows.append([row["name"], *cells, "yes" if row["at_edge"] else ""])
+    where = ", ".join(f"{axis} {level}" for axis, level in sweep["where"].items())
+    untrained = ", ".join(
+        f"{name} {metric.scale * value:.{metric.digits}f}" for name, value in sweep["untrained"].items()
+    )
+    note = (
+        f"On development data{f' ({where})' if where else ''}: {_in_words(of)}; {metric.unit}, "
+        f"{'lower' if metric.lower_is_better else 'higher'} is better. Bold: the level that the variant keeps in all "
+        "tables below. At the edge: a better one may lie beyond what was tried."
+        + (f" Untrained: {untrained}." if untrained else "")
+    )
+    return [ScoreTable(choice_title(comparison), note, ["variant", *levels, "at the edge"], rows, frozenset(marks))]
+
+
+def _in_words(measure: dict) -> str:
+    lengths = ", ".join(f"{length:,}" for length in measure["lengths"])
+    return f"{measure['metric']} of {measure['suite']}, {measure['task']}, mean over inputs of {lengths} tokens"
+
+
+def choice_title(comparison: dict) -> str:
+    """Title of the table of choices, and of the figure above it."""
+    return f"Choice of {comparison['sweep']['over']}"
+
+
+def _contrasts(comparison: dict) -> list[ScoreTable]:
+    """A table a measure of the contrasts that were named before the runs."""
+    by_measure: dict[str, list[dict]] = {}
+    for each in comparison.get("contrasts", []):
+        by_measure.setdefault(each["measure"]["name"], []).append(each)
+    found = []
+    for name, contrasts in by_measure.items():
+        of, margin = contrasts[0]["measure"], contrasts[0]["margin"]
+        metric = SUITES[of["suite"]].metric(of["metric"])
+        rows, marks = [], set()
+        for each in contrasts:
+            if each["verdict"] != "undecided":
+                marks.add((len(rows), 5))
+            bounds = " to ".join(f"{metric.scale * bound:+.{metric.digits}f}" for bound in each["interval"])
+            difference = f"{metric.scale * each['difference']:+.{metric.digits}f}"
+            p = "<0.001" if each["p"] < 0.001 else f"{each['p']:.3f}"
+            pair = f"{each['first']} - {each['second']}"
+            rows.append([pair, difference, bounds, p, str(each["runs"]), each["verdict"]])
+        unit = "percentage points" if metric.unit == "percent" else metric.unit
+        note = (
+            f"{_in_words(of).capitalize()}; {unit}, {'negative' if metric.lower_is_better else 'positive'}: "
+            "the first is better. Interval of 95%: a hierarchical bootstrap over base models, seeds and questions; "
+            "p: two-sided, Holm's over the rows."
+        )
+        if margin:
+            note += (
+                f" Equivalent: the interval of 90% lies within {metric.scale * margin:g} {unit} of 0, whatever p says."
+            )
+        header = ["contrast", "difference", "95% interval", "p", "runs", "verdict"]
+        found.append(ScoreTable(f"Contrasts: {name}", note, header, rows, frozenset(marks)))
+    return found
 
 
 def key_of(score: dict) -> Key:

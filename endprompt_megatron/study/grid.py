@@ -1,8 +1,9 @@
 """study.yaml: a grid of named recipe overrides over one base recipe, and the trials that it makes.
 
-A trial is one level of every axis, such as method=pose, rope=yarn, seed=2.  Its name joins the levels; without the
-seed it is a variant, which tables show.  Every trained trial consumes the same tokens, within a global batch.
-No torch: whatever is wrong here shows at once.
+A trial is one level of every axis, such as method=pose, rope=yarn, seed=2.  Its name joins the levels; without those of
+axes that are averaged over (the seed, the base model) it is a variant, which tables show.  With `choose`, the levels of
+one axis compete on development data, and a variant keeps one of them (choice.py).  Every trained trial consumes the
+same tokens, within a global batch.  No torch: whatever is wrong here shows at once.
 """
 
 import itertools
@@ -16,12 +17,13 @@ from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.recipe import Recipe
 from endprompt_megatron.config.resolve import load_resolved
 from endprompt_megatron.evaluate.registry import option_names, parse_suites
+from endprompt_megatron.study.choice import Choose, Measure, read_choose, read_measures
 
-OVER = "seed"  # the axis that is averaged over
+SEED = "seed"  # the axis that is averaged over where `average` names no other
 KEEP = ("all", "scores")
 _KEYS = {
-    *("base", "out", "title", "about", "overrides", "axes", "exclude", "untrained", "evaluation", "reference"),
-    *("keep", "processes", "parallel"),
+    *("base", "out", "title", "about", "overrides", "axes", "average", "exclude", "untrained", "evaluation"),
+    *("choose", "measures", "contrasts", "equivalent", "reference", "keep", "processes", "parallel"),
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 
@@ -35,6 +37,7 @@ class Trial:
     levels: dict[str, str]
     recipe: Recipe | None
     trained: bool
+    model: Path  # the base model's Hugging Face directory
 
     @property
     def tokens(self) -> int:
@@ -50,7 +53,6 @@ class Study:
     out: Path
     title: str
     about: str
-    model: Path  # the base model's Hugging Face directory
     trials: list[Trial]
     evaluation: dict[str, Any]  # options of tools/evaluate.py by name
     reference: str | None  # the variant that others are compared with
@@ -58,6 +60,11 @@ class Study:
     processes: int
     parallel: int
     axes: dict[str, list[str]] = field(default_factory=dict)
+    average: tuple[str, ...] = (SEED,)  # axes, the outer ones first
+    choose: Choose | None = None
+    measures: tuple[Measure, ...] = ()
+    contrasts: tuple[tuple[str, str], ...] = ()  # pairs of variants, named before the runs
+    equivalent: float = 0.0  # the largest difference that does not matter, in the unit of the tables
 
     def directory(self, trial: Trial) -> Path:
         """Where the trial's recipe, run, model and evaluation are."""
@@ -102,24 +109,37 @@ def read_study(path: Path) -> Study:
             raise InputError(f"{path}: {key}={numbers[key]} should be a whole number, at least 1")
     shared = overrides_of(path, "overrides", given.get("overrides") or {})
     axes = _axes(path, given.get("axes"))
-    trials = _untrained(path, base, out, shared, given.get("untrained") or {})
-    trials += _grid(path, base, out, shared, axes, _excluded(path, axes, given.get("exclude") or []))
+    average = _average(path, axes, given.get("average"))
+    evaluation = evaluation_of(path, given.get("evaluation"))
+    choose, measures = None, read_measures(path, given.get("measures") or {})
+    for key in ("choose", "contrasts"):
+        if given.get(key) and not measures:
+            raise InputError(f"{path}: {key} requires measures, what the study is judged by")
+    if given.get("choose"):
+        choose = read_choose(path, axes, average, evaluation, given["choose"])
+        evaluation_of(path, choose.evaluation, "choose.evaluation")
+    apart = [*average, *([choose.over] if choose else [])]  # axes that do not make a variant
+    trials = _untrained(path, base, out, shared, axes, average, given.get("untrained") or {})
+    trials += _grid(path, base, out, shared, axes, apart, _excluded(path, axes, given.get("exclude") or []))
     names = [trial.name for trial in trials]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{path}: two trials are named {name}; rename a level or an untrained model")
-    model = load_resolved(base, [*shared, f"checkpoint.dir={out}"]).model.hf
     study = Study(
         path=path,
         out=out,
         title=_text(path, given, "title", path.stem),
         about=_text(path, given, "about", ""),
-        model=Path(model),
         trials=trials,
-        evaluation=_evaluation(path, given.get("evaluation")),
+        evaluation=evaluation,
         reference=_text(path, given, "reference", "") or None,
         keep=keep,
         axes={axis: list(levels) for axis, levels in axes.items()},
+        average=average,
+        choose=choose,
+        measures=measures,
+        contrasts=_contrasts(path, given.get("contrasts") or [], [trial.variant for trial in trials]),
+        equivalent=_positive(path, "equivalent", given.get("equivalent", 0)),
         **numbers,
     )
     if study.reference is not None and study.reference not in study.variants:
@@ -178,7 +198,7 @@ def _axes(path: Path, given: Any) -> dict[str, dict[str, list[str]]]:
         raise InputError(f"{path}: axes is missing; give for example {{method: {{short: {{context.method: short}}}}}}")
     axes = {}
     for axis, levels in _named(path, "axes", given).items():
-        if axis == OVER and isinstance(levels, list):
+        if axis == SEED and isinstance(levels, list):
             levels = {f"seed{seed}": {"train.seed": seed} for seed in levels}
         levels = _named(path, f"axes.{axis}", levels)
         if not levels:
@@ -201,19 +221,66 @@ def _excluded(path: Path, axes: dict, given: Any) -> list[dict[str, list[str]]]:
     return found
 
 
-def _untrained(path: Path, base: Path, out: Path, shared: list[str], given: Any) -> list[Trial]:
-    """The models that are only measured: null, the base as it is; recipe keys, its RoPE scaled as they say."""
+def _average(path: Path, axes: dict, given: Any) -> tuple[str, ...]:
+    """The axes that tables average over.  Raises InputError."""
+    if given is None:
+        return (SEED,) if SEED in axes else ()
+    names = given if isinstance(given, list) else [given]
+    for name in names:
+        if name not in axes:
+            raise InputError(f"{path}: average={name} is not an axis; choose from {', '.join(axes)}")
+    return tuple(names)
+
+
+def _positive(path: Path, key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise InputError(f"{path}: {key}={value} should be a number, at least 0")
+    return float(value)
+
+
+def _contrasts(path: Path, given: Any, variants: list[str]) -> tuple[tuple[str, str], ...]:
+    """Pairs of variants.  Raises InputError."""
+    if not isinstance(given, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in given):
+        raise InputError(f"{path}: contrasts={given} should be pairs of variants, such as [[end_prompt, short]]")
+    for name in (name for pair in given for name in pair):
+        if name not in variants:
+            raise InputError(
+                f"{path}: contrasts: {name} is not a variant; choose from {', '.join(dict.fromkeys(variants))}"
+            )
+    return tuple((first, second) for first, second in given)
+
+
+def _untrained(
+    path: Path, base: Path, out: Path, shared: list[str], axes: dict, average: tuple[str, ...], given: Any
+) -> list[Trial]:
+    """The models that are only measured: null, the base as it is; recipe keys, its RoPE scaled as they say.
+
+    One of each for every base model among the levels that are averaged over.
+    """
+    of_models = [
+        axis for axis in average if any(key.startswith("model.") for keys in axes[axis].values() for key in keys)
+    ]
     trials = []
-    for name, keys in _named(path, "untrained", given).items():
-        own = None if keys is None else overrides_of(path, f"untrained.{name}", keys)
-        recipe = None if own is None else _recipe(path, name, base, out, [*shared, *own])
-        trials.append(Trial(name, name, {}, recipe, trained=False))
+    for combination in itertools.product(*(axes[axis] for axis in of_models)):
+        levels = dict(zip(of_models, combination, strict=True))
+        chosen = [override for axis, level in levels.items() for override in axes[axis][level]]
+        for variant, keys in _named(path, "untrained", given).items():
+            name = "-".join([variant, *combination])
+            own = [] if keys is None else overrides_of(path, f"untrained.{variant}", keys)
+            recipe = _recipe(path, name, base, out, [*shared, *chosen, *own])
+            model = Path(recipe.model.hf)
+            trials.append(Trial(name, variant, levels, None if keys is None else recipe, trained=False, model=model))
     return trials
 
 
-def _grid(path: Path, base: Path, out: Path, shared: list[str], axes: dict, excluded: list) -> list[Trial]:
-    """All combinations, one seed after the other, so that a part of the grid already compares all variants."""
-    order = [OVER] * (OVER in axes) + [axis for axis in axes if axis != OVER]
+def _grid(
+    path: Path, base: Path, out: Path, shared: list[str], axes: dict, apart: list[str], excluded: list
+) -> list[Trial]:
+    """All combinations, one seed after the other, so that a part of the grid already compares all variants.
+
+    `apart`: axes whose levels a variant has all of.
+    """
+    order = [axis for axis in reversed(axes) if axis in apart] + [axis for axis in axes if axis not in apart]
     trials = []
     for combination in itertools.product(*(axes[axis] for axis in order)):
         chosen = dict(zip(order, combination, strict=True))
@@ -221,9 +288,10 @@ def _grid(path: Path, base: Path, out: Path, shared: list[str], axes: dict, excl
         if any(all(levels[axis] in names for axis, names in rule.items()) for rule in excluded):
             continue
         name = "-".join(levels.values())
-        variant = "-".join(level for axis, level in levels.items() if axis != OVER) or "all"
+        variant = "-".join(level for axis, level in levels.items() if axis not in apart) or "all"
         own = [override for axis, level in levels.items() for override in axes[axis][level]]
-        trials.append(Trial(name, variant, levels, _recipe(path, name, base, out, [*shared, *own]), trained=True))
+        recipe = _recipe(path, name, base, out, [*shared, *own])
+        trials.append(Trial(name, variant, levels, recipe, trained=True, model=Path(recipe.model.hf)))
     if not trials:
         raise InputError(f"{path}: exclude leaves no trial")
     return trials
@@ -236,20 +304,20 @@ def _recipe(path: Path, name: str, base: Path, out: Path, overrides: list[str]) 
         raise InputError(f"{path}: trial {name}: {error}") from None
 
 
-def _evaluation(path: Path, given: Any) -> dict[str, Any]:
+def evaluation_of(path: Path, given: Any, where: str = "evaluation") -> dict[str, Any]:
     """Options of tools/evaluate.py by name.  Raises InputError for one that it does not have."""
     if not isinstance(given, dict) or not given.get("lengths") or not given.get("suite"):
-        raise InputError(f"{path}: evaluation requires suite and lengths, as tools/evaluate.py takes them")
+        raise InputError(f"{path}: {where} requires suite and lengths, as tools/evaluate.py takes them")
     named = {str(name).replace("-", "_"): value for name, value in given.items()}
     known = {*option_names(), "suite", "threads"}
     for name in named:
         if name not in known:
             options = ", ".join(sorted(known))
-            raise InputError(f"{path}: evaluation.{name}: tools/evaluate.py has no such option; choose from {options}")
+            raise InputError(f"{path}: {where}.{name}: tools/evaluate.py has no such option; choose from {options}")
     try:
         parse_suites(option_text(named["suite"]))
     except InputError as error:
-        raise InputError(f"{path}: evaluation: {error}") from None
+        raise InputError(f"{path}: {where}: {error}") from None
     return named
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from endprompt_megatron.common.files import disk_errors, write_text
 from endprompt_megatron.common.html_page import Cell, Figure, Page, Paragraph, Row, Section, Table, note, render
-from endprompt_megatron.study.chart import curves
+from endprompt_megatron.evaluate.registry import SUITES
+from endprompt_megatron.study.chart import curves, number_axis
 from endprompt_megatron.study.compare import as_json
 from endprompt_megatron.study.comparison_tables import (
     POSITIONS,
     ScoreTable,
+    choice_title,
     distance_of,
     groups,
     key_of,
@@ -84,6 +86,8 @@ def _section(table: ScoreTable, picture: Figure | None) -> Section:
 def _pictures(comparison: dict) -> dict[str, Figure | None]:
     """Curves by the title of the table that they stand above: scores whose columns are numbers, losses by position."""
     order, found = [variant["name"] for variant in comparison["rows"]], {}
+    if comparison.get("sweep"):
+        found[choice_title(comparison)] = _sweep_picture(comparison["sweep"], choice_title(comparison), order)
     for title, keys in groups(known_keys(comparison, "scores")):
         metric = metric_of(keys[0])
         longest = max(key[2] for key in keys)
@@ -105,3 +109,21 @@ def _pictures(comparison: dict) -> dict[str, Figure | None]:
     if lines:
         found[POSITIONS] = curves(POSITIONS, "position, tokens", "nats", lines, order)
     return found
+
+
+def _sweep_picture(sweep: dict, title: str, order: list[str]) -> Figure | None:
+    """Development scores over the levels, where these are numbers; untrained models as level lines."""
+    of = sweep["measure"]
+    metric = SUITES[of["suite"]].metric(of["metric"])
+    try:
+        lines = {
+            row["name"]: sorted((float(level), metric.scale * value) for level, value in row["scores"].items())
+            for row in sweep["rows"]
+        }
+    except ValueError:
+        return None
+    places = sorted({x for points in lines.values() for x, _ in points})
+    for name, value in sweep["untrained"].items():
+        lines[name] = [(x, metric.scale * value) for x in (places[0], places[-1])]
+    known = [*order, *(name for name in lines if name not in order)]
+    return curves(title, sweep["over"], metric.unit, lines, known, number_axis)

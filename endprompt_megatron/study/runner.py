@@ -28,16 +28,17 @@ from endprompt_megatron.common.file_lock import lock_file
 from endprompt_megatron.common.files import disk_errors
 from endprompt_megatron.distributed.signals import StopSignal
 from endprompt_megatron.study.grid import Study, Trial
-from endprompt_megatron.study.trial import TRAIN, Work
+from endprompt_megatron.study.sweeps import not_chosen, phases
+from endprompt_megatron.study.trial import DEVELOP, TRAIN, Work
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 WAIT_SECONDS = 120.0  # for a trial that another process has locked: a training that was asked to stop needs some of it
 _POLL_SECONDS = 0.05
 
 
-def works_of(study: Study, trials: list[Trial], again: bool) -> list[Work]:
+def works_of(study: Study, trials: list[Trial], again: bool, last: str) -> list[Work]:
     """The trials' states.  With `again`, trials that were run with other settings are emptied; otherwise InputError."""
-    works = [Work(study, trial) for trial in trials]
+    works = [Work(study, trial, last) for trial in trials]
     for work in works:
         try:
             work.refuse_changed()
@@ -53,15 +54,26 @@ def run(study: Study, trials: list[Trial], *, again: bool = False) -> int:
 
     A trial that fails does not stop the others; wrong input does.  Raises InputError.
     """
-    works = works_of(study, trials, again)
-    _check(works)
+    _check([Work(study, trial) for trial in trials])
+    with StopSignal().listening() as stop, disk_errors(study.out, "out"):
+        for last, those in phases(study, trials):
+            code = _run_phase(study, works_of(study, those, again, last), stop)
+            if code != EXIT_DONE:
+                return code
+        for trial in not_chosen(study):
+            Work(study, trial, DEVELOP).clean()
+    return EXIT_DONE
+
+
+def _run_phase(study: Study, works: list[Work], stop: StopSignal) -> int:
+    """Run what the works lack; returns the exit code."""
     for work in works:
-        work.clean()  # a kill may have come between the last record and this
+        if work.last != DEVELOP:
+            work.clean()  # a kill may have come between the last record and this
     waiting = [work for work in works if work.left]
     if len(waiting) < len(works):
         print(f"{len(works) - len(waiting)} of {len(works)} trials are already done", flush=True)
-    with StopSignal().listening() as stop, disk_errors(study.out, "out"):
-        return _Runner(waiting, study.parallel, stop).run()
+    return _Runner(waiting, study.parallel, stop).run()
 
 
 def _check(works: list[Work]) -> None:

@@ -9,7 +9,8 @@ from endprompt_megatron.common.errors import EXIT_DONE, InputError
 from endprompt_megatron.common.files import disk_errors, read_json, write_text
 from endprompt_megatron.common.text_table import text_table
 from endprompt_megatron.study.grid import Study, Trial, read_study
-from endprompt_megatron.study.trial import Work
+from endprompt_megatron.study.sweeps import final_trials, phases
+from endprompt_megatron.study.trial import DEVELOP, EVALUATE, Work
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
 
@@ -62,24 +63,39 @@ def render(stored: Path, markdown: Path | None) -> int:
 
 def listing(study: Study, trials: list[Trial]) -> str:
     """One line per trial: what it trains on and which stages are left."""
+    final = final_trials(study)
     rows = []
     for trial in trials:
-        work, recipe = Work(study, trial), trial.recipe
-        trains = ["-"] * 3
+        recipe, trains = trial.recipe, ["-"] * 3
         if trial.trained:
             trains = [f"{trial.tokens:,}", f"{recipe.train.steps:,}", f"{recipe.context.physical:,}"]
-        left = work.left
-        rows.append([trial.name, *trains, "done" if not left else f"{', '.join(left)} left"])
+        rows.append([trial.name, *trains, _state(study, trial, trial in final)])
     return text_table(["trial", "tokens", "steps", "physical", "state"], rows)
 
 
+def _state(study: Study, trial: Trial, is_final: bool) -> str:
+    """What is left of a trial, in words."""
+    tried = study.choose is not None and study.choose.is_tried(trial.levels)
+    if not tried and not is_final:
+        return "only if chosen"
+    last = [DEVELOP] * tried + [EVALUATE] * is_final
+    left = list(dict.fromkeys(stage for each in last for stage in Work(study, trial, each).left))
+    return "done" if not left else f"{', '.join(left)} left"
+
+
 def submit(study: Study, trials: list[Trial], *, again: bool, dry_run: bool) -> int:
-    """Submit an array with one task per trial that is not done, and the comparison after it.  Raises InputError."""
-    left = trials
+    """Submit an array with one task per trial that is not done, and the comparison after it.  Raises InputError.
+
+    A study that chooses is submitted twice: the trials of its second phase follow from the first.
+    """
+    left = [trial for trial in trials if study.choose is None or study.choose.is_tried(trial.levels)]
     if not dry_run:
         from endprompt_megatron.study.runner import works_of
 
-        left = [work.trial for work in works_of(study, trials, again) if work.left]
+        for last, those in phases(study, trials):
+            left = [work.trial for work in works_of(study, those, again, last) if work.left]
+            if left:
+                break
         study.out.mkdir(parents=True, exist_ok=True)
     if not left:
         print("all trials are done; compare them with --report-only")

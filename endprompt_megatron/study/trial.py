@@ -3,6 +3,7 @@
     STUDY/cells/NAME/cell.json         the recipe as resolved, which stages are done, what they cost
     STUDY/cells/NAME/recipe.yaml, run/ training (tools/extend.py)
     STUDY/cells/NAME/hf/               the trained model (tools/convert_megatron_to_hf.py), or the scaled base
+    STUDY/cells/NAME/development/      tools/evaluate.py on development data, where the study chooses
     STUDY/cells/NAME/evaluation/       tools/evaluate.py
     STUDY/cells/NAME/STAGE.log         what the tools printed
 
@@ -22,15 +23,17 @@ from endprompt_megatron.config.resolve import config_to_export
 from endprompt_megatron.model.shape import read_shape
 from endprompt_megatron.study.grid import Study, Trial, option_text
 
-TRAIN, EXPORT, EVALUATE = "train", "export", "evaluate"
+TRAIN, EXPORT, DEVELOP, EVALUATE = "train", "export", "develop", "evaluate"
+_EVALUATIONS = {DEVELOP: "development", EVALUATE: "evaluation"}  # and the directories of their results
 
 
 @dataclass
 class Work:
-    """The state of a trial on disk."""
+    """The state of a trial on disk, and its stages up to `last`: an evaluation on development data or the last one."""
 
     study: Study
     trial: Trial
+    last: str = EVALUATE
 
     def __post_init__(self) -> None:
         """Raises InputError if a file of the directory is broken."""
@@ -48,14 +51,14 @@ class Work:
     @property
     def stages(self) -> list[str]:
         """The stages that the trial has."""
-        return [TRAIN, EXPORT, EVALUATE] if self.trial.trained else [EVALUATE]
+        return [TRAIN, EXPORT, self.last] if self.trial.trained else [self.last]
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage is recorded, for these very settings."""
         record = self.state["stages"].get(stage)
         if record is None:
             return False
-        return stage != EVALUATE or record["options"] == self.options
+        return stage not in _EVALUATIONS or record["options"] == self.options_of(stage)
 
     @property
     def left(self) -> list[str]:
@@ -63,14 +66,19 @@ class Work:
         return [stage for stage in self.stages if not self.is_done(stage)]
 
     @property
-    def options(self) -> dict:
-        """Options of the evaluation, in the form in which they are compared and stored."""
-        return json.loads(json.dumps(self.study.evaluation))
+    def results(self) -> Path:
+        """The directory of the last stage's results."""
+        return self.directory / _EVALUATIONS[self.last]
+
+    def options_of(self, stage: str) -> dict:
+        """Options of an evaluation, in the form in which they are compared and stored."""
+        options = self.study.choose.evaluation if stage == DEVELOP else self.study.evaluation
+        return json.loads(json.dumps(options))
 
     @property
     def model(self) -> Path:
         """The Hugging Face directory to evaluate."""
-        return self.study.model if self.trial.recipe is None else self.directory / "hf"
+        return self.trial.model if self.trial.recipe is None else self.directory / "hf"
 
     def refuse_changed(self) -> None:
         """Raise InputError if the trial had another recipe, or must be evaluated again and its model is gone."""
@@ -80,9 +88,9 @@ class Work:
             changed = _difference(self.state["recipe"], self.recipe)
             if changed:
                 raise InputError(f"{where} was run with {changed}; {way_out}")
-        evaluated = self.state["stages"].get(EVALUATE)
-        if evaluated and self.trial.trained and not self.is_done(EVALUATE) and not self.model.is_dir():
-            changed = _difference(evaluated["options"], self.options)
+        evaluated = self.state["stages"].get(self.last)
+        if evaluated and self.trial.trained and not self.is_done(self.last) and not self.model.is_dir():
+            changed = _difference(evaluated["options"], self.options_of(self.last))
             raise InputError(f"{where} was evaluated with {changed}, and keep: scores has removed its model; {way_out}")
 
     def begin(self) -> None:
@@ -115,8 +123,8 @@ class Work:
                 *["convert_megatron_to_hf.py", "--megatron", str(self.directory / "run" / "checkpoints")],
                 *["--out", str(self.model), "--workers", "1"],
             ]
-        command = ["evaluate.py", "--hf", str(self.model), "--out", str(self.directory / "evaluation")]
-        for name, value in self.study.evaluation.items():
+        command = ["evaluate.py", "--hf", str(self.model), "--out", str(self.directory / _EVALUATIONS[stage])]
+        for name, value in self.options_of(stage).items():
             if value is None or value is False:
                 continue
             command.append(f"--{name.replace('_', '-')}")
@@ -125,7 +133,7 @@ class Work:
 
     def prepare(self, stage: str) -> None:
         """Create what a stage's command requires."""
-        if stage == EVALUATE and not self.trial.trained and self.trial.recipe is not None:
+        if stage in _EVALUATIONS and not self.trial.trained and self.trial.recipe is not None:
             interpolate(self.trial.recipe, self.model)
 
     def finish(self, stage: str, seconds: float, cpu_seconds: float) -> None:
@@ -133,11 +141,12 @@ class Work:
         record = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
         if stage == TRAIN:
             self.state["cost"] |= training_cost(self.directory / "run" / "metrics.jsonl")
-        if stage == EVALUATE:
-            record["options"] = self.options
+        if stage in _EVALUATIONS:
+            record["options"] = self.options_of(stage)
         self.state["stages"][stage] = record
         self.write()
-        self.clean()
+        if stage == EVALUATE:
+            self.clean()
 
     def spent(self, stage: str, seconds: float, cpu_seconds: float) -> tuple[float, float]:
         """Seconds of this attempt at a stage and of earlier, interrupted ones; recorded until the stage is done."""
@@ -148,7 +157,7 @@ class Work:
         return total
 
     def clean(self) -> None:
-        """With `keep: scores`, remove the checkpoints and the model of a trial that is done."""
+        """With `keep: scores`, remove the checkpoints and the model of a trial that needs them no more."""
         if self.study.keep == "scores" and not self.left:
             for name in ("run/checkpoints", "run/index", "run/tensorboard", "hf"):
                 shutil.rmtree(self.directory / name, ignore_errors=True)

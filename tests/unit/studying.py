@@ -7,7 +7,7 @@ import numpy as np
 from unit.starting import RECIPE
 
 from endprompt_megatron.study.grid import Study, read_study
-from endprompt_megatron.study.trial import Work
+from endprompt_megatron.study.trial import EVALUATE, Work
 
 STUDY = """
 base: recipe.yaml
@@ -45,20 +45,27 @@ def made_up(directory: Path, values: dict[str, np.ndarray], text: str = STUDY, s
     """The study with finished trials that nobody trained: `values` of one score, by trial."""
     (directory / "recipe.yaml").write_text(RECIPE)
     study = read_study(write_study(directory, text.replace("out: study", f"out: {directory / 'study'}")))
+    make_up(study, values, EVALUATE, score)
+    return study
+
+
+def make_up(study: Study, values: dict[str, np.ndarray], last: str, score: dict = RECALL) -> None:
+    """Finish trials up to the stage `last`: `values` of one score, by trial."""
     for trial in study.trials:
         if trial.name not in values:
             continue
-        work = Work(study, trial)
-        work.begin()
+        work = Work(study, trial, last)
+        if not work.path.exists():
+            work.begin()
         cost = {"tokens": trial.tokens, "samples": 1, "steps": 2, "step_seconds": 3.0, "tokens_per_s": 5.0}
         work.state["cost"] = cost | {"memory_gib": 0.5} if trial.trained else {}
         for stage in work.stages:
-            work.state["stages"][stage] = {"seconds": 1.0, "cpu_seconds": 2.0, "options": work.options}
+            work.state["stages"][stage] = {"seconds": 1.0, "cpu_seconds": 2.0}
+        work.state["stages"][last]["options"] = work.options_of(last)
         work.write()
-        found = work.directory / "evaluation"
+        found = work.results
         found.mkdir(exist_ok=True)
         entry = score | {"paired": True, "strata": [list(map(float, values[trial.name]))]}
         (found / "values.json").write_text(json.dumps({"format": 1, "extended": [entry]}))
         results = {"settings": {"seed": 0}, "text": {"sha256": "1"}, "measurements": {"extended": {}}}
         (found / "results.json").write_text(json.dumps(results))
-    return study
