@@ -4,8 +4,11 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,10 +129,68 @@ def scaled_config(
 def run_tool(
     name: str, *args: object, timeout: float = PATIENCE, env: dict | None = None
 ) -> subprocess.CompletedProcess:
-    """Run tools/NAME.py with `args` as a user would; returns exit code, stdout and stderr as text."""
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, args)]
-    environment = {**os.environ, **(env or {})}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+    """Run tools/NAME.py with `args` as a user would; returns exit code, stdout and stderr as text.
+
+    In a fork of a process that has imported what tools import, unless a variable of the environment could matter.
+    """
+    script, arguments = str(ROOT / "tools" / f"{name}.py"), [*map(str, args)]
+    if env or _environment() != _ToolServer.environment():
+        command = [sys.executable, script, *arguments]
+        environment = {**os.environ, **(env or {})}
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        job = {"script": script, "arguments": arguments, "directory": str(ROOT), "out": str(out), "err": str(err)}
+        code = _ToolServer.running().run(job, timeout)
+        return subprocess.CompletedProcess([script, *arguments], code, out.read_text(), err.read_text())
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
+class _ToolServer:
+    """tool_server.py, started once for each process that runs tests."""
+
+    _one: "_ToolServer | None" = None
+    _started_with: dict[str, str] | None = None
+
+    @classmethod
+    def environment(cls) -> dict[str, str]:
+        """What it was started with, or would be."""
+        return _environment() if cls._started_with is None else cls._started_with
+
+    @classmethod
+    def running(cls) -> "_ToolServer":
+        if cls._one is None:
+            cls._started_with, cls._one = _environment(), cls()
+        return cls._one
+
+    def __init__(self) -> None:
+        theirs, jobs = os.pipe()
+        answers, ours = os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "tool_server.py"), str(theirs), str(ours)],
+            pass_fds=[theirs, ours],
+            stdin=subprocess.DEVNULL,
+        )
+        os.close(theirs)
+        os.close(ours)
+        self.jobs, self.answers = open(jobs, "w"), open(answers)  # noqa: SIM115  (its end is ours)
+        self.lock = threading.Lock()
+
+    def run(self, job: dict, timeout: float) -> int:
+        """The exit code, as subprocess gives it.  Raises TimeoutExpired after killing the process."""
+        with self.lock:
+            print(json.dumps(job), file=self.jobs, flush=True)
+            child = int(self.answers.readline())
+            late = threading.Timer(timeout, os.kill, (child, signal.SIGKILL))
+            late.start()
+            code = int(self.answers.readline())
+            if not late.is_alive():
+                raise subprocess.TimeoutExpired(job["script"], timeout)
+            late.cancel()
+            return code
 
 
 @contextlib.contextmanager
