@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 
 # Unit tests beside those that start several processes: tests/conftest.py says which go together.
-SIDE_BY_SIDE := -n 2 --dist loadscope
+SIDE_BY_SIDE := -n 3 --dist loadscope
 
 VENV ?= .venv
 PY := $(VENV)/bin/python

@@ -12,7 +12,7 @@ from endprompt_megatron.checkpoint.run_state import Progress, RunState
 from endprompt_megatron.common.errors import EXIT_DONE, EXIT_RESUMABLE, InputError, TrainingError
 from endprompt_megatron.config.constraints.check import check
 from endprompt_megatron.config.recipe import Recipe
-from endprompt_megatron.config.resolve import config_to_export
+from endprompt_megatron.config.resolve import config_of_base, config_to_export
 from endprompt_megatron.distributed import runtime, te
 from endprompt_megatron.distributed.environment import set_before_cuda
 from endprompt_megatron.distributed.hardware import here
@@ -62,6 +62,7 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         wrap_models,
         zero_grad,
     )
+    from endprompt_megatron.training.retention import Retention
     from endprompt_megatron.training.step import run_batch
     from endprompt_megatron.training.validation import Validation
 
@@ -87,6 +88,11 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
         adapter = adapter_to_start_from(recipe.longlora, shape, where)
         initialise(weights, models, optimizer, adapter, adapter.keys if adapter else ())
         progress = Progress()
+    retention = None
+    if recipe.context.retain.weight:
+        retention = Retention(recipe, shape, config_of_base(recipe))
+        base = weights_to_start_from(Path(recipe.model.init_from), shape, f"{where}: model.init_from")
+        initialise(base, retention.models, None)
     exports = Exports(checkpoints, recipe.checkpoint.export_every)
     if progress.step >= t.steps:
         runtime.print_rank_zero(f"{checkpoints}: all {t.steps} steps are done already")
@@ -125,7 +131,9 @@ def _train(recipe: Recipe, where: str, shape: ModelShape, stop: StopSignal) -> i
             watch.batch_read()
 
             zero_grad(models, optimizer)
-            losses = run_batch(models, batch, backward=True, watch=watch)
+            if retention is not None:
+                batch = retention.added_to(batch, progress.step)
+            losses = run_batch(models, batch, backward=True, watch=watch, retention=retention)
             lr = optimizer.param_groups[0]["lr"]
             grad_norm, updated = update(optimizer, losses.total, recipe.optim.grad_clip)
             scheduler.step(increment=1)

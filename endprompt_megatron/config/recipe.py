@@ -91,6 +91,14 @@ class Recall:
 
 
 @dataclass
+class Retain:
+    """What the base could do inside its window is kept by its own distributions: training/retention.py."""
+
+    weight: float = entry(0.0, "of the divergence from the base on untouched samples; 0: none", minimum=0, fixed=True)
+    every: int = entry(1, "steps from one that has such samples to the next", positive=True, fixed=True)
+
+
+@dataclass
 class Context:
     method: str = entry("end_prompt", "the position map ([methods.md](methods.md))", choices=MAPS, fixed=True)
     original: int | None = entry(None, "L0, the model's own window", unset="the model's window", positive=True)
@@ -113,6 +121,7 @@ class Context:
         fixed=True,
     )
     recall: Recall = section(Recall)
+    retain: Retain = section(Retain)
     content_skip: bool = entry(False, "PoSE takes its chunks from different places of a document", fixed=True)
     rope: Rope = section(Rope)
 

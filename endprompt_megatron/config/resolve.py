@@ -16,9 +16,14 @@ def resolve(recipe: Recipe, shape: ModelShape) -> None:
     set_factor(recipe.context)
 
 
+def config_of_base(recipe: Recipe) -> dict:
+    """The Hugging Face config of the model that is extended.  Raises InputError."""
+    return read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config")
+
+
 def config_to_export(recipe: Recipe, shape: ModelShape, where: str) -> dict:
     """The Hugging Face config of the model that training by a resolved recipe gives.  Raises InputError."""
-    config = read_json(Path(recipe.model.hf) / "config.json", "a Hugging Face config")
+    config = config_of_base(recipe)
     return written(config, scaled(shape.rope, recipe.context.scaling, where))
 
 

@@ -8,6 +8,8 @@ from endprompt_megatron.model.shape import ModelShape
 
 _SFT = "supervised fine-tuning on conversations, with a loss on the answers alone"
 
+_RETAINED = "context.retain.weight"  # shown where it is not 0
+
 # Rows of the table: what it is called, and the recipe's key.
 _ROWS = (
     ("Original window", "context.original"),
@@ -18,6 +20,7 @@ _ROWS = (
     ("Terminal prompts", "context.prompts"),
     ("Weight of the prompt in the loss", "context.prompt_loss_weight"),
     ("Tokens recalled by the prompt", "context.recall.tokens"),
+    ("Weight of the divergence from the base", _RETAINED),
     ("Tokens asked for", "train.tokens"),
     ("Steps asked for", "train.steps"),
     ("Sequences a step", "train.global_batch_size"),
@@ -75,7 +78,7 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
         value = get(recipe, key)
         if kept and key in _OF_EXTENSION:
             continue
-        if value is not None:
+        if value is not None and (value or key != _RETAINED):
             table.append((label, ", ".join(map(str, value)) if isinstance(value, list) else value))
     if recipe:
         table += [("Steps trained", manifest["step"]), ("Sequences trained on", manifest["consumed_samples"])]

@@ -56,6 +56,7 @@ def dry_run(recipe: Recipe, export_config: dict, shape: ModelShape, rank: int, w
 
     from endprompt_megatron.model.llama import build_model
     from endprompt_megatron.training.optimizer import build_optimizer, update, wrap_models, zero_grad
+    from endprompt_megatron.training.retention import Retention
     from endprompt_megatron.training.step import run_batch
 
     _choose_as_a_gpu()
@@ -65,7 +66,10 @@ def dry_run(recipe: Recipe, export_config: dict, shape: ModelShape, rank: int, w
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         models = wrap_models(build_model(shape, recipe, export_config), recipe.parallel, recipe.precision)
         optimizer, _ = build_optimizer(models, recipe.optim, recipe.precision, recipe.train.steps)
-        batch = [_micro_batch(recipe) for _ in range(count)]
+        batch, retention = [_micro_batch(recipe) for _ in range(count)], None
+        if recipe.context.retain.weight:
+            retention = Retention(recipe, shape, export_config)
+            batch = retention.added_to(batch, 0)
         built = ledger.peak = ledger.live
         ledger.flops = 0
         ledger.curve.clear()
@@ -73,7 +77,7 @@ def dry_run(recipe: Recipe, export_config: dict, shape: ModelShape, rank: int, w
         ledger.bytes.clear()
         zero_grad(models, optimizer)
         with fake_world.counted_syncs(_PACKAGE) as syncs:
-            losses = run_batch(models, batch, backward=True)
+            losses = run_batch(models, batch, backward=True, retention=retention)
         syncs, backward_peak, curve = Counter(syncs), ledger.peak, list(ledger.curve)
         with fake_world.counted_syncs(_PACKAGE):
             update(optimizer, losses.total, recipe.optim.grad_clip)

@@ -36,18 +36,9 @@ class _CrossEntropy(torch.autograd.Function):
         local = labels.reshape(-1) - group.rank() * logits.shape[-1]
         here = (local >= 0) & (local < logits.shape[-1])
         local = local.clamp(0, logits.shape[-1] - 1)
-        # A rank whose shard is all padding has nothing to sum: minus infinity.
-        log_sum = torch.full((len(rows),), float("-inf"), device=rows.device)
-        for block in _blocks(rows):
-            if true_vocab:
-                log_sum[block] = rows[block, :true_vocab].float().logsumexp(-1)
         target = rows.gather(1, local[:, None])[:, 0].float().masked_fill_(~here, 0.0)
+        log_sum = log_sums(rows, true_vocab, group)
         if group.size() > 1:
-            largest = log_sum.clone()
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-            total = (log_sum - largest).exp_()
-            dist.all_reduce(total, group=group)
-            log_sum = total.log_().add_(largest)
             dist.all_reduce(target, group=group)
         ctx.save_for_backward(logits, local, here, log_sum)
         ctx.true_vocab = true_vocab
@@ -58,7 +49,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits, local, here, log_sum = ctx.saved_tensors
         rows = logits.view(-1, logits.shape[-1])
         upstream = upstream.reshape(-1)
-        for block in _blocks(rows):
+        for block in blocks_of(rows):
             gradient = rows[block, : ctx.true_vocab].float().sub_(log_sum[block, None]).exp_()
             # softmax - 1 at the target; a target on another rank gets 0 subtracted here.
             if ctx.true_vocab:
@@ -69,6 +60,26 @@ class _CrossEntropy(torch.autograd.Function):
         return logits, None, None, None
 
 
-def _blocks(rows: Tensor) -> list[slice]:
+def log_sums(rows: Tensor, true_vocab: int, group: dist.ProcessGroup) -> Tensor:
+    """Logarithm of the sum of exponentials of each row over all ranks' shards, float32 [n].
+
+    rows [n, v / tensor parallel], of which the first `true_vocab` entries count.
+    """
+    # A rank whose shard is all padding has nothing to sum: minus infinity.
+    log_sum = torch.full((len(rows),), float("-inf"), device=rows.device)
+    for block in blocks_of(rows):
+        if true_vocab:
+            log_sum[block] = rows[block, :true_vocab].float().logsumexp(-1)
+    if group.size() > 1:
+        largest = log_sum.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        total = (log_sum - largest).exp_()
+        dist.all_reduce(total, group=group)
+        log_sum = total.log_().add_(largest)
+    return log_sum
+
+
+def blocks_of(rows: Tensor) -> list[slice]:
+    """Slices of rows, as many at a time as are worked on in float32."""
     step = max(1, _BLOCK_ELEMENTS[rows.device.type] // rows.shape[1])
     return [slice(start, start + step) for start in range(0, len(rows), step)]

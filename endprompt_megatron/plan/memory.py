@@ -237,6 +237,8 @@ def _stage(
     tokens = recipe.train.micro_batch_size * recipe.context.physical / p.context
     matrices = sum(layers) * (layer_parameters(shape, p.tensor) - 2 * shape.hidden_size)
     weights = float(parameters * size)
+    if recipe.context.retain.weight:
+        weights += parameters * size  # the frozen base
     if precision.fp8 is not None:
         # TE keeps each matrix in FP8 over the micro-batches of a step, and its transpose for GEMMs that need it.
         weights += 2 * matrices * fp8_share(shape, recipe)
@@ -252,6 +254,8 @@ def _stage(
         logits = tokens * size * (vocab + shape.hidden_size) + 2 * layer_input(shape, recipe)
         if p.sequence:
             logits += tokens * size * shape.hidden_size  # gathered again for the gradient of the weights
+        if recipe.context.retain.weight:
+            logits += 2 * tokens * size * vocab  # the base's, and the copy in which Megatron returns logits
         logits += vocab * shape.hidden_size * size  # that gradient, which is separate where Apex is absent
     user_buffers = _user_buffers(recipe) * tokens * shape.hidden_size if p.overlap_tensor else 0.0
     return StageMemory(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from endprompt_megatron.common.errors import InputError
 from endprompt_megatron.config.constraints import check as rules
-from endprompt_megatron.config.recipe import LongLora, Recall, Recipe
+from endprompt_megatron.config.recipe import LongLora, Recall, Recipe, Retain
 from endprompt_megatron.distributed.hardware import Hardware
 from endprompt_megatron.model.shape import ModelShape
 from endprompt_megatron.plan.estimate import Estimate, estimate
@@ -108,7 +108,7 @@ def full_length(shape: ModelShape, recipe: Recipe, hardware: Hardware, gpus: int
     full = copy.deepcopy(recipe)
     full.context.method, full.context.physical = "full", recipe.context.target
     # Keys that only apply to the recipe's method would be refused here.
-    full.context.recall, full.context.content_skip = Recall(), False
+    full.context.recall, full.context.retain, full.context.content_skip = Recall(), Retain(), False
     full.data.packing, full.data.align = "stream", None
     full.longlora = LongLora()
     full.train.micro_batch_size = 1

@@ -284,12 +284,18 @@ class Clock:
             total = total + self.chunks[count] * layers.count(count)
         return total + self.head() if stage == self.recipe.parallel.pipeline - 1 else total
 
+    @property
+    def _retained(self) -> float:
+        """Work of context.retain, as a share of a step's: a forward and backward pass more, and the base's forward."""
+        retain = self.recipe.context.retain
+        return 4 / 3 / retain.every if retain.weight else 0.0
+
     def step(self) -> Work:
         """A complete step of the slowest stage."""
         p = self.recipe.parallel
         stages = [self.stage(number, layers) for number, layers in enumerate(chunk_layers(self.shape.num_layers, p))]
         slowest = max(range(p.pipeline), key=lambda number: stages[number].total)
-        step = stages[slowest] * self.micro_batches
+        step = stages[slowest] * (self.micro_batches * (1 + self._retained))
         # Filling and draining the pipeline; virtual stages shorten it.
         mean = sum(work.total for work in stages) / p.pipeline
         step.bubble = (p.pipeline - 1) * mean / self._virtual

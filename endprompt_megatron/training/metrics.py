@@ -75,6 +75,7 @@ class Recorder:
             "loss": losses.total,
             "loss_context": losses.context,
             "loss_prompt": losses.prompt,
+            **({} if losses.retained is None else {"loss_retained": losses.retained}),
             "targets": losses.targets,
             "grad_norm": grad_norm,
             "lr": lr,
@@ -95,6 +96,7 @@ class Recorder:
             return
         elif self.bar is None:
             prompt = "" if losses.prompt is None else f", prompt {losses.prompt:.4f}"
+            prompt += "" if losses.retained is None else f", from the base {losses.retained:.4f}"
             self.say(
                 f"step {step}/{steps}  loss {losses.total:.4f} (context {losses.context:.4f}{prompt})  "
                 f"grad {grad_norm:.3f}  lr {lr:.2e}  {values['tokens_per_s']:.0f} tokens/s"

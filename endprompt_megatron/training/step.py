@@ -24,35 +24,44 @@ from endprompt_megatron.model.loss import (
     total_weight,
     weighted_loss,
 )
-
-MicroBatch = dict[str, Tensor]
+from endprompt_megatron.training.retention import RETAINED, MicroBatch, Retention
 
 
 @dataclass(frozen=True)
 class Losses:
     """Losses of a global batch, the same on all ranks.  `prompt` is None for methods without a prompt.
 
-    `targets`: number of predicted tokens, which for packed rows is not known in advance.
+    `targets`: number of predicted tokens, which for packed rows is not known in advance.  `retained`: mean divergence
+    from the base in nats, in steps that have one (retention.py); it is not part of `total`.
     """
 
     total: float
     context: float
     prompt: float | None
     targets: int | None = None
+    retained: float | None = None
 
 
-def run_batch(models: list, micro_batches: list[MicroBatch], *, backward: bool, watch: Watch | None = None) -> Losses:
+def run_batch(
+    models: list,
+    micro_batches: list[MicroBatch],
+    *,
+    backward: bool,
+    watch: Watch | None = None,
+    retention: Retention | None = None,
+) -> Losses:
     """Losses of a global batch; with `backward`, gradients too, reduced over all ranks and ready to step.
 
     models: this rank's DDP-wrapped chunks.  micro_batches: this rank's share, tensors on its device.  `watch` is
-    told when this rank's own computation begins and ends.
+    told when this rank's own computation begins and ends.  `retention` takes the micro-batches that it has added.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     total = total_weight(micro_batches, group)
     if watch is not None:
         watch.compute_begins()
     get_model_config(models[0]).finalize_model_grads_func = partial(_finalize, watch=watch)
-    reports = _schedule(models, micro_batches, partial(_loss, total=total), forward_only=not backward)
+    loss = partial(_loss, total=total, retention=retention)
+    reports = _schedule(models, micro_batches, loss, forward_only=not backward)
     return _gather(reports, micro_batches[0]["tokens"].device, group)
 
 
@@ -89,14 +98,26 @@ def _forward(chunk: Any, model: torch.nn.Module, report: Any) -> tuple[Tensor, A
     if report is None:
         output = model(batch["tokens"], batch["position_ids"])
         return output, partial(_token_report, batch, unwrap_model(model))
+    if RETAINED in batch:
+        return model(batch["tokens"], batch["position_ids"]), partial(report, batch)
     output = model(batch["tokens"], batch["position_ids"], labels=batch["labels"], cu_seqlens=batch.get("cu_seqlens"))
     return output, partial(report, batch)
 
 
-def _loss(batch: MicroBatch, losses: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's loss triple: loss, number of tokens (unused, the loss is normalised already), the report."""
-    loss = weighted_loss(losses, batch["loss_weights"], total)
-    report = torch.cat([loss.detach().double()[None], loss_parts(losses, batch["loss_weights"], batch["prompt_mask"])])
+def _loss(
+    batch: MicroBatch, output: Tensor, total: Tensor, retention: Retention | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Megatron's loss triple: loss, number of tokens (unused, the loss is normalised already), the report.
+
+    output: losses [b, s]; logits [b, s, v / tensor parallel] of what is compared with the base.
+    """
+    if RETAINED in batch:
+        loss, apart = retention.loss(batch, output)
+        report = torch.cat([apart.new_zeros(5), apart])
+    else:
+        loss = weighted_loss(output, batch["loss_weights"], total)
+        parts = loss_parts(output, batch["loss_weights"], batch["prompt_mask"])
+        report = torch.cat([loss.detach().double()[None], parts, parts.new_zeros(2)])
     return loss, torch.ones((), dtype=torch.int, device=loss.device), report
 
 
@@ -113,7 +134,7 @@ def _finalize(models: list, _num_tokens: Tensor | None, *, watch: Watch | None, 
 
 
 def _gather(reports: list, device: torch.device, group: dist.ProcessGroup) -> Losses:
-    sums = torch.stack(reports).sum(0) if reports else torch.zeros(5, dtype=torch.float64, device=device)
+    sums = torch.stack(reports).sum(0) if reports else torch.zeros(7, dtype=torch.float64, device=device)
     dist.all_reduce(sums, group=group)
     # Only the last pipeline stage has them; broadcast them, so that every rank decides the same.
     dist.broadcast(
@@ -121,5 +142,6 @@ def _gather(reports: list, device: torch.device, group: dist.ProcessGroup) -> Lo
         src=parallel_state.get_pipeline_model_parallel_last_rank(),
         group=parallel_state.get_pipeline_model_parallel_group(),
     )
-    context, prompt = split_loss(sums[1:])
-    return Losses(float(sums[0]), context, prompt, int(sums[2] + sums[4]))
+    context, prompt = split_loss(sums[1:5])
+    retained = float(sums[5] / sums[6]) if sums[6] else None
+    return Losses(float(sums[0]), context, prompt, int(sums[2] + sums[4]), retained)

@@ -7,7 +7,7 @@ import pytest
 from unit.test_shape import MODELS, config
 
 from benchmarks.plan import PUBLISHED, predicted, published_tokens
-from endprompt_megatron.config.recipe import Recipe
+from endprompt_megatron.config.recipe import Recipe, Retain
 from endprompt_megatron.distributed.hardware import of_kind
 from endprompt_megatron.model.flops import flops_per_token
 from endprompt_megatron.model.published_shapes import published_config, published_configs
@@ -116,6 +116,20 @@ def test_recompute_trades_memory_for_time():
     assert none.step_seconds < some.step_seconds < full.step_seconds
     assert full.work.attention == pytest.approx(none.work.attention * 4.5 / 3.5)
     assert full.tflops < none.tflops  # model FLOPs: what is done twice counts once
+
+
+def test_a_frozen_base_costs_its_weights_and_logits_and_a_share_of_the_time():
+    from dataclasses import replace
+
+    shape, gpu = shape_of(published_config("llama-3-8b"), "llama"), of_kind("h100").gpu
+    plain, retained = layout(tensor=2, sequence=True), layout(tensor=2, sequence=True)
+    retained.context = replace(retained.context, retain=Retain(weight=1.0, every=2))
+    without, held = (estimate(shape, recipe, gpu, 8) for recipe in (plain, retained))
+    assert held.stages[0].weights == 2 * without.stages[0].weights
+    assert held.stages[0].logits - without.stages[0].logits == 2 * 8192 * 2 * shape.vocab_size / 2
+    assert held.stages[0].optimizer == without.stages[0].optimizer
+    for kind in ("gemm", "attention"):  # every second step: the base forward, the model forward and back
+        assert getattr(held.work, kind) == pytest.approx(getattr(without.work, kind) * (1 + 4 / 3 / 2))
 
 
 def test_optimizer_memory_is_divided_by_data_and_context_parallel_ranks():

@@ -87,8 +87,13 @@ def test_full_length_costs_about_what_its_flops_suggest():
 
 @pytest.mark.parametrize(
     "keys",
-    [["context.recall.tokens=53"], ["context.method=pose", "context.content_skip=true"], ["data.packing=documents"]],
-    ids=["recall", "pose", "packed"],
+    [
+        ["context.recall.tokens=53"],
+        ["context.retain.weight=1", "context.retain.every=100000"],
+        ["context.method=pose", "context.content_skip=true"],
+        ["data.packing=documents"],
+    ],
+    ids=["recall", "retain", "pose", "packed"],
 )
 def test_keys_of_the_recipes_method_do_not_hide_the_cost_of_full_length(keys):
     within = ["data.document_ends=within"] if "pose" in keys[0] else []

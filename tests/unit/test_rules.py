@@ -55,6 +55,7 @@ FP8 = ["precision.fp8=hybrid"]
 DOCUMENTS = ["data.packing=documents"]
 CURRENT = [*FP8, "precision.fp8_recipe=tensorwise"]
 ATTENTION = [*FP8, "precision.fp8_attention=true"]
+RETAIN = ["context.retain.weight=1"]
 SHIFTED = ["longlora.shifted=true"]
 LORA = ["longlora.rank=8"]
 PROBED = ["data.valid=99,1", "train.virtual_distances=[65536]"]
@@ -88,6 +89,7 @@ LEGAL = {
     "8b-fp8-edges": ("8b", H100, 8, [*TP2, *CURRENT, "precision.bf16_edge_layers=1"]),
     "8b-bf16-gradients": ("8b", A100, 8, [*TP2, "precision.grad_reduce=bfloat16"]),
     "8b-small-moments": ("8b", H100, 8, [*TP2, "optim.moments_dtype=bfloat16"]),
+    "8b-retain": ("8b", H100, 8, [*TP2, *RETAIN, *FP8, "parallel.context=2", "context.retain.every=4"]),
     "8b-overlap": ("8b", H100, 8, [*TP2, "parallel.overlap_tensor=true"]),
     "8b-block": ("8b", H100, 8, [*TP2, "parallel.recompute=block", "parallel.recompute_layers=8"]),
     "1b-fp8-gemms": ("1b", H100, 8, FP8),
@@ -116,6 +118,23 @@ ILLEGAL = {
     "groups-alone": ("8b", H100, 8, ["longlora.groups=8"], ["longlora.groups=8", "longlora.shifted=true"]),
     "lora-fp8": ("8b", H100, 8, [*TP2, *LORA, *FP8], ["longlora.rank=8", "precision.fp8=hybrid", "use null"]),
     "lora-overlap": ("8b", H100, 8, [*TP2, *LORA, "parallel.overlap_tensor=true"], ["overlap_tensor=true", "frozen"]),
+    "retain-pipeline": (
+        *("8b", H100, 8, [*RETAIN, "parallel.pipeline=2"]),
+        ["context.retain.weight=1.0", "parallel.pipeline=2", "use parallel.pipeline=1"],
+    ),
+    "retain-length": (
+        *("8b", H100, 8, [*TP2, *RETAIN, "context.physical=16384"]),
+        ["context.retain.weight=1.0", "context.physical=16384", "8192 tokens", "at most that"],
+    ),
+    "retain-packed": (
+        *("8b", H100, 8, [*TP2, *RETAIN, *DOCUMENTS]),
+        ["context.retain.weight=1.0", "data.packing=documents", "use data.packing=stream"],
+    ),
+    "retain-from-nothing": (
+        *("8b", H100, 8, [*TP2, *RETAIN, "model.init_from=null"]),
+        ["context.retain.weight=1.0", "give model.init_from"],
+    ),
+    "retain-never": ("8b", H100, 8, [*TP2, "context.retain.every=4"], ["context.retain.weight is 0", "every=4"]),
     "overlap-blockwise": (
         *("8b", H100, 8, [*TP2, *FP8, "precision.fp8_recipe=blockwise", "parallel.overlap_tensor=true"]),
         ["overlap_tensor=true", "fp8_recipe=blockwise", "use tensorwise"],

@@ -26,6 +26,33 @@ def check_methods(recipe: Recipe, where: str) -> None:
             f"at the end of the window.  The run has {recipe.train.steps * recipe.train.global_batch_size}"
         )
     _check_recall(recipe, where)
+    _check_retain(recipe, where)
+
+
+def _check_retain(recipe: Recipe, where: str) -> None:
+    c, retain = recipe.context, recipe.context.retain
+    if not retain.weight:
+        if retain.every != 1:
+            raise InputError(
+                f"{where}: context.retain.weight is 0, so context.retain.every={retain.every} has no effect: give a "
+                "weight, such as 1.0, or leave it out"
+            )
+        return
+    said = f"{where}: context.retain.weight={retain.weight}"
+    if c.physical > c.original:
+        raise InputError(
+            f"{said} with context.physical={c.physical}: the base knows inputs of {c.original} tokens "
+            "(context.original): train on samples of at most that, or use 0"
+        )
+    if recipe.parallel.pipeline > 1:
+        raise InputError(
+            f"{said} with parallel.pipeline={recipe.parallel.pipeline}: every rank runs the whole base beside the "
+            "model: use parallel.pipeline=1 (parallel.tensor shards both), or 0"
+        )
+    if recipe.data.packing == "documents":
+        raise InputError(f"{said} with data.packing=documents: use data.packing=stream, or 0")
+    if recipe.model.init_from is None:
+        raise InputError(f"{said} requires the base's weights, also in a run that goes on: give model.init_from")
 
 
 def _check_recall(recipe: Recipe, where: str) -> None:
