@@ -255,7 +255,7 @@ def _stage(
         if p.sequence:
             logits += tokens * size * shape.hidden_size  # gathered again for the gradient of the weights
         if recipe.context.retain.weight:
-            logits += 2 * tokens * size * vocab  # the base's, and the copy in which Megatron returns logits
+            logits += tokens * size * vocab  # the base's
         logits += vocab * shape.hidden_size * size  # that gradient, which is separate where Apex is absent
     user_buffers = _user_buffers(recipe) * tokens * shape.hidden_size if p.overlap_tensor else 0.0
     return StageMemory(

@@ -59,6 +59,9 @@ def _head(plan: Plan) -> list[str]:
     if recipe.longlora.rank:
         count = format_number(trained_parameters(shape, recipe.longlora) / 1e6)
         lines.append(f"LoRA of rank {recipe.longlora.rank}: {count} million parameters are trained")
+    recommended = Path(plan.where).with_name(f"{Path(plan.where).stem}_recommended.yaml")
+    if recommended.is_file():
+        lines.append(f"Settings that our own measurements support (docs/study.md): {recommended}")
     if plan.published:
         lines.append(f"The shape is the published one: {recipe.model.hf} was not found.")
     fullest, available = ours.fullest, ours.gpu.memory_gib
