@@ -61,7 +61,7 @@ def _head(plan: Plan) -> list[str]:
         lines.append(f"LoRA of rank {recipe.longlora.rank}: {count} million parameters are trained")
     recommended = Path(plan.where).with_name(f"{Path(plan.where).stem}_recommended.yaml")
     if recommended.is_file():
-        lines.append(f"Settings that our own measurements support (docs/study.md): {recommended}")
+        lines.append(f"With what our own measurements support (docs/rope.md): {recommended.name}")
     if plan.published:
         lines.append(f"The shape is the published one: {recipe.model.hf} was not found.")
     fullest, available = ours.fullest, ours.gpu.memory_gib

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from small import ROOT, assert_one_line_error, run_tool
@@ -70,6 +71,12 @@ def test_without_a_number_of_gpus_the_fewest_that_fit_are_planned_and_named(over
     assert f"the fewest GPUs that the layout fits on, {gpus} " in " ".join(page(plan).split())
     if plan.estimate.replicas > 1:
         assert not estimate(plan.shape, plan.estimate.recipe, H100.gpu, gpus // 2).fits
+
+
+def test_the_recommended_recipe_is_named_beside_a_published_one():
+    plan = planned()
+    assert "llama3_8b_64k_recommended.yaml" in page(plan)
+    assert "our own measurements" not in page(replace(plan, where="recipes/llama3_8b_64k_recommended.yaml"))
 
 
 def test_full_length_costs_about_what_its_flops_suggest():

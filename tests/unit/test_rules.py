@@ -390,8 +390,11 @@ METHODS = {
     "llama3_8b_32k_full": 8,
     "smollm2_135m_16k_full": 1,
 }
+PLAIN_ROPE = ("llama2_7b_32k", "llama3_8b_64k", "llama3_70b_64k", "mistral_7b_64k")
+RECOMMENDED = {f"{name}_recommended": RECIPES[name] for name in PLAIN_ROPE}
 SFT = {"llama3_8b_64k_sft": 8, "llama3_8b_64k_fp8_attention": 8}
-EVERY_RECIPE = {f"{name}{twin}": gpus for name, gpus in RECIPES.items() for twin in ("", "_fp8")} | METHODS
+EVERY_RECIPE = {f"{name}{twin}": gpus for name, gpus in RECIPES.items() for twin in ("", "_fp8")}
+EVERY_RECIPE |= METHODS | RECOMMENDED
 
 
 @pytest.mark.parametrize("name", [*EVERY_RECIPE, *SFT])
@@ -402,6 +405,16 @@ def test_recipe_that_comes_with_the_project_is_legal_and_fits(name):
     check_for(recipe, name, shape, world_size=gpus, hardware=H100)
     planned = estimate(shape, recipe, H100.gpu, gpus)
     assert planned.fits, [stage.total for stage in planned.stages]
+
+
+@pytest.mark.parametrize("name", RECOMMENDED)
+def test_recommended_recipe_is_the_published_one_with_yarn_and_a_falling_rate(name):
+    published, ours = (
+        load_recipe(ROOT / "recipes" / f"{stem}.yaml").as_dict() for stem in (name.removesuffix("_recommended"), name)
+    )
+    published["context"]["rope"]["type"], published["optim"]["schedule"] = "yarn", "cosine"
+    published["checkpoint"]["dir"] += "_recommended"
+    assert ours == published
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -21,8 +21,10 @@ def test_readme_table_is_the_stored_study_comparison():
     assert table.table(STORED) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_published_study_variant_has_three_seeds_and_equal_tokens():
+def test_every_published_study_variant_has_three_base_models_equal_tokens_and_a_chosen_rate():
     trained = [row for row in STORED["rows"] if row["training"]]
     assert not STORED["missing"]
-    assert {len(row["cells"]) for row in trained} == {3}
+    assert {len(row["cells"]) for row in STORED["rows"]} == {3}
     assert len({row["training"]["tokens"] for row in trained}) == 1
+    assert {row["name"] for row in STORED["sweep"]["rows"]} == {row["name"] for row in trained}
+    assert STORED["sweep"]["evaluation"]["text"] != STORED["evaluation"]["text"]
