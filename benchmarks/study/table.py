@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""README's table of the study, from the stored comparison.
+"""The tables of the study in README and docs/rope.md, from the stored comparison.
 
 python benchmarks/study/table.py [results.json]
 """
@@ -32,9 +32,13 @@ ROWS = {
     "recall_yarn": "YaRN, recall prompt at the end of the window",
     "full_yarn": "YaRN, full length",
 }
+# What docs/rope.md shows: the scalings untrained, and under the control and full length.
+SCALINGS = {
+    name: ROWS[name] for name in ("unscaled", "linear", "ntk", "yarn", "short", "short_yarn", "full", "full_yarn")
+}
 
 
-def table(comparison: dict) -> str:
+def table(comparison: dict, shown: dict[str, str] = ROWS) -> str:
     """Markdown: recall in percent and loss in nats, means over base models."""
     lines = [
         "| | rate | recall at 256 | beyond 256 | of it 1,920 back | loss at 2,048 | training, CPU s |",
@@ -42,7 +46,7 @@ def table(comparison: dict) -> str:
     ]
     rows = {row["name"]: row for row in comparison["rows"]}
     chosen = {row["name"]: float(row["chosen"]) for row in comparison["sweep"]["rows"]}
-    for name, title in ROWS.items():
+    for name, title in shown.items():
         row = rows[name]
         asked = [each for each in row["scores"] if each["metric"] == METRIC[each["suite"]]]
         scores = {(each["suite"], each["task"], each["length"]): each["mean"] for each in asked}
@@ -60,4 +64,5 @@ def table(comparison: dict) -> str:
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else RESULTS).read_text(encoding="utf-8"))))
+    stored = json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else RESULTS).read_text(encoding="utf-8"))
+    print(table(stored), table(stored, SCALINGS), sep="\n\n")

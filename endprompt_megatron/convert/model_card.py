@@ -90,6 +90,9 @@ def model_card(manifest: dict, shape: ModelShape, dtype: str) -> str:
             "",
             f"vLLM takes {shape.window} x {shape.rope.scaling['factor']:g} tokens for the window of a linear scaling: "
             f"give `--max-model-len {shape.window}`.",
+            "",
+            "Linear scaling costs retrieval that YaRN keeps, in endprompt_megatron's measurements (docs/rope.md); its "
+            "recommended recipes (`recipes/*_recommended.yaml`) take YaRN.",
         ]
     elif needed := _TRANSFORMERS_4.get(shape.rope.type):
         lines += ["", f"Of transformers 4, {needed} and later compute this model's RoPE ({shape.rope.type})."]

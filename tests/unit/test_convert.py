@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import run_tool, small_llama, small_tokenizer
+from small import run_tool, scaled_config, small_llama, small_tokenizer
 
 from endprompt_megatron.checkpoint import layout
 from endprompt_megatron.checkpoint.torch_dist import Checkpoint
@@ -227,6 +227,20 @@ def test_only_the_models_tensors_are_exported_from_a_training_checkpoint(tmp_pat
         assert row in card, row
     assert "/data" not in card
     assert "Steps asked for" not in card
+
+
+@pytest.mark.parametrize("rope", ["linear", "yarn"])
+def test_model_card_of_linear_scaling_says_what_vllm_needs_and_what_keeps_retrieval(tmp_path, rope):
+    from endprompt_megatron.convert.model_card import model_card
+
+    hf = small_llama(tmp_path / "hf")
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(scaled_config(config, rope, 4.0, 64, 256)))
+    manifest = {"recipe": {"context": {"rope": {"type": rope}, "retain": {"weight": 0.5}}}, "source": "base"}
+    card = model_card(manifest | {"step": 3, "consumed_samples": 24}, read_shape(hf), "float32")
+    for words in ("--max-model-len 256", "recipes/*_recommended.yaml"):
+        assert (words in card) == (rope == "linear")
+    assert "| Weight of the divergence from the base | 0.5 |" in card
 
 
 def test_metadata_json_names_megatrons_format():

@@ -21,6 +21,10 @@ def test_readme_table_is_the_stored_study_comparison():
     assert table.table(STORED) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_table_of_rope_scalings_is_the_stored_study_comparison():
+    assert table.table(STORED, table.SCALINGS) in (ROOT / "docs" / "rope.md").read_text(encoding="utf-8")
+
+
 def test_every_published_study_variant_has_three_base_models_equal_tokens_and_a_chosen_rate():
     trained = [row for row in STORED["rows"] if row["training"]]
     assert not STORED["missing"]
