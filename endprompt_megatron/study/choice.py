@@ -66,7 +66,7 @@ def read_measures(path: Path, given: Any) -> tuple[Measure, ...]:
         where = f"{path}: measures.{name}"
         if not isinstance(keys, dict) or set(keys) != {"suite", "task", "length", "metric"}:
             raise InputError(f"{where}={keys} should have exactly suite, task, length and metric")
-        suite = SUITES.get(keys["suite"])
+        suite = SUITES.get(str(keys["suite"]))
         if suite is None:
             raise InputError(f"{where}.suite={keys['suite']} should be one of {', '.join(SUITES)}")
         metrics = [metric.name for metric in suite.metrics]
@@ -83,12 +83,12 @@ def read_choose(path: Path, axes: dict, average: tuple[str, ...], evaluation: di
     """`{over, where, evaluation}`.  Raises InputError."""
     if not isinstance(given, dict) or not {"over", "evaluation"} <= set(given) <= {"over", "where", "evaluation"}:
         raise InputError(f"{path}: choose={given} should have over, evaluation and, where something is averaged, where")
-    over, where = given["over"], given.get("where") or {}
+    over, where = str(given["over"]), given.get("where") or {}
     if over not in axes or over in average:
         named = ", ".join(axis for axis in axes if axis not in average)
         raise InputError(f"{path}: choose.over={over} should be an axis that is not averaged over: {named}")
     for axis, level in where.items() if isinstance(where, dict) else [(where, None)]:
-        if axis not in average or level not in axes[axis]:
+        if axis not in average or not isinstance(level, str) or level not in axes[axis]:
             raise InputError(
                 f"{path}: choose.where: {axis}={level} should be a level of an axis that is averaged over "
                 f"({', '.join(average) or 'average names none'})"

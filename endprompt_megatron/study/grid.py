@@ -121,6 +121,7 @@ def read_study(path: Path) -> Study:
     apart = [*average, *([choose.over] if choose else [])]  # axes that do not make a variant
     trials = _untrained(path, base, out, shared, axes, average, given.get("untrained") or {})
     trials += _grid(path, base, out, shared, axes, apart, _excluded(path, axes, given.get("exclude") or []))
+    _refuse_untried(path, trials, choose)
     names = [trial.name for trial in trials]
     for name in names:
         if names.count(name) > 1:
@@ -225,11 +226,21 @@ def _average(path: Path, axes: dict, given: Any) -> tuple[str, ...]:
     """The axes that tables average over.  Raises InputError."""
     if given is None:
         return (SEED,) if SEED in axes else ()
-    names = given if isinstance(given, list) else [given]
+    names = [str(name) for name in (given if isinstance(given, list) else [given])]
     for name in names:
         if name not in axes:
             raise InputError(f"{path}: average={name} is not an axis; choose from {', '.join(axes)}")
     return tuple(names)
+
+
+def _refuse_untried(path: Path, trials: list[Trial], choose: Choose | None) -> None:
+    """Raise InputError for a variant whose trials are all elsewhere than where the choice is made."""
+    tried = {trial.variant for trial in trials if choose and choose.is_tried(trial.levels)}
+    for variant in dict.fromkeys(trial.variant for trial in trials if choose and trial.trained):
+        if variant not in tried:
+            raise InputError(
+                f"{path}: choose.where={choose.where}: exclude leaves no trial of {variant} to choose from"
+            )
 
 
 def _positive(path: Path, key: str, value: Any) -> float:

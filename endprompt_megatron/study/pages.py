@@ -123,6 +123,8 @@ def _sweep_picture(sweep: dict, title: str, order: list[str]) -> Figure | None:
     except ValueError:
         return None
     places = sorted({x for points in lines.values() for x, _ in points})
+    if len(places) < 2:
+        return None
     for name, value in sweep["untrained"].items():
         lines[name] = [(x, metric.scale * value) for x in (places[0], places[-1])]
     known = [*order, *(name for name in lines if name not in order)]

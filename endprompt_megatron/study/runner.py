@@ -54,7 +54,7 @@ def run(study: Study, trials: list[Trial], *, again: bool = False) -> int:
 
     A trial that fails does not stop the others; wrong input does.  Raises InputError.
     """
-    _check([Work(study, trial) for trial in trials])
+    _check([Work(study, trial) for trial in trials], again)
     with StopSignal().listening() as stop, disk_errors(study.out, "out"):
         for last, those in phases(study, trials):
             code = _run_phase(study, works_of(study, those, again, last), stop)
@@ -76,12 +76,12 @@ def _run_phase(study: Study, works: list[Work], stop: StopSignal) -> int:
     return _Runner(waiting, study.parallel, stop).run()
 
 
-def _check(works: list[Work]) -> None:
+def _check(works: list[Work], again: bool) -> None:
     """Refuse at once what extend.py would refuse after hours of other trials.  Raises InputError."""
     from endprompt_megatron.config.constraints.check import check
 
     for work in works:
-        if work.trial.trained and TRAIN in work.left:
+        if work.trial.trained and (again or TRAIN in work.left):
             check(work.trial.recipe, f"{work.study.path}: trial {work.trial.name}", world_size=work.study.processes)
 
 

@@ -92,6 +92,9 @@ class Work:
         if evaluated and self.trial.trained and not self.is_done(self.last) and not self.model.is_dir():
             changed = _difference(evaluated["options"], self.options_of(self.last))
             raise InputError(f"{where} was evaluated with {changed}, and keep: scores has removed its model; {way_out}")
+        exported = self.trial.trained and EXPORT in self.state["stages"]
+        if exported and self.last == EVALUATE and evaluated is None and not self.model.is_dir():
+            raise InputError(f"{where} was not chosen before, and keep: scores has removed its model; {way_out}")
 
     def begin(self) -> None:
         """Create the directory, and record what the trial is."""

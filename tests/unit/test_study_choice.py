@@ -14,7 +14,7 @@ from endprompt_megatron.study.contrasts import hierarchical_means, holm
 from endprompt_megatron.study.grid import read_study
 from endprompt_megatron.study.pages import as_html, as_markdown
 from endprompt_megatron.study.sweeps import final_trials, not_chosen, phases
-from endprompt_megatron.study.trial import DEVELOP, EVALUATE
+from endprompt_megatron.study.trial import DEVELOP, EVALUATE, Work
 
 STUDY = """
 base: recipe.yaml
@@ -96,6 +96,22 @@ def test_the_level_that_is_best_on_development_data_is_run_everywhere(tried):
     assert {trial.name for trial in not_chosen(tried)} == losers
 
 
+def test_a_trial_that_lost_before_and_whose_model_is_gone_is_not_evaluated(tried):
+    """As where the measure was changed after `keep: scores` had removed the losers' models."""
+    work = Work(tried, tried.chosen(["short-0.0001-one-seed1"])[0])
+    with pytest.raises(InputError, match="was not chosen before, and keep: scores has removed its model"):
+        work.refuse_changed()
+
+
+def test_page_of_a_study_that_has_measured_untrained_models_alone(study):
+    untrained = {name: shares(0.25) for name in UNTRAINED}
+    make_up(study, {name: untrained[name] for name in UNTRAINED if name.endswith("one")}, DEVELOP, RECALLED)
+    make_up(study, untrained, EVALUATE, RECALLED)
+    comparison = compare(study)
+    assert set(TRIED) <= set(comparison["missing"])
+    assert "Choice of rate" in as_html(comparison)
+
+
 def test_lower_is_better_where_the_measure_is_a_loss(tmp_path, study):
     text = STUDY.replace("metric: recalled", "metric: loss")
     study = read_study(write_study(tmp_path, text))
@@ -160,6 +176,11 @@ def test_study_that_chooses_is_listed_and_submitted_by_phase(tried, tmp_path):
         ("[end_prompt, linear]]", "end_prompt]", "should be pairs of variants"),
         ("equivalent: 3", "equivalent: some", "equivalent=some should be a number, at least 0"),
         ("average: [base, seed]", "average: [base, sed]", "average=sed is not an axis"),
+        ("over: rate", "over: [rate]", "choose.over=['rate'] should be an axis"),
+        ("where: {base: one,", "where: {base: [one],", "choose.where: base=['one'] should be a level of an axis"),
+        ("average: [base, seed]", "average: [[base]]", "average=['base'] is not an axis"),
+        ("suite: recall, task", "suite: [recall], task", "measures.recall.suite=['recall'] should be one of"),
+        ('{method: short, rate: "0.01"}', "{method: short, base: one}", "exclude leaves no trial of short to choose"),
         ("measures:", "title: x\n#", "choose requires measures"),
     ],
 )
