@@ -39,10 +39,10 @@ _BESIDE = tuple(f"tests/parallel/test_{name}.py" for name in ("engine_megatron",
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Two workers side by side: one has the tests that start several processes, the other those of tests/unit, file by
+    """Workers side by side: one has the tests that start several processes, the others those of tests/unit, file by
     file, and a few of the first kind at the end.
 
-    Ranks and Slurm's jobs then have their ports, and the other worker gives way to them: ranks that wait for each other
+    Ranks and Slurm's jobs then have their ports, and the other workers give way to them: ranks that wait for each other
     at every step take five times as long where each of them also waits for a core.  What a module sets up is set up
     once.
     """
